@@ -1,0 +1,1 @@
+"""layered_store."""

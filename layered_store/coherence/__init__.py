@@ -1,0 +1,27 @@
+"""Coherence between processes: the capabilities that stores offer and the protocol over them."""
+
+from layered_store.coherence.contract import (
+    ABSENT,
+    Authority,
+    CacheTier,
+    Capability,
+    Change,
+    Changes,
+    Notice,
+    Ticket,
+    TierRead,
+    Versioned,
+)
+
+__all__ = [
+    "ABSENT",
+    "Authority",
+    "CacheTier",
+    "Capability",
+    "Change",
+    "Changes",
+    "Notice",
+    "Ticket",
+    "TierRead",
+    "Versioned",
+]

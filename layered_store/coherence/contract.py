@@ -1,0 +1,293 @@
+"""What stores offer so that several processes agree: two capabilities, and their records.
+
+A store of record offers :class:`Authority`: it numbers each user's writes and remembers erasures.
+A shared cache offers :class:`CacheTier`: it keeps copies that only ever move up to the authority's
+versions. :class:`layered_store.WriteThrough` joins the two. A third-party store may offer either;
+stores that offer neither get the guarantees of one process, and ``describe`` says so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from layered_store.interface import Op
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from layered_store.identity import digest_function
+    from layered_store.layer import AroundLayer
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = [
+    "ABSENT",
+    "Authority",
+    "CacheTier",
+    "Capability",
+    "Change",
+    "Changes",
+    "Notice",
+    "Ticket",
+    "TierRead",
+    "Versioned",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """What the system of record holds for one user.
+
+    Args:
+        version: 1 to 2**53 - 1, growing with every write and erasure of the user; 0 when the user
+            was never written (or its tombstone was forgotten).
+        snapshot: the state, or None when the user is absent or erased.
+    """
+
+    version: int
+    snapshot: StateSnapshot | None
+
+
+ABSENT = Versioned(0, None)
+
+
+class Change(NamedTuple):
+    """One user whose record changed.
+
+    Args:
+        digest: the user's storage key (16 bytes).
+        version: the version the record has now.
+        erased: whether it is a tombstone now.
+    """
+
+    digest: bytes
+    version: int
+    erased: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """A page of changes, each user at most once, oldest first.
+
+    Args:
+        items: the users that changed after the cursor that was passed in.
+        cursor: where the next page begins; every change committed later comes after it.
+        more: whether another page is ready now.
+    """
+
+    items: Sequence[Change]
+    cursor: str
+    more: bool
+
+
+class Ticket(NamedTuple):
+    """What a process knew about the cache tier before it read or wrote the system of record.
+
+    A copy may be stored only with a ticket taken before the record was read or written.
+
+    Args:
+        token: allows creating a copy that is not there, as long as nobody wrote since; empty when
+            the tier holds a copy (which can only be replaced by a newer one) or is not trusted.
+        generation: the tier's generation at that moment.
+        server: the server that gave it (its run id).
+    """
+
+    token: bytes
+    generation: bytes
+    server: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TierRead:
+    """The cache tier's answer for one user.
+
+    Args:
+        found: the copy, if there is one that may be believed; its snapshot is None for a tombstone.
+        ticket: what a fill needs when ``found`` is None.
+    """
+
+    found: Versioned | None
+    ticket: Ticket | None = None
+
+
+class Notice(NamedTuple):
+    """One message of the invalidation channel: this user's record has this version now."""
+
+    digest: bytes
+    version: int
+    erased: bool
+
+
+class Capability(ABC):
+    """A set of abilities that a store may offer beyond :class:`StateStore`.
+
+    An :class:`AroundLayer` hands it on with each method wrapped as the operation it stands for.
+    """
+
+    operations: ClassVar[Mapping[str, Op]] = {}
+
+    @classmethod
+    def around(cls, layer: AroundLayer, target: Any) -> Self:
+        """Return ``target`` seen through ``layer``."""
+        wrapped = _wrapped_class(cls)
+        return wrapped(layer, target)  # type: ignore[no-any-return]
+
+
+_wrappers: dict[type, Any] = {}
+
+
+def _wrapped_class(kind: type[Capability]) -> Any:
+    """Return a subclass of ``kind`` whose methods go through a layer, built once per kind."""
+    if (known := _wrappers.get(kind)) is not None:
+        return known
+
+    def build(self: Any, layer: AroundLayer, target: Any) -> None:
+        self.layer = layer
+        self.target = target
+
+    def through(method: str, op: Op) -> Any:
+        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return await self.layer.around(op, getattr(self.target, method), *args, **kwargs)
+
+        call.__name__ = method
+        return call
+
+    def plain(method: str) -> Any:
+        return property(lambda self: getattr(self.target, method))
+
+    body: dict[str, Any] = {"__init__": build, "__slots__": ("layer", "target")}
+    for method in kind.__abstractmethods__:
+        op = kind.operations.get(method)
+        body[method] = plain(method) if op is None else through(method, op)
+    _wrappers[kind] = type(f"{kind.__name__}Around", (kind,), body)
+    return _wrappers[kind]
+
+
+class Authority(Capability):
+    """A system of record that numbers its writes, so that copies can be kept in step.
+
+    For each user there is one row with a version. Every write and every erasure takes a higher
+    one, computed under the row's lock, in the transaction that stores it; an erasure leaves a
+    tombstone (digest, version, time), which is kept for 7 days. A write that began before an
+    erasure committed (:attr:`Call.started`, measured as a duration back from now on the
+    authority's own clock) is dropped: it counts as overwritten by the erasure.
+    """
+
+    operations: ClassVar[Mapping[str, Op]] = {
+        "read": Op.GET_LATEST,
+        "read_many": Op.GET_LATEST_MANY,
+        "write": Op.UPSERT_LATEST,
+        "write_many": Op.UPSERT_LATEST_MANY,
+        "erase": Op.DELETE,
+    }
+
+    @property
+    @abstractmethod
+    def digest(self) -> digest_function:
+        """The digest that keys the rows; a cache tier must use an equal one."""
+
+    @abstractmethod
+    async def read(self, user_id: str) -> Versioned:
+        """Return the committed record of a user; ``ABSENT`` when there never was one."""
+
+    @abstractmethod
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
+        """Return the committed records of several users; every id asked for is in the answer."""
+
+    @abstractmethod
+    async def write(self, snapshot: StateSnapshot) -> Versioned:
+        """Store a snapshot as ``upsert_latest`` does and return what the record is after it.
+
+        That is the snapshot under its new version or, when an erasure or (with
+        ``order="snapshot_time"``) a newer snapshot won, what won. The write id of the current
+        :class:`Call` makes a repeat of it a no-op that returns the record as it is then.
+        """
+
+    @abstractmethod
+    async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
+        """Store several snapshots; return the records they left, by user id."""
+
+    @abstractmethod
+    async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
+        """Remove the user and its history, leave a tombstone, return the tombstone's version.
+
+        Erasing an absent user leaves a tombstone too: copies may exist. Repeating it while the
+        tombstone stands returns a version at least as high.
+
+        Args:
+            user_id: whom to erase.
+            tiers: names of cache tiers that may hold copies: debts, kept with the tombstone until
+                :meth:`settle` names them.
+        """
+
+    @abstractmethod
+    async def settle(self, digest: bytes, version: int, tier: str) -> None:
+        """Note that ``tier`` holds no copy older than this version of an erased user."""
+
+    @abstractmethod
+    async def debts(self, user_id: str) -> Sequence[str]:
+        """Return the tiers that may still hold copies of this erased user."""
+
+    @abstractmethod
+    async def head(self) -> str:
+        """Return a cursor such that every change committed from now on comes after it."""
+
+    @abstractmethod
+    async def changes(self, cursor: str, limit: int) -> Changes:
+        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never skips."""
+
+    @abstractmethod
+    async def covers(self, cursor: str) -> bool:
+        """Tell whether changes after ``cursor`` are all still known (erasures: 7 days)."""
+
+
+class CacheTier(Capability):
+    """A shared cache that several processes keep in step with one authority.
+
+    Every method names its place in the protocol (``docs/notes/0002-coherence.md``). All of them
+    raise :class:`UnavailableError` when the tier cannot be reached.
+    """
+
+    operations: ClassVar[Mapping[str, Op]] = {
+        "read": Op.GET_LATEST,
+        "read_many": Op.GET_LATEST_MANY,
+        "prepare": Op.UPSERT_LATEST,
+        "fill": Op.GET_LATEST,
+        "put": Op.UPSERT_LATEST,
+        "bury": Op.DELETE,
+    }
+
+    @property
+    @abstractmethod
+    def digest(self) -> digest_function:
+        """The digest that keys the copies; the authority must use an equal one."""
+
+    @property
+    @abstractmethod
+    def tier_name(self) -> str:
+        """The name under which an authority keeps this tier's erasure debts."""
+
+    @abstractmethod
+    async def read(self, user_id: str) -> TierRead:
+        """READ: a copy if the tier is trusted now, else a ticket for filling."""
+
+    @abstractmethod
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
+        """READ for several users."""
+
+    @abstractmethod
+    async def prepare(self, user_id: str) -> Ticket:
+        """PREPARE: a ticket for :meth:`put`, taken before the authority commits."""
+
+    @abstractmethod
+    async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
+        """FILL: store a copy that was read from the authority after ``ticket`` was given."""
+
+    @abstractmethod
+    async def put(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
+        """PUT: after a commit, raise the copy to ``record`` and tell all processes."""
+
+    @abstractmethod
+    async def bury(self, user_id: str, version: int) -> None:
+        """BURY: after an erasure, replace any copy by a tombstone and tell all processes."""

@@ -1,0 +1,218 @@
+"""The one interface: what every backend and every layer is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from layered_store.errors import UnsupportedError
+from layered_store.health import HealthReport, SharedProbe
+from layered_store.snapshot import StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+    from layered_store.stats import Sample
+
+__all__ = ["Op", "StateStore"]
+
+C = TypeVar("C")
+
+
+class Op(StrEnum):
+    """The operations of a store, by the names of its methods."""
+
+    GET_LATEST = "get_latest"
+    UPSERT_LATEST = "upsert_latest"
+    DELETE = "delete"
+    GET_HISTORY = "get_history"
+    GET_LATEST_MANY = "get_latest_many"
+    UPSERT_LATEST_MANY = "upsert_latest_many"
+
+    @property
+    def is_write(self) -> bool:
+        """Whether the operation changes what is stored."""
+        return self in _WRITES
+
+    @property
+    def is_upsert(self) -> bool:
+        """Whether the operation stores snapshots."""
+        return self in _UPSERTS
+
+
+_UPSERTS = frozenset({Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY})
+_WRITES = _UPSERTS | {Op.DELETE}
+
+
+class StateStore(ABC):
+    """Keeps the latest state of each user, and its history where the backend does.
+
+    ``upsert_latest`` and ``get_latest`` are required; a class with these two is complete. Every
+    store opens itself on first use, so ``async with`` is only needed to open early and to close::
+
+        async with MemoryStore() as store:
+            await store.upsert_latest(StateSnapshot("u-1", axes={"warmth": 0.7}))
+            state = await store.get_latest("u-1")
+
+    Raises:
+        ValidationError: from any operation given a bad user id, snapshot or limit; nothing was
+            stored.
+        UnavailableError: from any operation whose backend could not be reached; retryable.
+        ClosedError: from any operation after :meth:`aclose`.
+
+    Cancellation:
+        A cancelled call ends at once and leaks nothing. A cancelled write may or may not have
+        taken effect; repeat it, or read, to know.
+    """
+
+    @abstractmethod
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        """Validate ``snapshot``, make it its user's latest state, append it to the history."""
+
+    @abstractmethod
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        """Return the latest state of a user, or None when there is none."""
+
+    async def delete(self, user_id: str) -> None:
+        """Remove everything about a user from every tier, history included.
+
+        An absent user is fine. Never returns while some tier may still show the user.
+
+        Raises:
+            ErasureIncompleteError: a tier could not be reached; ``pending`` names it. Repeat.
+            UnsupportedError: this store cannot delete.
+        """
+        raise UnsupportedError(
+            "this store cannot delete; implement delete() on it",
+            operation=Op.DELETE,
+            layer=self.name,
+            user_id=user_id,
+        )
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:  # noqa: ARG002
+        """Return up to ``limit`` states of a user, newest first; 0 gives ``[]``.
+
+        The answer is as long as what the backend keeps (``history_limit``). A store that keeps no
+        history returns ``[]``.
+
+        Raises:
+            ValidationError: ``limit`` is negative or no int.
+        """
+        check_limit(limit)
+        return []
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        """Return the latest states of several users by user id; absent users are left out."""
+        found = {}
+        for user_id in dict.fromkeys(user_ids):
+            snapshot = await self.get_latest(user_id)
+            if snapshot is not None:
+                found[user_id] = snapshot
+        return found
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        """Store several snapshots, in their order; all are validated before the first is stored.
+
+        When it fails part way, those stored before stay stored; repeating the call is safe.
+        """
+        batch = list(snapshots)
+        for snapshot in batch:
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        for snapshot in batch:
+            await self.upsert_latest(snapshot)
+
+    async def health_check(self) -> bool:
+        """Tell whether the store can serve; never raises for an unhealthy backend."""
+        return True
+
+    async def health_report(self) -> HealthReport:
+        """Return the health of this store and of everything below it.
+
+        Probes run side by side, each within its time limit (1 s unless the block says otherwise),
+        and concurrent callers share one probe.
+        """
+        probe = self.__dict__.get("_shared_probe")
+        if probe is None:
+            probe = self.__dict__["_shared_probe"] = SharedProbe(self.name)
+        return await probe.run(self.health_check)
+
+    async def open(self) -> None:
+        """Connect now what would connect on first use; safe to call again."""
+
+    async def aclose(self) -> None:
+        """Finish what is under way and close what this store opened; safe to call again.
+
+        Clients and engines that were passed in stay open: they are the caller's.
+        """
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def name(self) -> str:
+        """What this block is called in errors and health reports: its class name."""
+        return type(self).__name__
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        """The class of the snapshots that this store takes and returns."""
+        return StateSnapshot
+
+    def children(self) -> Mapping[str, StateStore]:
+        """Return the stores that this one is built on, by role (``inner``, ``origin``, ...)."""
+        return {}
+
+    def capability(self, kind: type[C]) -> C | None:
+        """Return an object with the abilities of ``kind``, or None when this store lacks them.
+
+        Abilities beyond the interface, such as versions (:class:`layered_store.coherence.Authority`),
+        are asked for here and never by looking at what a layer wraps.
+        """
+        return self if isinstance(self, kind) else None
+
+    def samples(self) -> Iterable[Sample]:
+        """Return what this block counted so far; see :mod:`layered_store.metrics.catalogue`."""
+        return ()
+
+    def __repr__(self) -> str:
+        from layered_store.stack import expression  # noqa: PLC0415  stack imports this module
+
+        return expression(self)
+
+
+def check_limit(limit: object) -> int:
+    """Return ``limit``, or raise ValidationError unless it is an int of at least 0."""
+    from layered_store.errors import ValidationError  # noqa: PLC0415
+
+    if type(limit) is not int or limit < 0:
+        raise ValidationError(
+            "must be an int of at least 0", field="limit", operation=Op.GET_HISTORY
+        )
+    return limit
+
+
+def check_snapshot(
+    snapshot: object, snapshot_type: type[StateSnapshot], operation: str = Op.UPSERT_LATEST
+) -> None:
+    """Raise ValidationError unless ``snapshot`` is a valid one of exactly ``snapshot_type``."""
+    from layered_store.errors import ValidationError  # noqa: PLC0415
+
+    if type(snapshot) is not snapshot_type:
+        raise ValidationError(
+            f"must be a {snapshot_type.__name__}, not {type(snapshot).__name__}; build the stores"
+            " with snapshot_type= to keep a subclass with all its fields",
+            field="snapshot",
+            operation=operation,
+        )
+    snapshot.validate()

@@ -1,0 +1,197 @@
+"""The bases of all layers: forwarding, written once."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, TypeVar
+
+from layered_store.call import call_begins
+from layered_store.errors import ClosedError
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.hotpath import HotPath, declares
+from layered_store.interface import Op, StateStore
+from layered_store.options import check_store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["AroundLayer", "Layer"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C")
+
+
+@dataclass(eq=False, repr=False)
+class Layer(StateStore):
+    """A store that wraps another and forwards every operation to it.
+
+    Subclass it to change some operations and inherit the rest; to treat all operations alike,
+    subclass :class:`AroundLayer`. A layer is a dataclass: its fields are its options, its
+    ``repr`` is its part of the composition and the same fields are its config schema. It is whole
+    once built; ``__post_init__`` checks the options and then calls ``super().__post_init__()``.
+
+    Args:
+        inner: the store below.
+    """
+
+    inner: StateStore
+
+    _closed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_store(self.inner, "inner", self)
+        self._bind_hot_path()
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.inner.upsert_latest(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await self.inner.get_latest(user_id)
+
+    async def delete(self, user_id: str) -> None:
+        await self.inner.delete(user_id)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await self.inner.get_history(user_id, limit)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        return await self.inner.get_latest_many(user_ids)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await self.inner.upsert_latest_many(snapshots)
+
+    async def health_check(self) -> bool:
+        return (await self.health_report()).status is not HealthStatus.UNHEALTHY
+
+    async def health_report(self) -> HealthReport:
+        below = await self.inner.health_report()
+        return HealthReport(self.name, below.status, below.latency_ms, "", (below,))
+
+    async def open(self) -> None:
+        await self.inner.open()
+
+    async def aclose(self) -> None:
+        self._refuse_operations()
+        await self._close_children()
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        return self.inner.snapshot_type
+
+    def children(self) -> Mapping[str, StateStore]:
+        return {"inner": self.inner}
+
+    def capability(self, kind: type[C]) -> C | None:
+        """Return the ability of this layer itself: none, unless the layer says so.
+
+        What a layer changes is its own business, so nothing inside is offered past it.
+        """
+        return self if isinstance(self, kind) else None
+
+    def hot_path(self) -> HotPath | None:
+        """Return how a read that hits can be answered without awaiting, or None.
+
+        A layer that does nothing on a hit returns ``self.inner.hot_path()`` as it is; one that
+        does not know the hook ends the fusion and is simply awaited.
+        """
+        return None
+
+    def _bind_hot_path(self) -> None:
+        """Put the fused read in place of ``get_latest``, when the layers below allow it.
+
+        A subclass that overrides a read below the class that declared the hook is left alone.
+        """
+        if not declares(type(self), "hot_path", over=("get_latest", "around")):
+            return
+        path = self.hot_path()
+        if path is not None:
+            self.__dict__["get_latest"] = path.fuse(type(self).get_latest.__get__(self))
+
+    def _refuse_operations(self) -> None:
+        """Make every operation raise ClosedError, so that an open layer need not ask."""
+        self.__dict__["_closed"] = True
+        for op in Op:
+            self.__dict__[op.value] = _Closed(self.name, op)
+
+    async def _close_children(self) -> None:
+        """Close all stores below, each even if another fails; raise the first failure."""
+        results = await asyncio.gather(
+            *(child.aclose() for child in self.children().values()), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+
+class _Closed:
+    """An operation of a closed layer."""
+
+    __slots__ = ("_name", "_op")
+
+    def __init__(self, name: str, op: Op) -> None:
+        self._name = name
+        self._op = op
+
+    async def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ClosedError(
+            "this stack was closed; build a new one", operation=self._op, layer=self._name
+        )
+
+
+@dataclass(eq=False, repr=False)
+class AroundLayer(Layer):
+    """A layer that treats all operations alike: it writes one method, :meth:`around`.
+
+    Health probes do not pass through it. Capabilities do: each of their methods counts as the
+    operation it stands for.
+    """
+
+    @abstractmethod
+    async def around(
+        self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call ``method(*args, **kwargs)`` as this layer sees fit and return its result.
+
+        Args:
+            op: which operation this is.
+            method: the operation of the store below; may be called several times.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        with call_begins():
+            await self.around(Op.UPSERT_LATEST, self.inner.upsert_latest, snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await self.around(Op.GET_LATEST, self.inner.get_latest, user_id)
+
+    async def delete(self, user_id: str) -> None:
+        await self.around(Op.DELETE, self.inner.delete, user_id)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await self.around(Op.GET_HISTORY, self.inner.get_history, user_id, limit)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        # A list, since the call may be repeated and an iterator is read once.
+        return await self.around(
+            Op.GET_LATEST_MANY, self.inner.get_latest_many, list(user_ids)
+        )
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        with call_begins():
+            await self.around(
+                Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, list(snapshots)
+            )
+
+    def capability(self, kind: type[C]) -> C | None:
+        if isinstance(self, kind):
+            return self
+        target = self.inner.capability(kind)
+        around: Any = getattr(kind, "around", None)
+        return None if target is None or around is None else around(self, target)

@@ -1,0 +1,135 @@
+"""Checks of constructor options: one sentence each that names the option, range and remedy."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any, overload
+
+from layered_store.errors import ConfigError
+
+__all__ = ["Seconds", "check_choice", "check_count", "check_seconds", "check_share", "check_snapshot_type", "check_store"]
+
+type_of = type
+Seconds = float | timedelta
+"""A duration: seconds, or a timedelta. Strings like ``"30s"`` live in config files only."""
+
+
+@overload
+def check_seconds(
+    value: object, option: str, owner: object, *, positive: bool = ...
+) -> float: ...
+@overload
+def check_seconds(
+    value: object, option: str, owner: object, *, positive: bool = ..., optional: bool
+) -> float | None: ...
+def check_seconds(
+    value: object, option: str, owner: object, *, positive: bool = True, optional: bool = False
+) -> float | None:
+    """Return a duration in seconds as a float.
+
+    Args:
+        value: a number of seconds or a timedelta; None only when ``optional``.
+        option: the option's name, for the error.
+        owner: the block whose option it is.
+        positive: refuse 0 as well as negative durations.
+        optional: None means no limit.
+    """
+    if value is None and optional:
+        return None
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        try:
+            result = float(seconds)
+        except OverflowError:
+            result = math.inf
+        if math.isfinite(result) and (result > 0 if positive else result >= 0):
+            return result
+    bound = "above 0" if positive else "of at least 0"
+    extra = ", or None for no limit" if optional else ""
+    raise _refuse(f"must be a finite number of seconds (or a timedelta) {bound}{extra}", option, owner, value)
+
+
+@overload
+def check_count(value: object, option: str, owner: object, *, minimum: int = ..., maximum: int | None = ...) -> int: ...
+@overload
+def check_count(
+    value: object, option: str, owner: object, *, minimum: int = ..., maximum: int | None = ..., optional: bool
+) -> int | None: ...
+def check_count(
+    value: object,
+    option: str,
+    owner: object,
+    *,
+    minimum: int = 1,
+    maximum: int | None = None,
+    optional: bool = False,
+) -> int | None:
+    """Return ``value`` when it is an int in the range; None only when ``optional``."""
+    if value is None and optional:
+        return None
+    if (
+        type_of(value) is int
+        and value >= minimum
+        and (maximum is None or value <= maximum)
+    ):
+        return value
+    bound = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    extra = ", or None for no limit" if optional else ""
+    raise _refuse(f"must be an int {bound}{extra}", option, owner, value)
+
+
+def check_share(
+    value: object, option: str, owner: object, *, zero: bool = True, one: bool = True
+) -> float:
+    """Return ``value`` as a float when it is a number from 0 to 1.
+
+    Args:
+        value: the share.
+        option: the option's name, for the error.
+        owner: the block whose option it is.
+        zero: whether 0 itself is allowed.
+        one: whether 1 itself is allowed.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low = value >= 0 if zero else value > 0
+        high = value <= 1 if one else value < 1
+        if low and high:
+            return float(value)
+    left = "0" if zero else "above 0"
+    right = "1" if one else "below 1"
+    raise _refuse(f"must be a share from {left} to {right}", option, owner, value)
+
+
+def check_choice(value: object, option: str, owner: object, choices: tuple[Any, ...]) -> Any:
+    """Return ``value`` when it is one of ``choices``."""
+    if any(value is choice or (type_of(value) is type_of(choice) and value == choice) for choice in choices):
+        return value
+    words = ", ".join(repr(choice) for choice in choices)
+    raise _refuse(f"must be one of {words}", option, owner, value)
+
+
+def check_store(value: object, option: str, owner: object) -> Any:
+    """Return ``value`` when it is a StateStore."""
+    from layered_store.interface import StateStore  # noqa: PLC0415
+
+    if isinstance(value, StateStore):
+        return value
+    remedy = "pass an instance, such as MemoryStore()"
+    if isinstance(value, type):
+        remedy = f"pass an instance, {value.__name__}(...), not the class"
+    raise _refuse(f"must be a StateStore; {remedy}", option, owner, value)
+
+
+def _refuse(message: str, option: str, owner: object, value: object) -> ConfigError:
+    # Numbers are shown, since they help and hide nothing; other values may be secrets.
+    shown = repr(value) if isinstance(value, int | float | None) else type_of(value).__name__
+    return ConfigError(f"{message}, not {shown}", option=option, layer=type_of(owner).__name__)
+
+
+def check_snapshot_type(value: object, owner: object) -> None:
+    """Refuse anything but StateSnapshot or a subclass of it."""
+    from layered_store.snapshot import StateSnapshot  # noqa: PLC0415
+
+    if not (isinstance(value, type) and issubclass(value, StateSnapshot)):
+        raise _refuse("must be StateSnapshot or a subclass", "snapshot_type", owner, value)

@@ -1,0 +1,270 @@
+"""The value: one user's state at one moment, immutable all the way down."""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Self
+
+import msgspec
+
+from layered_store.clock import SYSTEM_CLOCK
+from layered_store.errors import ValidationError
+from layered_store.identity import check_user_id, redact
+
+__all__ = ["DEFAULT_AXIS", "Source", "StateSnapshot"]
+
+DEFAULT_AXIS: Final = 0.5
+"""What ``get_axis`` gives for an axis the snapshot does not hold: the neutral middle."""
+
+_INT64_MIN: Final = -(2**63)
+_INT64_MAX: Final = 2**63 - 1
+_is_axis_name: Final = re.compile(r"[a-z0-9](?:[a-z0-9_]{0,62}[a-z0-9])?").fullmatch
+
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Int64 = Annotated[int, msgspec.Meta(ge=_INT64_MIN, le=_INT64_MAX)]
+
+
+class Source(StrEnum):
+    """Where a state came from."""
+
+    SELF_REPORT = "self_report"
+    INFERRED = "inferred"
+    MIXED = "mixed"
+
+
+def _now_ms() -> int:
+    return int(SYSTEM_CLOCK.time() * 1000)
+
+
+def _as_float(value: object) -> object:
+    """Give the float that a number stands for; leave anything else for ``validate`` to refuse."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        return value
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+# What the dataclass decorator would put on a subclass; a Struct has its own, in C.
+_GENERATED = frozenset(
+    {"__init__", "__repr__", "__eq__", "__setattr__", "__delattr__", "__hash__", "__match_args__"}
+)
+
+
+_SCALARS = frozenset({str, int, float, bool, bytes, "str", "int", "float", "bool", "bytes"})
+_COPIED = (dict, list, set, bytearray)
+
+
+class _SnapshotMeta(msgspec.StructMeta):
+    """Gives every new snapshot containers of its own, and hands out none that can be changed.
+
+    Decoding does not pass through ``__call__``: what it builds is its own already.
+    """
+
+    _containers: dict[str, Any]
+
+    def __init__(
+        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any
+    ) -> None:
+        super().__init__(name, bases, namespace, **config)
+        inherited = getattr(bases[0], "_containers", {})
+        own = {
+            field: cls.__dict__[field]
+            for field, annotation in namespace.get("__annotations__", {}).items()
+            if annotation not in _SCALARS and bases[0] is not msgspec.Struct
+        }
+        type.__setattr__(cls, "_containers", {**inherited, **own})
+        for field, slot in own.items():
+            type.__setattr__(cls, field, property(_copier(slot)))
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__call__(*args, **kwargs)
+        for field, slot in cls._containers.items():
+            if isinstance(value := slot.__get__(self), _COPIED):
+                slot.__set__(self, copy.deepcopy(value))
+        axes = _raw_axes(self)
+        try:
+            own = {name: _as_float(value) for name, value in axes.items()}
+        except AttributeError:
+            own = axes  # not a mapping: ``validate`` says so
+        _axes_slot.__set__(self, own)
+        confidence = self.confidence
+        if type(confidence) is not float:
+            _set_field(self, "confidence", _as_float(confidence))
+        source = self.source
+        if type(source) is not Source:
+            try:
+                _set_field(self, "source", Source(source))
+            except ValueError:
+                pass
+        return self
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # ``@dataclass(frozen=True)`` on a subclass is harmless: its methods are not needed.
+        if name not in _GENERATED:
+            super().__setattr__(name, value)
+
+
+def _copier(slot: Any) -> Any:
+    def read(self: Any) -> Any:
+        value = slot.__get__(self)
+        return copy.deepcopy(value) if isinstance(value, _COPIED) else value
+
+    return read
+
+
+_set_field = msgspec.structs.force_setattr
+
+
+class StateSnapshot(
+    msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMeta
+):
+    """The state of one user, as it was at one moment.
+
+    Immutable: the axes are copied in and shown as a read-only mapping. Two snapshots are equal
+    when their class and all fields are. To keep more fields, subclass it and build the stores
+    with ``snapshot_type=``::
+
+        class MoodSnapshot(StateSnapshot):
+            mood: str = ""
+
+        store = MemoryStore(snapshot_type=MoodSnapshot)
+
+    Building one checks nothing; :meth:`validate` does, and every store calls it before it writes.
+
+    Args:
+        user_id: 1 to 256 UTF-8 bytes of Unicode alphanumerics, ``_`` and ``-``.
+        updated_at_unix_ms: when the state was observed, milliseconds since 1970, signed 64 bits;
+            now unless given.
+        source: how the state became known.
+        confidence: trust in it, 0 to 1.
+        axes: values in [0, 1] by name; names are 1 to 64 of ``a-z0-9_``, no ``_`` at either end.
+    """
+
+    user_id: str
+    updated_at_unix_ms: Int64 = msgspec.field(default_factory=_now_ms)
+    source: Source = Source.SELF_REPORT
+    confidence: Share = 1.0
+    axes: Mapping[str, Share] = msgspec.field(default_factory=dict)
+
+    def get_axis(self, name: str) -> float:
+        """Return the value of an axis, or 0.5 when the snapshot does not hold it."""
+        return self.axes.get(name, DEFAULT_AXIS)
+
+    def get_axis_opt(self, name: str) -> float | None:
+        """Return the value of an axis, or None when the snapshot does not hold it."""
+        return self.axes.get(name)
+
+    def validate(self) -> None:
+        """Raise :class:`ValidationError`, naming the field, unless all rules hold."""
+        check_user_id(self.user_id)
+        moment = self.updated_at_unix_ms
+        if type(moment) is not int or not _INT64_MIN <= moment <= _INT64_MAX:
+            raise self._refuse("updated_at_unix_ms", "must be an int of at most 64 signed bits")
+        if type(self.source) is not Source:
+            raise self._refuse("source", "must be 'self_report', 'inferred' or 'mixed'")
+        if not _is_share(self.confidence):
+            raise self._refuse("confidence", "must be a finite number from 0 to 1")
+        axes = _raw_axes(self)
+        if type(axes) is not dict:
+            raise self._refuse("axes", "must be a mapping of names to numbers")
+        for name, value in axes.items():
+            if type(name) is not str or not _is_axis_name(name):
+                raise self._refuse(
+                    "axes",
+                    "has a name that is not 1 to 64 of a-z, 0-9 and '_' (with no '_' at either end)",
+                )
+            if not _is_share(value):
+                raise self._refuse("axes", "has a value that is not a finite number from 0 to 1")
+
+    def to_json(self) -> bytes:
+        """Return the wire form, one line of UTF-8 JSON.
+
+        Raises:
+            ValidationError: a field cannot be written as JSON.
+        """
+        try:
+            return _json_encoder.encode(self)
+        except (TypeError, ValueError, msgspec.MsgspecError, OverflowError) as exc:
+            raise self._refuse("snapshot", f"cannot be written as JSON ({type(exc).__name__})") from None
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        """Return the valid snapshot that ``data`` holds; unknown keys are ignored.
+
+        Raises:
+            ValidationError: not JSON, a field is missing or breaks a rule.
+        """
+        try:
+            snapshot = msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+            raise ValidationError(_decode_problem(exc), field="snapshot") from None
+        snapshot.validate()
+        return snapshot
+
+    def _refuse(self, field: str, message: str) -> ValidationError:
+        user_id = self.user_id if isinstance(self.user_id, str) else None
+        return ValidationError(message, field=field, user_id=user_id)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(user_id={redact(self.user_id)!r}, axes=<{_count(self)}>)"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __rich_repr__(self) -> Any:
+        yield "user_id", redact(self.user_id)
+        yield "axes", f"<{_count(self)}>"
+
+    def __hash__(self) -> int:
+        return hash((self.user_id, self.updated_at_unix_ms, self.source, self.confidence))
+
+
+_axes_slot: Any = StateSnapshot.__dict__["axes"]
+_raw_axes = _axes_slot.__get__
+# A property over the slot: C code reads the slot by its offset, so encoding stays fast, the dict in
+# it stays untracked by the garbage collector, and Python code sees a view that cannot be changed.
+type.__setattr__(
+    StateSnapshot,
+    "axes",
+    property(
+        lambda self: _view(_raw_axes(self)), doc="Values in [0, 1] by axis name, read-only."
+    ),
+)
+
+
+def _view(axes: Any) -> Any:
+    return MappingProxyType(axes) if type(axes) is dict else axes
+
+
+def _count(snapshot: StateSnapshot) -> str:
+    axes = _raw_axes(snapshot)
+    return str(len(axes)) if type(axes) is dict else "?"
+
+
+def _is_share(value: object) -> bool:
+    return type(value) is float and 0.0 <= value <= 1.0 and not math.isnan(value)
+
+
+_json_encoder = msgspec.json.Encoder()
+
+
+def _decode_problem(exc: Exception) -> str:
+    """Say what is wrong without showing any part of the data.
+
+    msgspec's messages name types, ranges and the path, whose keys may be user data.
+    """
+    text = str(exc)
+    if isinstance(exc, msgspec.ValidationError) and "[...]" not in text and "`$.axes" not in text:
+        return f"is not valid: {text}" if "Invalid enum value" not in text else (
+            "is not valid: source must be 'self_report', 'inferred' or 'mixed'"
+        )
+    if isinstance(exc, msgspec.ValidationError):
+        return "is not valid: axes must map names to finite numbers from 0 to 1"
+    return "is not valid JSON"

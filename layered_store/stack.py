@@ -1,0 +1,249 @@
+"""Looking at a built stack: walk it, print it, find blocks in it, build it again with one swapped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from layered_store.errors import ConfigError
+from layered_store.interface import StateStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Block", "describe", "expression", "find", "kind_of", "mask_url", "options", "walk"]
+
+T = TypeVar("T", bound=StateStore)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One block in a stack, as :func:`walk` meets it.
+
+    Args:
+        index: position in the flat list, outermost 0.
+        depth: how many blocks are above it.
+        path: roles from the outermost block down, such as ``"inner.origin"``; empty for that one.
+        store: the block.
+    """
+
+    index: int
+    depth: int
+    path: str
+    store: StateStore
+
+    @property
+    def label(self) -> str:
+        """The block's value of the ``layer`` label in metrics, such as ``"1.cached"``."""
+        return f"{self.index}.{kind_of(self.store)}"
+
+
+def children_of(store: StateStore) -> dict[str, StateStore]:
+    """Return the stores a block is built on, also for third-party layers that only hold them."""
+    named = dict(store.children())
+    if not named:
+        held = vars(store) if hasattr(store, "__dict__") else {}
+        named = {key: value for key, value in held.items() if isinstance(value, StateStore)}
+    return named
+
+
+def walk(stack: StateStore) -> Iterator[Place]:
+    """Yield every block of a stack, outermost first, each branch down to its end."""
+    counter = 0
+    pending: list[tuple[int, str, StateStore]] = [(0, "", stack)]
+    while pending:
+        depth, path, store = pending.pop()
+        yield Place(counter, depth, path, store)
+        counter += 1
+        below = [
+            (depth + 1, f"{path}.{role}" if path else role, child)
+            for role, child in children_of(store).items()
+        ]
+        pending.extend(reversed(below))
+
+
+def find(stack: StateStore, cls: type[T]) -> list[T]:
+    """Return the blocks of a class, outermost first."""
+    return [place.store for place in walk(stack) if isinstance(place.store, cls)]
+
+
+def kind_of(store: StateStore) -> str:
+    """Return the kind of a block: its class name in snake case, without ``Store``."""
+    given = getattr(type(store), "kind", None)
+    if isinstance(given, str):
+        return given
+    name = type(store).__name__.removesuffix("Store") or type(store).__name__
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def mask_url(url: object) -> str:
+    """Return a URL with its password and the values of its query hidden."""
+    text = str(url)
+    # userinfo may itself hold any character but '/', so everything up to the last '@' is hidden.
+    text = re.sub(r"(?<=://)([^/?#:@]*):?[^/?#]*@", lambda m: f"{m[1]}:***@" if m[1] else "***@", text)
+    return re.sub(r"([?&][^=&#]*)=[^&#]*", r"\1=***", text)
+
+
+def options(store: StateStore) -> dict[str, Any]:
+    """Return the options of a block that differ from their defaults, secrets masked.
+
+    Stores it wraps are not among them. A block that is no dataclass shows none.
+    """
+    shown: dict[str, Any] = {}
+    if not dataclasses.is_dataclass(store):
+        return shown
+    for field in dataclasses.fields(store):
+        if not field.init or not field.repr:
+            continue
+        value = getattr(store, field.name, None)
+        if isinstance(value, StateStore):
+            continue
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
+        if default is not dataclasses.MISSING and type(value) is type(default) and value == default:
+            continue
+        mask = field.metadata.get("mask")
+        shown[field.name] = mask(value) if mask is not None and value is not None else value
+    return shown
+
+
+def expression(store: StateStore) -> str:
+    """Return a block and all below it as the nested expression that builds it, secrets masked."""
+    parts = []
+    shown = options(store)
+    roles = children_of(store)
+    for role, child in roles.items():
+        parts.append(expression(child) if role == "inner" else f"{role}={expression(child)}")
+    positional = {
+        field.name
+        for field in (dataclasses.fields(store) if dataclasses.is_dataclass(store) else ())
+        if not field.kw_only
+    }
+    for name, value in shown.items():
+        parts.append(_show(value) if name in positional else f"{name}={_show(value)}")
+    return f"{type(store).__name__}({', '.join(parts)})"
+
+
+def _show(value: object) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)
+    return f"<{type(value).__name__}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One line of :func:`describe`.
+
+    Args:
+        index: position, outermost 0.
+        path: roles from the outermost block down, such as ``"inner.origin"``.
+        kind: the block's kind in config files, such as ``"cached"``.
+        name: its class name.
+        depth: how many blocks are above it.
+        options: options that differ from the defaults, secrets masked.
+        id: the name given in the config file, if any.
+        notes: what a caller should know, such as the worst-case staleness.
+    """
+
+    index: int
+    path: str
+    kind: str
+    name: str
+    depth: int
+    options: dict[str, Any]
+    id: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key}={_show(value)}" for key, value in self.options.items())
+        role = self.path.rpartition(".")[2]
+        prefix = "  " * self.depth + (f"{role}: " if role not in ("", "inner") else "")
+        return f"{prefix}{self.name}({shown})" + "".join(f"  # {note}" for note in self.notes)
+
+
+class Description(list[Block]):
+    """The flat list of blocks of a stack, outermost first; prints one line each."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def describe(stack: StateStore) -> Description:
+    """Return the flat list of a stack's blocks, outermost first, secrets masked."""
+    return Description(
+        Block(
+            index=place.index,
+            path=place.path,
+            kind=kind_of(place.store),
+            name=type(place.store).__name__,
+            depth=place.depth,
+            options=options(place.store),
+            id=getattr(place.store, "block_id", None),
+            notes=tuple(getattr(place.store, "notes", lambda: ())()),
+        )
+        for place in walk(stack)
+    )
+
+
+def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
+    """Return a new stack with ``target`` swapped for ``new`` and the rest rebuilt.
+
+    The rebuilt blocks have the same options and share no state with the old ones.
+
+    Args:
+        stack: the stack to start from; it stays as it is.
+        target: a class, an ``id`` of the config file, or a block of the stack. A class or id that
+            matches several blocks swaps the outermost only when they are nested, else all of them
+            are refused.
+        new: what stands there instead.
+
+    Raises:
+        ConfigError: nothing matches, or several blocks do.
+    """
+    matches = [place.store for place in walk(stack) if _matches(place.store, target)]
+    if len(matches) != 1:
+        found = "matches no block" if not matches else f"matches {len(matches)} blocks"
+        raise ConfigError(
+            f"{found} of this stack; pass the block itself, from find(stack, cls)", option="target"
+        )
+    return _rebuild(stack, matches[0], new)
+
+
+def _matches(store: StateStore, target: object) -> bool:
+    if isinstance(target, type):
+        return isinstance(store, target)
+    if isinstance(target, str):
+        return getattr(store, "block_id", None) == target
+    return store is target
+
+
+def _rebuild(store: StateStore, target: StateStore, new: StateStore) -> StateStore:
+    if store is target:
+        return new
+    if not dataclasses.is_dataclass(store):
+        if children_of(store):
+            raise ConfigError(
+                f"cannot rebuild {type(store).__name__}, which is no dataclass; make it one",
+                option="stack",
+            )
+        return copy.copy(store)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(store):
+        if not field.init:
+            continue
+        value = getattr(store, field.name)
+        arguments[field.name] = (
+            _rebuild(value, target, new) if isinstance(value, StateStore) else value
+        )
+    twin = type(store)(**arguments)
+    if (block_id := getattr(store, "block_id", None)) is not None:
+        twin.__dict__["block_id"] = block_id
+    return twin

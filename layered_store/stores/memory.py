@@ -1,0 +1,231 @@
+"""The backend that keeps everything in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from layered_store.call import current_call
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.errors import ClosedError
+from layered_store.identity import check_user_id, digest_function
+from layered_store.interface import Op, StateStore, check_limit, check_snapshot
+from layered_store.options import check_count, check_snapshot_type
+from layered_store.snapshot import StateSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["MemoryStore"]
+
+_TOMBSTONE_SECONDS: Final = 7 * 86_400.0
+_SWEEP_PER_WRITE: Final = 2
+_WRITE_IDS: Final = 64
+
+
+@dataclass(eq=False, repr=False)
+class MemoryStore(StateStore, Authority):
+    """Keeps states in a dict of this process; they are gone when it ends.
+
+    Safe from several threads and event loops. For tests, small tools and as the end of a stack
+    that needs no durability. It is a full system of record: versions, erasure, change log.
+
+    Args:
+        history_limit: how many states per user ``get_history`` can give; None keeps all, 0 none.
+        snapshot_type: the class of the snapshots it keeps.
+        clock: source of time; tells writes that began before an erasure.
+    """
+
+    history_limit: int | None = field(default=100, kw_only=True)
+    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)  # type: ignore[assignment]
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "memory"
+    digest: ClassVar[digest_function] = digest_function()  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_count(self.history_limit, "history_limit", self, minimum=0, optional=True)
+        check_snapshot_type(self.snapshot_type, self)
+        self._users: dict[str, _Row] = {}
+        # Users by the position of their last change: the change log, each user once.
+        self._log: OrderedDict[str, int] = OrderedDict()
+        self._position = 0
+        self._tombstones: deque[tuple[float, str]] = deque()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.write(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        check_user_id(user_id, Op.GET_LATEST)
+        self._check_open(Op.GET_LATEST)
+        row = self._users.get(user_id)
+        return None if row is None else row.snapshot
+
+    async def delete(self, user_id: str) -> None:
+        await self.erase(user_id)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        check_user_id(user_id, Op.GET_HISTORY)
+        check_limit(limit)
+        self._check_open(Op.GET_HISTORY)
+        with self._lock:
+            row = self._users.get(user_id)
+            return [] if row is None else list(islice(row.history, limit))
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        records = await self.read_many(list(dict.fromkeys(user_ids)))
+        return {
+            user_id: record.snapshot
+            for user_id, record in records.items()
+            if record.snapshot is not None
+        }
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await self.write_many(list(snapshots))
+
+    async def aclose(self) -> None:
+        self._closed = True
+
+    # What a system of record offers to a cache tier in front of it.
+
+    async def read(self, user_id: str) -> Versioned:
+        return (await self.read_many([user_id]))[user_id]
+
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
+        for user_id in user_ids:
+            check_user_id(user_id, Op.GET_LATEST_MANY)
+        self._check_open(Op.GET_LATEST_MANY)
+        with self._lock:
+            rows = {user_id: self._users.get(user_id) for user_id in user_ids}
+            return {
+                user_id: ABSENT if row is None else Versioned(row.version, row.snapshot)
+                for user_id, row in rows.items()
+            }
+
+    async def write(self, snapshot: StateSnapshot) -> Versioned:
+        check_snapshot(snapshot, self.snapshot_type)
+        self._check_open(Op.UPSERT_LATEST)
+        call = current_call(self.clock)
+        with self._lock:
+            return self._write(snapshot, call.started, call.write_id)
+
+    async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
+        for snapshot in snapshots:
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        self._check_open(Op.UPSERT_LATEST_MANY)
+        call = current_call(self.clock)
+        with self._lock:
+            return {
+                snapshot.user_id: self._write(snapshot, call.started, call.part(index))
+                for index, snapshot in enumerate(snapshots)
+            }
+
+    async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
+        check_user_id(user_id, Op.DELETE)
+        self._check_open(Op.DELETE)
+        with self._lock:
+            row = self._users.setdefault(user_id, _Row())
+            row.version += 1
+            row.snapshot = None
+            row.history.clear()
+            row.write_ids.clear()
+            row.erased_at = self.clock.monotonic()
+            row.debts |= set(tiers)
+            self._tombstones.append((row.erased_at, user_id))
+            self._note(user_id)
+            self._sweep(row.erased_at)
+            return row.version
+
+    async def settle(self, digest: bytes, version: int, tier: str) -> None:
+        with self._lock:
+            for user_id, row in self._users.items():
+                if self.digest(user_id) == digest and row.version <= version:
+                    row.debts.discard(tier)
+
+    async def debts(self, user_id: str) -> Sequence[str]:
+        row = self._users.get(user_id)
+        return () if row is None else sorted(row.debts)
+
+    async def head(self) -> str:
+        return str(self._position)
+
+    async def changes(self, cursor: str, limit: int) -> Changes:
+        self._check_open(Op.GET_LATEST_MANY)
+        after = int(cursor)
+        items: list[Change] = []
+        with self._lock:
+            newest_first = []
+            for user_id in reversed(self._log):
+                position = self._log[user_id]
+                if position <= after:
+                    break
+                newest_first.append((position, user_id))
+            for position, user_id in islice(reversed(newest_first), limit):
+                row = self._users.get(user_id)
+                if row is not None:
+                    erased = row.snapshot is None
+                    items.append(Change(self.digest(user_id), row.version, erased))
+                after = position
+            more = len(newest_first) > limit
+            return Changes(items, str(after if more else self._position), more)
+
+    async def covers(self, cursor: str) -> bool:
+        return int(cursor) <= self._position
+
+    def _write(self, snapshot: StateSnapshot, started: float, write_id: bytes) -> Versioned:
+        user_id = snapshot.user_id
+        row = self._users.get(user_id)
+        if row is None:
+            row = self._users[user_id] = _Row()
+        if started < row.erased_at or write_id in row.write_ids:
+            return Versioned(row.version, row.snapshot)
+        row.version += 1
+        row.snapshot = snapshot
+        row.write_ids.append(write_id)
+        if self.history_limit != 0:
+            row.history.appendleft(snapshot)
+            if self.history_limit is not None and len(row.history) > self.history_limit:
+                row.history.pop()
+        self._note(user_id)
+        self._sweep(self.clock.monotonic())
+        return Versioned(row.version, snapshot)
+
+    def _note(self, user_id: str) -> None:
+        self._position += 1
+        self._log[user_id] = self._position
+        self._log.move_to_end(user_id)
+
+    def _sweep(self, now: float) -> None:
+        """Forget old tombstones, a few with every write, so that no call pays for many."""
+        for _ in range(_SWEEP_PER_WRITE):
+            if not self._tombstones or self._tombstones[0][0] > now - _TOMBSTONE_SECONDS:
+                return
+            erased_at, user_id = self._tombstones.popleft()
+            row = self._users.get(user_id)
+            if row is not None and row.snapshot is None and row.erased_at == erased_at:
+                del self._users[user_id]
+                self._log.pop(user_id, None)
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise ClosedError(
+                "this store was closed; build a new one", operation=operation, layer=self.name
+            )
+
+
+class _Row:
+    __slots__ = ("debts", "erased_at", "history", "snapshot", "version", "write_ids")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.snapshot: StateSnapshot | None = None
+        self.history: deque[StateSnapshot] = deque()
+        self.write_ids: deque[bytes] = deque(maxlen=_WRITE_IDS)
+        self.erased_at = float("-inf")
+        self.debts: set[str] = set()
