@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from layered_store.clock import SYSTEM_CLOCK
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Call", "call_begins", "current_call"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One write, as its caller sees it.
 
@@ -24,10 +24,15 @@ class Call:
             that an earlier attempt of this write took effect.
         started: when the caller began, on the clock that the backend measures with. An erasure
             after this moment wins over the write.
+        version: the version the write was given, once known; 0 where nobody numbers writes.
+        superseded: set when the write did not become the latest state, since an erasure or a newer
+            snapshot won; what it wrote must then not be cached.
     """
 
     write_id: bytes
     started: float
+    version: int = 0
+    superseded: bool = False
 
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
@@ -50,10 +55,12 @@ class call_begins:  # noqa: N801  used like a function: with call_begins():
         self._clock = clock
         self._token: Token[Call | None] | None = None
 
-    def __enter__(self) -> Self:
-        if _current.get() is None:
-            self._token = _current.set(Call(os.urandom(16), self._clock.monotonic()))
-        return self
+    def __enter__(self) -> Call:
+        call = _current.get()
+        if call is None:
+            call = Call(os.urandom(16), self._clock.monotonic())
+            self._token = _current.set(call)
+        return call
 
     def __exit__(self, *exc_info: object) -> None:
         if self._token is not None:

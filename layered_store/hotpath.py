@@ -37,16 +37,16 @@ class Trust:
     circuit, a full bulkhead). They share one number, so that a hit compares only once.
     """
 
-    __slots__ = ("_lease", "_shut", "until")
+    __slots__ = ("_shut", "lease_until", "until")
 
     def __init__(self) -> None:
         self.until = math.inf
-        self._lease = math.inf
+        self.lease_until = math.inf
         self._shut = 0
 
     def lease(self, until: float) -> None:
         """Trust the cache until this monotonic time."""
-        self._lease = until
+        self.lease_until = until
         self._settle()
 
     def shut(self) -> None:
@@ -60,7 +60,7 @@ class Trust:
         self._settle()
 
     def _settle(self) -> None:
-        self.until = -math.inf if self._shut else self._lease
+        self.until = -math.inf if self._shut else self.lease_until
 
 
 class HitCount:

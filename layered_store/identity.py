@@ -56,10 +56,7 @@ def is_valid_user_id(user_id: object) -> bool:
     if _unicode_id is None:
         _unicode_id = re.compile(_character_class())
     # The pattern excludes lone surrogates, so encoding afterwards cannot fail.
-    return (
-        _unicode_id.fullmatch(user_id) is not None
-        and len(user_id.encode()) <= MAX_USER_ID_BYTES
-    )
+    return _unicode_id.fullmatch(user_id) is not None and len(user_id.encode()) <= MAX_USER_ID_BYTES
 
 
 def check_user_id(user_id: object, operation: str | None = None) -> None:

@@ -179,15 +179,11 @@ class AroundLayer(Layer):
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         # A list, since the call may be repeated and an iterator is read once.
-        return await self.around(
-            Op.GET_LATEST_MANY, self.inner.get_latest_many, list(user_ids)
-        )
+        return await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, list(user_ids))
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         with call_begins():
-            await self.around(
-                Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, list(snapshots)
-            )
+            await self.around(Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, list(snapshots))
 
     def capability(self, kind: type[C]) -> C | None:
         if isinstance(self, kind):

@@ -8,7 +8,15 @@ from typing import Any, overload
 
 from layered_store.errors import ConfigError
 
-__all__ = ["Seconds", "check_choice", "check_count", "check_seconds", "check_share", "check_snapshot_type", "check_store"]
+__all__ = [
+    "Seconds",
+    "check_choice",
+    "check_count",
+    "check_seconds",
+    "check_share",
+    "check_snapshot_type",
+    "check_store",
+]
 
 type_of = type
 Seconds = float | timedelta
@@ -16,9 +24,7 @@ Seconds = float | timedelta
 
 
 @overload
-def check_seconds(
-    value: object, option: str, owner: object, *, positive: bool = ...
-) -> float: ...
+def check_seconds(value: object, option: str, owner: object, *, positive: bool = ...) -> float: ...
 @overload
 def check_seconds(
     value: object, option: str, owner: object, *, positive: bool = ..., optional: bool
@@ -47,14 +53,24 @@ def check_seconds(
             return result
     bound = "above 0" if positive else "of at least 0"
     extra = ", or None for no limit" if optional else ""
-    raise _refuse(f"must be a finite number of seconds (or a timedelta) {bound}{extra}", option, owner, value)
+    raise _refuse(
+        f"must be a finite number of seconds (or a timedelta) {bound}{extra}", option, owner, value
+    )
 
 
-@overload
-def check_count(value: object, option: str, owner: object, *, minimum: int = ..., maximum: int | None = ...) -> int: ...
 @overload
 def check_count(
-    value: object, option: str, owner: object, *, minimum: int = ..., maximum: int | None = ..., optional: bool
+    value: object, option: str, owner: object, *, minimum: int = ..., maximum: int | None = ...
+) -> int: ...
+@overload
+def check_count(
+    value: object,
+    option: str,
+    owner: object,
+    *,
+    minimum: int = ...,
+    maximum: int | None = ...,
+    optional: bool,
 ) -> int | None: ...
 def check_count(
     value: object,
@@ -68,11 +84,7 @@ def check_count(
     """Return ``value`` when it is an int in the range; None only when ``optional``."""
     if value is None and optional:
         return None
-    if (
-        type_of(value) is int
-        and value >= minimum
-        and (maximum is None or value <= maximum)
-    ):
+    if type_of(value) is int and value >= minimum and (maximum is None or value <= maximum):
         return value
     bound = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     extra = ", or None for no limit" if optional else ""
@@ -103,7 +115,10 @@ def check_share(
 
 def check_choice(value: object, option: str, owner: object, choices: tuple[Any, ...]) -> Any:
     """Return ``value`` when it is one of ``choices``."""
-    if any(value is choice or (type_of(value) is type_of(choice) and value == choice) for choice in choices):
+    if any(
+        value is choice or (type_of(value) is type_of(choice) and value == choice)
+        for choice in choices
+    ):
         return value
     words = ", ".join(repr(choice) for choice in choices)
     raise _refuse(f"must be one of {words}", option, owner, value)

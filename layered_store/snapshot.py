@@ -122,9 +122,7 @@ def _copier(slot: Any) -> Any:
 _set_field = msgspec.structs.force_setattr
 
 
-class StateSnapshot(
-    msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMeta
-):
+class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMeta):
     """The state of one user, as it was at one moment.
 
     Immutable: the axes are copied in and shown as a read-only mapping. Two snapshots are equal
@@ -192,7 +190,9 @@ class StateSnapshot(
         try:
             return _json_encoder.encode(self)
         except (TypeError, ValueError, msgspec.MsgspecError, OverflowError) as exc:
-            raise self._refuse("snapshot", f"cannot be written as JSON ({type(exc).__name__})") from None
+            raise self._refuse(
+                "snapshot", f"cannot be written as JSON ({type(exc).__name__})"
+            ) from None
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Self:
@@ -233,9 +233,7 @@ _raw_axes = _axes_slot.__get__
 type.__setattr__(
     StateSnapshot,
     "axes",
-    property(
-        lambda self: _view(_raw_axes(self)), doc="Values in [0, 1] by axis name, read-only."
-    ),
+    property(lambda self: _view(_raw_axes(self)), doc="Values in [0, 1] by axis name, read-only."),
 )
 
 
@@ -262,8 +260,10 @@ def _decode_problem(exc: Exception) -> str:
     """
     text = str(exc)
     if isinstance(exc, msgspec.ValidationError) and "[...]" not in text and "`$.axes" not in text:
-        return f"is not valid: {text}" if "Invalid enum value" not in text else (
-            "is not valid: source must be 'self_report', 'inferred' or 'mixed'"
+        return (
+            f"is not valid: {text}"
+            if "Invalid enum value" not in text
+            else ("is not valid: source must be 'self_report', 'inferred' or 'mixed'")
         )
     if isinstance(exc, msgspec.ValidationError):
         return "is not valid: axes must map names to finite numbers from 0 to 1"

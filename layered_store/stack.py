@@ -83,7 +83,9 @@ def mask_url(url: object) -> str:
     """Return a URL with its password and the values of its query hidden."""
     text = str(url)
     # userinfo may itself hold any character but '/', so everything up to the last '@' is hidden.
-    text = re.sub(r"(?<=://)([^/?#:@]*):?[^/?#]*@", lambda m: f"{m[1]}:***@" if m[1] else "***@", text)
+    text = re.sub(
+        r"(?<=://)([^/?#:@]*):?[^/?#]*@", lambda m: f"{m[1]}:***@" if m[1] else "***@", text
+    )
     return re.sub(r"([?&][^=&#]*)=[^&#]*", r"\1=***", text)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from layered_store.interface import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from layered_store.identity import digest_function
     from layered_store.layer import AroundLayer
@@ -28,6 +28,8 @@ __all__ = [
     "Capability",
     "Change",
     "Changes",
+    "Invalidations",
+    "LeasedCache",
     "Notice",
     "Ticket",
     "TierRead",
@@ -291,3 +293,38 @@ class CacheTier(Capability):
     @abstractmethod
     async def bury(self, user_id: str, version: int) -> None:
         """BURY: after an erasure, replace any copy by a tombstone and tell all processes."""
+
+
+class LeasedCache(Protocol):
+    """What an in-process cache is to the channel that keeps it in step."""
+
+    def invalidate(self, notice: Notice) -> None:
+        """Drop what is held or being loaded of this user, unless it has this version or a later."""
+        ...
+
+    def distrust(self) -> None:
+        """Drop everything held and everything being loaded: messages may have been missed."""
+        ...
+
+    def lease(self, until: float) -> None:
+        """Answer from the cache until this monotonic time."""
+        ...
+
+
+class Invalidations(Capability):
+    """A channel that tells in-process caches what other processes wrote."""
+
+    @property
+    @abstractmethod
+    def attach(self) -> Callable[[LeasedCache], None]:
+        """Keep this cache in step from now on; it must not answer before it is given a lease."""
+
+    @property
+    @abstractmethod
+    def detach(self) -> Callable[[LeasedCache], None]:
+        """Forget this cache."""
+
+    @property
+    @abstractmethod
+    def key_of(self) -> Callable[[str], bytes]:
+        """The digest of a user id, as notices carry it."""

@@ -113,7 +113,10 @@ class MemoryStore(StateStore, Authority):
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         with self._lock:
-            return self._write(snapshot, call.started, call.write_id)
+            record = self._write(snapshot, call.started, call.write_id)
+        if record.snapshot is not snapshot:
+            call.superseded = True
+        return record
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
         for snapshot in snapshots:
@@ -121,10 +124,14 @@ class MemoryStore(StateStore, Authority):
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         with self._lock:
-            return {
+            records = {
                 snapshot.user_id: self._write(snapshot, call.started, call.part(index))
                 for index, snapshot in enumerate(snapshots)
             }
+        last = {snapshot.user_id: snapshot for snapshot in snapshots}
+        if any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items()):
+            call.superseded = True
+        return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
         check_user_id(user_id, Op.DELETE)

@@ -1,0 +1,273 @@
+"""Copies in a tier without versions: kept in step with the origin by this one process.
+
+Any store can be the tier and any the origin. One process then behaves like one store, whatever its
+tasks do at the same time. Other processes that write the same tier are not seen: that takes a tier
+and an origin with versions (:mod:`layered_store.coherence.guarded`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Final
+
+from layered_store.errors import (
+    ClosedError,
+    ConfigError,
+    ErasureIncompleteError,
+    RejectedError,
+    StoreError,
+    UnsupportedError,
+    ValidationError,
+)
+from layered_store.interface import Op
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from layered_store.clock import Clock
+    from layered_store.interface import StateStore
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["NOT_HAPPENED", "QUARANTINE_SECONDS", "LocalCopies"]
+
+_MAX_DOUBTFUL: Final = 100_000
+"""How many users' copies may be doubtful before the whole tier is passed by."""
+
+QUARANTINE_SECONDS: Final = 5.0
+"""How long a write whose outcome is unknown may still take effect: longer than any backend's limit."""
+
+NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
+"""Errors after which a write surely did not take effect, now or later."""
+
+_CALLER_ERRORS = (ValidationError, ClosedError)
+
+
+class _User:
+    """What is under way for one user: at most one change of the copy at a time."""
+
+    __slots__ = ("busy", "changes", "holders", "loop", "queue")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.holders = 0
+        self.busy = False
+        self.changes = 0
+        self.queue: deque[asyncio.Future[None]] = deque()
+
+
+class LocalCopies:
+    """Keeps the copies of users in ``tier``, one change of a user at a time.
+
+    Reads pass the tier by while a write of their user is under way, so that nobody who saw the
+    origin's new state sees the tier's old one afterwards. A copy whose change failed is doubtful:
+    it is not read until a later change of it succeeds.
+
+    Args:
+        tier: the store that holds the copies.
+        clock: source of time.
+    """
+
+    def __init__(self, tier: StateStore, clock: Clock) -> None:
+        self._tier = tier
+        self._clock = clock
+        self._users: dict[str, _User] = {}
+        # Doubtful copies, and until when nothing may be stored over them.
+        self._doubtful: OrderedDict[str, float] = OrderedDict()
+        self._all_doubtful = False
+        self.hits = self.misses = self.errors = 0
+
+    @property
+    def pending(self) -> int:
+        """How many users' copies are doubtful now."""
+        return len(self._doubtful)
+
+    def usable(self, user_id: str) -> bool:
+        """Tell whether the tier may be asked for a user now."""
+        user = self._users.get(user_id)
+        return (
+            not self._all_doubtful
+            and user_id not in self._doubtful
+            and (user is None or not user.busy)
+        )
+
+    async def read(self, user_id: str) -> tuple[StateSnapshot | None, bool]:
+        """Return the copy, and whether the tier answered, so that a miss may be filled."""
+        if not self.usable(user_id):
+            return None, self._doubtful.get(user_id, math.inf) <= self._clock.monotonic()
+        try:
+            snapshot = await self._tier.get_latest(user_id)
+        except _CALLER_ERRORS:
+            raise
+        except StoreError:
+            self.errors += 1
+            return None, False
+        if snapshot is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return snapshot, True
+
+    async def read_many(self, user_ids: Sequence[str]) -> tuple[dict[str, StateSnapshot], bool]:
+        """Return the copies that are there, and whether the tier answered."""
+        asked = [user_id for user_id in user_ids if self.usable(user_id)]
+        try:
+            found = await self._tier.get_latest_many(asked)
+        except _CALLER_ERRORS:
+            raise
+        except StoreError:
+            self.errors += len(asked)
+            return {}, False
+        self.hits += len(found)
+        self.misses += len(asked) - len(found)
+        # A write may have begun meanwhile; its reader goes to the origin.
+        return {key: value for key, value in found.items() if self.usable(key)}, True
+
+    def watch(self, user_id: str) -> tuple[_User, int]:
+        """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""
+        user = self._enter(user_id)
+        return user, user.changes
+
+    async def fill(
+        self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_User, int] | None
+    ) -> None:
+        """Store what the origin said, unless a write came since ``watch``."""
+        if mark is None:
+            return
+        user, changes = mark
+        try:
+            if snapshot is None or user.busy or user.changes != changes:
+                return
+            user.busy = True
+            try:
+                await self._store(user_id, snapshot)
+            except _CALLER_ERRORS:
+                raise
+            except StoreError:
+                pass  # counted, and the copy is doubtful: the caller has its answer all the same
+            finally:
+                self._release(user)
+        finally:
+            self._exit(user_id, user)
+
+    def unwatch(self, user_id: str, mark: tuple[_User, int] | None) -> None:
+        """End a read of the origin that gave nothing to store."""
+        if mark is not None:
+            self._exit(user_id, mark[0])
+
+    async def begin(self, user_id: str) -> _User:
+        """Begin a write: wait for the one before, and keep readers off the copy until ``end``."""
+        user = self._enter(user_id)
+        try:
+            if user.busy:
+                turn = user.loop.create_future()
+                user.queue.append(turn)
+                try:
+                    await turn
+                except BaseException:
+                    if turn.done() and not turn.cancelled():
+                        self._release(user)
+                    raise
+            user.busy = True
+            user.changes += 1
+        except BaseException:
+            self._exit(user_id, user)
+            raise
+        return user
+
+    def end(self, user_id: str, user: _User) -> None:
+        """End a write."""
+        user.changes += 1
+        self._release(user)
+        self._exit(user_id, user)
+
+    async def put(self, user_id: str, snapshot: StateSnapshot | None) -> None:
+        """Within a write: make the copy what the origin holds now; trouble leaves it doubtful."""
+        try:
+            if snapshot is None:
+                await self.bury(user_id)
+            else:
+                await self._store(user_id, snapshot)
+        except _CALLER_ERRORS:
+            raise
+        except StoreError:
+            return  # acknowledged by the origin; the copy is not read until it is repaired
+
+    async def bury(self, user_id: str) -> None:
+        """Within a write: remove the copy.
+
+        Raises:
+            ErasureIncompleteError: it may still be there.
+        """
+        self.doubt(user_id)
+        try:
+            await self._tier.delete(user_id)
+        except _CALLER_ERRORS:
+            raise
+        except StoreError as exc:
+            self.errors += 1
+            raise ErasureIncompleteError(
+                "the system of record has the user erased, a cache tier could not be reached;"
+                " repeat the delete",
+                pending=(self._tier.name,),
+                operation=Op.DELETE,
+                user_id=user_id,
+            ) from exc
+        self._clear(user_id)
+
+    def doubt(self, user_id: str, *, quarantine: bool = False) -> None:
+        """Do not read the copy of a user until a change of it succeeds.
+
+        Args:
+            user_id: whose copy.
+            quarantine: a write of the origin may still take effect, so for a while (5 s) no reader
+                may store what it finds there.
+        """
+        now = self._clock.monotonic()
+        until = now + QUARANTINE_SECONDS if quarantine else self._doubtful.get(user_id, 0.0)
+        self._doubtful[user_id] = until
+        if len(self._doubtful) > _MAX_DOUBTFUL:
+            self._doubtful.popitem(last=False)
+            self._all_doubtful = True
+
+    async def _store(self, user_id: str, snapshot: StateSnapshot) -> None:
+        self.doubt(user_id)
+        try:
+            await self._tier.upsert_latest(snapshot)
+        except StoreError:
+            self.errors += 1
+            raise
+        self._clear(user_id)
+
+    def _clear(self, user_id: str) -> None:
+        """Believe the copy again, unless an earlier write may still come after it."""
+        if self._doubtful.get(user_id, 0.0) <= self._clock.monotonic():
+            self._doubtful.pop(user_id, None)
+
+    def _enter(self, user_id: str) -> _User:
+        loop = asyncio.get_running_loop()
+        user = self._users.get(user_id)
+        if user is None:
+            user = self._users[user_id] = _User(loop)
+        elif user.loop is not loop:
+            raise UnsupportedError(
+                "one user is written from two event loops at the same time; use one stack per loop",
+                layer="WriteThrough",
+            )
+        user.holders += 1
+        return user
+
+    def _exit(self, user_id: str, user: _User) -> None:
+        user.holders -= 1
+        if not user.holders:
+            self._users.pop(user_id, None)
+
+    def _release(self, user: _User) -> None:
+        """Pass the turn on, straight to the one that waits longest, so that nobody cuts in."""
+        while user.queue:
+            turn = user.queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        user.busy = False

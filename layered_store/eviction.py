@@ -1,0 +1,220 @@
+"""S3-FIFO: which entries a full cache gives up.
+
+New entries pass a short queue first and reach the main one only when they were asked for again, so
+that a scan over many users does not push out those who come back. A hit costs one small counter.
+
+Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from cachetools import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+
+__all__ = ["Node", "S3FIFOCache"]
+
+_SMALL_SHARE: Final = 0.1
+"""Share of the entries that the queue of newcomers may hold (the paper's choice)."""
+
+_MAX_FREQ: Final = 3
+_SMALL, _MAIN, _GONE = 0, 1, 2
+
+
+class Node(msgspec.Struct, gc=False):
+    """One entry of the cache. Untracked by the garbage collector: it is in no cycle.
+
+    Args:
+        key: what it is found by.
+        value: what is kept.
+        freq: hits since the eviction last looked, up to 3.
+        queue: which queue it stands in.
+    """
+
+    key: Any
+    value: Any
+    freq: int = 0
+    queue: int = _SMALL
+
+
+class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
+    """A ``cachetools`` cache that evicts by S3-FIFO.
+
+    Args:
+        maxsize: how many entries it holds; at least 1.
+        on_evict: called with each node that is evicted for lack of room.
+    """
+
+    def __init__(self, maxsize: int, on_evict: Callable[[Node], None] | None = None) -> None:
+        super().__init__(maxsize)
+        self.nodes: dict[Any, Node] = {}
+        self._small: deque[Node] = deque()
+        self._main: deque[Node] = deque()
+        self._small_live = 0
+        self._small_limit = max(1, int(maxsize * _SMALL_SHARE))
+        # Ordered: a plain dict takes ever longer to find its first key after many deletions.
+        self._ghosts: OrderedDict[Any, None] = OrderedDict()
+        self._ghost_limit = max(1, maxsize - self._small_limit)
+        self._on_evict = on_evict
+        self._lock = Lock()  # a cache may be shared by event loops of several threads
+
+    def put(self, node: Node) -> None:
+        """Insert a node, in place of the one with its key, evicting others when full."""
+        key = node.key
+        with self._lock:
+            old = self.nodes.pop(key, None)
+            if old is not None:
+                self._forget(old)
+            while len(self.nodes) >= self.maxsize:
+                self._evict()
+            if old is not None:
+                # A newer value of a known user keeps its standing.
+                node.queue, node.freq = (_MAIN if old.freq else _SMALL), old.freq
+            elif key in self._ghosts:
+                del self._ghosts[key]
+                node.queue = _MAIN
+            else:
+                node.queue = _SMALL
+            self._enqueue(node)
+            self.nodes[key] = node
+
+    def remove(self, key: Any) -> Node | None:
+        """Take out the entry of ``key`` and return it; None when there is none."""
+        if key not in self.nodes:
+            return None
+        with self._lock:
+            node = self.nodes.pop(key, None)
+            if node is not None:
+                self._forget(node)
+            return node
+
+    def oldest(self) -> Iterator[Node]:
+        """Yield the nodes that stand at the head of the queues."""
+        for queue in (self._small, self._main):
+            if queue:
+                yield queue[0]
+
+    def _enqueue(self, node: Node) -> None:
+        if node.queue == _SMALL:
+            self._small.append(node)
+            self._small_live += 1
+        else:
+            self._main.append(node)
+
+    def _forget(self, node: Node) -> None:
+        """Mark a node as gone; the queue passes over it later."""
+        if node.queue == _SMALL:
+            self._small_live -= 1
+        node.queue = _GONE
+        # Entries that come and go without ever filling the cache must not pile up here.
+        if len(self._small) + len(self._main) > 2 * len(self.nodes) + 64:
+            self._small = deque(n for n in self._small if n.queue == _SMALL)
+            self._main = deque(n for n in self._main if n.queue == _MAIN)
+
+    def _evict(self) -> None:
+        if self._small_live >= self._small_limit or not self._main:
+            if self._evict_small():
+                return
+        self._evict_main()
+
+    def _evict_small(self) -> bool:
+        small = self._small
+        while small:
+            node = small.popleft()
+            if node.queue != _SMALL:
+                continue
+            self._small_live -= 1
+            if node.freq:
+                node.freq = 0
+                node.queue = _MAIN
+                self._main.append(node)
+                continue
+            self._ghosts[node.key] = None
+            if len(self._ghosts) > self._ghost_limit:
+                self._ghosts.popitem(last=False)
+            self._drop(node)
+            return True
+        return False
+
+    def _evict_main(self) -> None:
+        main = self._main
+        while main:
+            node = main.popleft()
+            if node.queue != _MAIN:
+                continue
+            if node.freq:
+                node.freq -= 1
+                main.append(node)
+                continue
+            self._drop(node)
+            return
+        self._evict_small()
+
+    def _drop(self, node: Node) -> None:
+        node.queue = _GONE
+        del self.nodes[node.key]
+        if self._on_evict is not None:
+            self._on_evict(node)
+
+    # The mapping that every cachetools cache is.
+
+    def __getitem__(self, key: Hashable) -> Any:
+        node = self.nodes.get(key)
+        if node is None:
+            return self.__missing__(key)
+        if node.freq < _MAX_FREQ:
+            node.freq += 1
+        return node.value
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        self.put(Node(key, value))
+
+    def __delitem__(self, key: Hashable) -> None:
+        if self.remove(key) is None:
+            raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.nodes
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __repr__(self) -> str:
+        # Not the entries, as cachetools would: they are about users.
+        return f"{type(self).__name__}(maxsize={self.maxsize}, currsize={self.currsize})"
+
+    @property
+    def currsize(self) -> int:
+        return len(self.nodes)
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Evict the entry that S3-FIFO would give up next; return its key and value."""
+        evicted: list[Node] = []
+        with self._lock:
+            if not self.nodes:
+                raise KeyError(f"{type(self).__name__} is empty")
+            before, self._on_evict = self._on_evict, evicted.append
+            try:
+                self._evict()
+            finally:
+                self._on_evict = before
+        return evicted[0].key, evicted[0].value
+
+    def clear(self) -> None:
+        with self._lock:
+            for node in self.nodes.values():
+                node.queue = _GONE
+            self.nodes.clear()
+            self._small.clear()
+            self._main.clear()
+            self._small_live = 0
+            self._ghosts.clear()

@@ -1,0 +1,690 @@
+"""An in-process cache in front of a store, right under any interleaving of its callers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import copy
+import math
+import random as _random
+from collections import Counter
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from cachetools import Cache
+
+from layered_store.call import call_begins
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.coherence.contract import Invalidations, Notice
+from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
+from layered_store.errors import ConfigError, RejectedError, StoreError, UnavailableError
+from layered_store.eviction import Node, S3FIFOCache
+from layered_store.hotpath import HitCount, HotPath, Trust
+from layered_store.identity import check_user_id
+from layered_store.interface import Op, StateStore, check_snapshot
+from layered_store.layer import Layer
+from layered_store.options import Seconds, check_choice, check_count, check_seconds, check_share
+from layered_store.stats import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["Cached"]
+
+_NEVER: Final = -math.inf
+
+
+class _Entry(Node, gc=False):
+    """What is kept of one user.
+
+    Args:
+        expires: until when the hot path may answer with it; minus infinity for an absent user.
+        deadline: until when it answers at all.
+        version: of the write that left it; 0 when it was read.
+    """
+
+    expires: float = 0.0
+    deadline: float = 0.0
+    version: int = 0
+
+
+class _Failure:
+    """The error of a load, on its way to those who wait."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Stale:
+    """An old answer in place of an error, on its way to those who wait."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: StateSnapshot) -> None:
+        self.value = value
+
+
+_LEAD: Final = object()
+"""Tells a waiting caller that the load is now its own."""
+
+_AGAIN: Final = object()
+"""Tells a waiting caller that the load ended without an answer."""
+
+
+class _Flight:
+    """One load of one user, shared by all who ask meanwhile.
+
+    It is current while it stands in ``Cached._flights``. A write or delete takes it out: its
+    callers still get their answer, but no later caller joins and nothing of it is kept.
+    """
+
+    __slots__ = ("loop", "passengers", "waiters")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiters: list[asyncio.Future[Any]] | None = None
+        # Callers that wait for other users as well, and so cannot take over this load.
+        self.passengers: list[asyncio.Future[Any]] | None = None
+
+    def land(self, result: Any) -> None:
+        """Hand the result to everyone who waits."""
+        for group in (self.waiters, self.passengers):
+            if group is not None:
+                for future in group:
+                    if not future.done():
+                        future.set_result(result)
+        self.waiters = self.passengers = None
+
+    def hand_over(self) -> bool:
+        """Make the first caller who can the one that loads; False when none can."""
+        for position, future in enumerate(self.waiters or ()):
+            if not future.done():
+                self.waiters = self.waiters[position + 1 :]  # type: ignore[index]
+                future.set_result(_LEAD)
+                return True
+        self.land(_AGAIN)
+        return False
+
+
+class _Writers:
+    """The writes of one user that are under way.
+
+    Args:
+        count: how many.
+        overlapped: whether two of them ever ran at the same time.
+        noticed: the highest version that the channel told of meanwhile.
+    """
+
+    __slots__ = ("count", "noticed", "overlapped")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.overlapped = False
+        self.noticed = 0
+
+
+@dataclass(eq=False, repr=False)
+class Cached(Layer):
+    """Keep users' latest states in this process for ``ttl`` seconds.
+
+    A hit costs about twice an awaited dict lookup. Concurrent misses of one user cause one read
+    below. Within one process, reads through this layer never go back behind a write that returned:
+    a write or delete takes away what is cached and what is being loaded, before and after it runs.
+    A write that failed or was cancelled leaves nothing cached, and nothing is cached for that user
+    for 5 s, since it may still take effect.
+
+    With ``fallback``, ``inner`` is a shared cache tier and ``fallback`` the system of record: it is
+    exactly ``Cached(WriteThrough(inner, origin=fallback))``. Above a tier with an invalidation
+    channel (Redis), hits are answered only under a lease that this process's own echo over the
+    channel renews; without one, other processes' writes show after ``ttl`` at the latest.
+
+    Args:
+        inner: the store to cache, or the cache tier when ``fallback`` is given.
+        fallback: the system of record behind the cache tier.
+        ttl: seconds for which an entry answers, above 0.
+        max_entries: how many users are kept, at least 1; the least useful go first (S3-FIFO).
+        negative_ttl: seconds for which an absent user is remembered; 0 is off.
+        stale_if_error: seconds past the TTL in which an old entry answers when ``inner`` is
+            unavailable; 0 is off. Never after a write or delete of the user, nor without a lease.
+        refresh_ahead: share of the TTL after which a hit starts a refresh in the background; None
+            is off.
+        ttl_jitter: each entry's TTL is shortened by a random share up to this, so that entries
+            stored together do not expire together.
+        invalidation: ``"auto"`` uses the channel of the tier below when there is one, ``"required"``
+            refuses a stack without, ``"off"`` never does.
+        cache: any ``cachetools`` cache to keep the entries in, instead of S3-FIFO with
+            ``max_entries``. Its hits are slower.
+        random: source of the jitter.
+        clock: source of time.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Order:
+        Below ``Metrics``, above everything that talks to a backend. A ``Retry`` or ``Timeout``
+        above it costs nothing on a hit, but belongs below it, around each backend.
+
+    Cancellation:
+        A cancelled reader never cancels or fails the others: when it was the one that loads, the
+        next takes over; when nobody waits any more, the load stops.
+
+    Source:
+        Stale answers: RFC 5861. Early refresh: the ``refreshAfterWrite`` of Caffeine.
+    """
+
+    fallback: InitVar[StateStore | None] = field(default=None, kw_only=True)
+    ttl: Seconds = field(default=60.0, kw_only=True)
+    max_entries: int = field(default=10_000, kw_only=True)
+    negative_ttl: Seconds = field(default=0.0, kw_only=True)
+    stale_if_error: Seconds = field(default=0.0, kw_only=True)
+    refresh_ahead: float | None = field(default=None, kw_only=True)
+    ttl_jitter: float = field(default=0.0, kw_only=True)
+    invalidation: str = field(default="auto", kw_only=True)
+    cache: Cache[Any, Any] | None = field(default=None, kw_only=True)
+    random: _random.Random = field(default_factory=_random.Random, kw_only=True, repr=False)
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "cached"
+
+    def __post_init__(self, fallback: StateStore | None) -> None:  # type: ignore[override]
+        if isinstance(fallback, StateStore):
+            from layered_store.layers.write_through import WriteThrough  # noqa: PLC0415
+
+            self.inner = WriteThrough(self.inner, origin=fallback, clock=self.clock)
+        elif fallback is not None:
+            raise ConfigError(
+                "must be a StateStore, the system of record", option="fallback", layer=self.name
+            )
+        self.ttl = check_seconds(self.ttl, "ttl", self)
+        check_count(self.max_entries, "max_entries", self)
+        self.negative_ttl = check_seconds(self.negative_ttl, "negative_ttl", self, positive=False)
+        self.stale_if_error = check_seconds(
+            self.stale_if_error, "stale_if_error", self, positive=False
+        )
+        if self.refresh_ahead is not None:
+            check_share(self.refresh_ahead, "refresh_ahead", self, zero=False, one=False)
+        self.ttl_jitter = check_share(self.ttl_jitter, "ttl_jitter", self, one=False)
+        check_choice(self.invalidation, "invalidation", self, ("auto", "required", "off"))
+        if self.cache is not None and not isinstance(self.cache, Cache):
+            raise ConfigError(
+                "must be a cachetools cache, such as cachetools.LRUCache(1000)",
+                option="cache",
+                layer=self.name,
+            )
+        self._ttl_seconds: float = self.ttl
+        self._negative_seconds: float = self.negative_ttl
+        self._stale_seconds: float = self.stale_if_error
+        self._monotonic = self.clock.monotonic
+        self._channel: Invalidations | None = None
+        self._trust = Trust()
+        self._flights: dict[str, _Flight] = {}
+        self._writing: dict[str, _Writers] = {}
+        self._quarantine: dict[str, float] = {}
+        self._refreshes: set[asyncio.Task[None]] = set()
+        self._by_digest: dict[bytes, str] = {}
+        self._hit_counts: list[HitCount] = []
+        self._hits = self._misses = self._negative_hits = self._stale = self._errors = 0
+        self._waits = 0
+        self._removals: Counter[tuple[str, str]] = Counter()
+        own = S3FIFOCache(self.max_entries, self._on_evict) if self.cache is None else self.cache
+        self._entries: Mapping[str, _Entry]
+        self._s3: S3FIFOCache | None = own if isinstance(own, S3FIFOCache) else None
+        self._store: Cache[Any, Any] = own
+        self._entries = self._s3.nodes if self._s3 is not None else own  # type: ignore[assignment]
+        super().__post_init__()
+        if self.invalidation != "off":
+            self._channel = self.inner.capability(Invalidations)
+            if self._channel is not None:
+                self._trust.lease(_NEVER)
+                self._channel.attach(self)
+            elif self.invalidation == "required":
+                raise ConfigError(
+                    "'required' needs a tier with an invalidation channel below, such as"
+                    " WriteThrough(RedisStore(url), origin=SQLStore(url))",
+                    option="invalidation",
+                    layer=self.name,
+                )
+
+    # Reading
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        try:
+            entry = self._entries.get(user_id)
+        except TypeError:
+            check_user_id(user_id, Op.GET_LATEST)
+            raise
+        if entry is not None:
+            now = self._monotonic()
+            if now < entry.deadline and now < self._trust.lease_until:
+                return self._answer(user_id, entry)
+        flight = self._flights.get(user_id)
+        loop = asyncio.get_running_loop()
+        if flight is None:
+            flight = self._takeoff(user_id, loop)
+            return await self._lead(user_id, flight)
+        if flight.loop is loop:
+            return await self._follow(user_id, flight)
+        # Futures belong to one loop: a caller on another one loads for itself and keeps nothing.
+        return await self._lead(user_id, _Flight(loop))
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        wanted = list(user_ids)
+        for user_id in wanted:
+            check_user_id(user_id, Op.GET_LATEST_MANY)
+        loop = asyncio.get_running_loop()
+        now = self._monotonic()
+        found: dict[str, StateSnapshot | None] = dict.fromkeys(wanted)
+        led: dict[str, _Flight] = {}
+        joined: dict[str, asyncio.Future[Any]] = {}
+        for user_id in found:
+            entry = self._entries.get(user_id)
+            if entry is not None and now < entry.deadline and now < self._trust.lease_until:
+                found[user_id] = self._answer(user_id, entry)
+                continue
+            flight = self._flights.get(user_id)
+            if flight is None:
+                led[user_id] = self._takeoff(user_id, loop)
+            elif flight.loop is loop:
+                joined[user_id] = future = loop.create_future()
+                flight.passengers = [*(flight.passengers or ()), future]
+            else:
+                led[user_id] = _Flight(loop)
+        try:
+            if led:
+                found.update(await self._lead_many(led))
+            for user_id, future in joined.items():
+                self._waits += 1
+                result = await future
+                if result is _AGAIN:
+                    found[user_id] = await self.get_latest(user_id)
+                else:
+                    found[user_id] = self._received(result)
+        finally:
+            for future in joined.values():
+                future.cancel()
+        return {user_id: snapshot for user_id, snapshot in found.items() if snapshot is not None}
+
+    def _answer(self, user_id: str, entry: _Entry) -> StateSnapshot | None:
+        """Count a hit and give what the entry holds, starting a refresh when it is due."""
+        value: StateSnapshot | None = entry.value
+        if value is None:
+            self._negative_hits += 1
+            return None
+        self._hits += 1
+        if self._s3 is not None and entry.freq < 3:  # noqa: PLR2004  as the hot path does
+            entry.freq += 1
+        if entry.expires < entry.deadline and self._monotonic() >= entry.expires:
+            entry.expires = entry.deadline
+            self._refresh(user_id)
+        return value
+
+    def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Flight:
+        flight = self._flights[user_id] = _Flight(loop)
+        if self._channel is not None and isinstance(user_id, str):
+            check_user_id(user_id, Op.GET_LATEST)
+            self._by_digest[self._channel.key_of(user_id)] = user_id
+        return flight
+
+    async def _lead(
+        self, user_id: str, flight: _Flight, *, counted: bool = True
+    ) -> StateSnapshot | None:
+        """Load a user for everyone who asks meanwhile."""
+        try:
+            value = await self.inner.get_latest(user_id)
+        except Exception as exc:
+            answer = self._failed(user_id, flight, exc)
+            if answer is None:
+                if counted:
+                    self._errors += 1
+                raise
+            if counted:
+                self._stale += 1
+            return answer
+        except BaseException:
+            self._abandoned(user_id, flight)
+            raise
+        if counted:
+            self._misses += 1
+        if self._flights.get(user_id) is flight:
+            del self._flights[user_id]
+            self._keep(user_id, value)
+        if flight.waiters is not None or flight.passengers is not None:
+            flight.land(value)
+        return value
+
+    async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
+        found: dict[str, StateSnapshot | None] = {}
+        try:
+            values = await self.inner.get_latest_many(list(led))
+        except Exception as exc:
+            answers = {
+                user_id: self._failed(user_id, flight, exc) for user_id, flight in led.items()
+            }
+            if None in answers.values():
+                self._errors += len(led)
+                raise
+            self._stale += len(led)
+            return answers
+        except BaseException:
+            for user_id, flight in led.items():
+                self._abandoned(user_id, flight)
+            raise
+        self._misses += len(led)
+        for user_id, flight in led.items():
+            value = found[user_id] = values.get(user_id)
+            if self._flights.get(user_id) is flight:
+                del self._flights[user_id]
+                self._keep(user_id, value)
+            flight.land(value)
+        return found
+
+    async def _follow(self, user_id: str, flight: _Flight) -> StateSnapshot | None:
+        """Wait for another caller's load; take it over if that caller goes away."""
+        self._waits += 1
+        future: asyncio.Future[Any] = flight.loop.create_future()
+        if flight.waiters is None:
+            flight.waiters = [future]
+        else:
+            flight.waiters.append(future)
+        try:
+            result = await future
+        except BaseException:
+            # Cancelled in the very turn in which it was made the one that loads.
+            if future.done() and not future.cancelled() and future.result() is _LEAD:
+                self._abandoned(user_id, flight)
+            raise
+        if result is _LEAD:
+            return await self._lead(user_id, flight)
+        return self._received(result)
+
+    def _received(self, result: Any) -> StateSnapshot | None:
+        """Give what a flight landed with, to one of those who waited."""
+        if type(result) is _Failure:
+            self._errors += 1
+            raise _fresh(result.error)
+        if type(result) is _Stale:
+            self._stale += 1
+            return result.value
+        self._misses += 1
+        return result  # type: ignore[no-any-return]
+
+    def _failed(self, user_id: str, flight: _Flight, exc: Exception) -> StateSnapshot | None:
+        """End a load that raised; return the old entry that may answer instead, if any."""
+        current = self._flights.get(user_id) is flight
+        if current:
+            del self._flights[user_id]
+        entry = self._entries.get(user_id)
+        if (
+            self.stale_if_error
+            and current
+            and isinstance(exc, UnavailableError | RejectedError)
+            and entry is not None
+            and entry.value is not None
+            and (now := self._monotonic()) < entry.deadline + self._stale_seconds
+            and now < self._trust.lease_until
+        ):
+            flight.land(_Stale(entry.value))
+            return entry.value  # type: ignore[no-any-return]
+        self._unindex(user_id)
+        flight.land(_Failure(exc))
+        return None
+
+    def _abandoned(self, user_id: str, flight: _Flight) -> None:
+        """The loading caller was cancelled: the next one loads, or nobody."""
+        if not flight.hand_over() and self._flights.get(user_id) is flight:
+            del self._flights[user_id]
+            self._unindex(user_id)
+
+    def _refresh(self, user_id: str) -> None:
+        """Load a user in the background, unless somebody is loading or writing it already."""
+        if user_id in self._flights or user_id in self._writing:
+            return
+        loop = asyncio.get_running_loop()
+        # A context of its own: the refresh is nobody's call.
+        task = loop.create_task(
+            self._refresh_quietly(user_id, self._takeoff(user_id, loop)),
+            context=contextvars.Context(),
+        )
+        self._refreshes.add(task)
+        task.add_done_callback(self._refreshes.discard)
+
+    async def _refresh_quietly(self, user_id: str, flight: _Flight) -> None:
+        # The entry answers until its deadline whatever happens here; then a caller sees the error.
+        with contextlib.suppress(Exception):
+            await self._lead(user_id, flight, counted=False)
+
+    # Writing
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        check_snapshot(snapshot, self.snapshot_type)
+        user_id = snapshot.user_id
+        self._write_begins(user_id)
+        try:
+            with call_begins(self.clock) as call:
+                await self.inner.upsert_latest(snapshot)
+        except BaseException as exc:
+            self._write_failed(user_id, exc)
+            raise
+        self._write_ends(user_id, snapshot, call.version, kept=not call.superseded)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        for snapshot in batch:
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        last = {snapshot.user_id: snapshot for snapshot in batch}
+        for user_id in last:
+            self._write_begins(user_id)
+        try:
+            with call_begins(self.clock) as call:
+                await self.inner.upsert_latest_many(batch)
+        except BaseException as exc:
+            for user_id in last:
+                self._write_failed(user_id, exc)
+            raise
+        for user_id, snapshot in last.items():
+            self._write_ends(user_id, snapshot, 0, kept=not call.superseded)
+
+    async def delete(self, user_id: str) -> None:
+        check_user_id(user_id, Op.DELETE)
+        self._write_begins(user_id)
+        try:
+            await self.inner.delete(user_id)
+        except BaseException as exc:
+            self._write_failed(user_id, exc)
+            raise
+        self._write_ends(user_id, None, 0)
+
+    def _write_begins(self, user_id: str) -> None:
+        """Take away what is cached or being loaded: from here on it may be old."""
+        self._detach(user_id)
+        writers = self._writing.get(user_id)
+        if writers is None:
+            writers = self._writing[user_id] = _Writers()
+            if self._channel is not None:
+                self._by_digest[self._channel.key_of(user_id)] = user_id
+        else:
+            writers.overlapped = True
+        writers.count += 1
+
+    def _write_ends(
+        self, user_id: str, snapshot: StateSnapshot | None, version: int, *, kept: bool = True
+    ) -> None:
+        """Keep what was written, if this write alone knows what the store holds now."""
+        self._detach(user_id)
+        writers = self._leave(user_id)
+        known = kept and not writers.overlapped and writers.noticed <= version
+        if known and (version or self._channel is None):
+            self._keep(user_id, snapshot, version)
+
+    def _write_failed(self, user_id: str, exc: BaseException) -> None:
+        """Keep nothing; and for a while nothing at all, when the write may still take effect."""
+        self._detach(user_id)
+        self._leave(user_id)
+        if isinstance(exc, NOT_HAPPENED):
+            return
+        now = self._monotonic()
+        self._quarantine.pop(user_id, None)
+        self._quarantine[user_id] = now + QUARANTINE_SECONDS
+        while self._quarantine[first := next(iter(self._quarantine))] <= now:
+            del self._quarantine[first]
+
+    def _leave(self, user_id: str) -> _Writers:
+        writers = self._writing[user_id]
+        writers.count -= 1
+        if not writers.count:
+            del self._writing[user_id]
+            self._unindex(user_id)
+        return writers
+
+    def _detach(self, user_id: str, reason: str = "write") -> None:
+        self._flights.pop(user_id, None)
+        if self._remove(user_id):
+            self._removals["invalidations", reason] += 1
+
+    # Entries
+
+    def _keep(self, user_id: str, value: StateSnapshot | None, version: int = 0) -> None:
+        """Store what a load or a lone write found, unless something makes it doubtful."""
+        lifetime = self._ttl_seconds if value is not None else self._negative_seconds
+        if not lifetime or user_id in self._writing or self._quarantined(user_id) or self._closed:
+            self._remove(user_id)
+            self._unindex(user_id)
+            return
+        if self.ttl_jitter:
+            lifetime *= 1.0 - self.ttl_jitter * self.random.random()
+        now = self._monotonic()
+        deadline = now + lifetime
+        if value is None:
+            expires = _NEVER
+        elif self.refresh_ahead is None:
+            expires = deadline
+        else:
+            expires = now + lifetime * self.refresh_ahead
+        entry = _Entry(user_id, value, 0, 0, expires, deadline, version)
+        if self._channel is not None:
+            self._by_digest[self._channel.key_of(user_id)] = user_id
+        if self._s3 is not None:
+            for old in list(self._s3.oldest()):
+                if old.deadline + self._stale_seconds <= now:  # type: ignore[attr-defined]
+                    self._s3.remove(old.key)
+                    self._removals["cache_evictions", "expired"] += 1
+                    self._unindex(old.key)
+            self._s3.put(entry)
+            return
+        try:
+            self._store[user_id] = entry
+        except ValueError:  # larger than the given cache takes
+            self._store.pop(user_id, None)
+
+    def _remove(self, user_id: str) -> bool:
+        if self._s3 is not None:
+            return self._s3.remove(user_id) is not None
+        return self._store.pop(user_id, None) is not None
+
+    def _quarantined(self, user_id: str) -> bool:
+        until = self._quarantine.get(user_id) if self._quarantine else None
+        return until is not None and self._monotonic() < until
+
+    def _on_evict(self, node: Node) -> None:
+        self._removals["cache_evictions", "size"] += 1
+        self._unindex(node.key)
+
+    def _unindex(self, user_id: str) -> None:
+        """Forget the digest of a user of whom nothing is held, loaded or written."""
+        if (
+            self._channel is not None
+            and user_id not in self._entries
+            and user_id not in self._flights
+            and user_id not in self._writing
+        ):
+            self._by_digest.pop(self._channel.key_of(user_id), None)
+
+    # What the invalidation channel tells (coherence.LeasedCache)
+
+    def invalidate(self, notice: Notice) -> None:
+        user_id = self._by_digest.get(notice.digest)
+        if user_id is None:
+            return
+        if (writers := self._writing.get(user_id)) is not None:
+            writers.noticed = max(writers.noticed, notice.version)
+        entry = self._entries.get(user_id)
+        if entry is not None and entry.version >= notice.version:
+            return
+        self._detach(user_id, "channel")
+        self._unindex(user_id)
+
+    def distrust(self) -> None:
+        self._removals["invalidations", "distrust"] += len(self._entries)
+        self._flights.clear()
+        self._store.clear()
+        for writers in self._writing.values():
+            writers.overlapped = True
+        self._by_digest = {
+            digest: user_id
+            for digest, user_id in self._by_digest.items()
+            if user_id in self._writing
+        }
+
+    def lease(self, until: float) -> None:
+        self._trust.lease(until)
+
+    # The rest of a layer
+
+    def hot_path(self) -> HotPath | None:
+        if self._s3 is None:
+            return None
+        return HotPath(self._s3.nodes, self._trust, self._monotonic, (self,))  # type: ignore[arg-type]
+
+    def attach_hits(self, count: HitCount) -> None:
+        self._hit_counts.append(count)
+
+    def samples(self) -> Iterable[Sample]:
+        hits = self._hits + sum(count.read() for count in self._hit_counts)
+        yield Sample("reads", hits, ("hit",))
+        yield Sample("reads", self._misses, ("miss",))
+        yield Sample("reads", self._negative_hits, ("negative_hit",))
+        yield Sample("reads", self._stale, ("stale",))
+        yield Sample("reads", self._errors, ("error",))
+        yield Sample("read_waits", self._waits)
+        yield Sample("cache_entries", len(self._entries))
+        for (metric, reason), value in list(self._removals.items()):
+            yield Sample(metric, value, (reason,))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what ``describe`` says of this block: the worst-case staleness."""
+        if self._channel is not None:
+            return (
+                "other processes' writes show within the delivery time of the channel; lease 1 s",
+            )
+        return (f"other processes' writes show after {self._ttl_seconds:g} s at the latest",)
+
+    async def aclose(self) -> None:
+        self._refuse_operations()
+        if self._channel is not None:
+            self._channel.detach(self)
+        self._store.clear()
+        self._by_digest.clear()
+        tasks = list(self._refreshes)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._close_children()
+
+
+def _fresh(error: Exception) -> Exception:
+    """Return an error of one's own for one more caller: a shared one would mix up tracebacks."""
+    if isinstance(error, StoreError):
+        return error.fresh()
+    try:
+        twin = copy.copy(error)
+    except Exception:  # noqa: BLE001  an exception class that cannot be copied
+        return error
+    if type(twin) is not type(error) or twin.args != error.args:
+        return error
+    twin.__cause__ = error
+    return twin

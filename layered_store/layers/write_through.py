@@ -1,0 +1,216 @@
+"""A shared cache tier in front of the system of record."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from layered_store.call import call_begins
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.coherence.contract import Authority
+from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
+from layered_store.errors import ConfigError, StoreError
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.identity import check_user_id
+from layered_store.interface import Op, StateStore, check_snapshot
+from layered_store.layer import Layer
+from layered_store.options import check_store
+from layered_store.stats import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["WriteThrough"]
+
+
+@dataclass(eq=False, repr=False)
+class WriteThrough(Layer):
+    """Read from a cache tier, keep the truth in the system of record.
+
+    Reads try ``inner``, then ``origin``, and fill ``inner``. Writes are acknowledged when
+    ``origin`` has them; ``inner`` follows. When ``inner`` is down, reads and writes go on from
+    ``origin``, and what changed meanwhile is not read from ``inner`` until it was repaired there.
+    The history is the origin's.
+
+    Args:
+        inner: the cache tier; give it a short time limit of its own.
+        origin: the system of record: it alone acknowledges writes and fixes their order.
+        clock: source of time.
+
+    Raises:
+        ConfigError: ``inner`` and ``origin`` keep different classes of snapshots.
+        ErasureIncompleteError: from ``delete``, when ``inner`` may still hold the user.
+
+    Order:
+        Below ``Cached``; ``Retry``, ``Timeout`` and ``CircuitBreaker`` belong around ``inner`` and
+        around ``origin`` separately, since they fail separately.
+
+    Cancellation:
+        A cancelled write may have reached ``origin``; the copy in ``inner`` is then doubtful and
+        not read until it was repaired.
+    """
+
+    origin: StateStore = field(kw_only=True)
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "write_through"
+
+    def __post_init__(self) -> None:
+        check_store(self.origin, "origin", self)
+        super().__post_init__()
+        if self.inner.snapshot_type is not self.origin.snapshot_type:
+            raise ConfigError(
+                "inner and origin must be built with the same snapshot_type=",
+                option="snapshot_type",
+                layer=self.name,
+            )
+        self._copies = LocalCopies(self.inner, self.clock)
+        self._authority = self.origin.capability(Authority)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        check_user_id(user_id, Op.GET_LATEST)
+        snapshot, answered = await self._copies.read(user_id)
+        if snapshot is not None:
+            return snapshot
+        mark = self._copies.watch(user_id) if answered else None
+        try:
+            snapshot = await self.origin.get_latest(user_id)
+        except BaseException:
+            self._copies.unwatch(user_id, mark)
+            raise
+        await self._copies.fill(user_id, snapshot, mark)
+        return snapshot
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        wanted = list(dict.fromkeys(user_ids))
+        for user_id in wanted:
+            check_user_id(user_id, Op.GET_LATEST_MANY)
+        found, answered = await self._copies.read_many(wanted)
+        missing = [user_id for user_id in wanted if user_id not in found]
+        if not missing:
+            return found
+        marks = {user_id: self._copies.watch(user_id) if answered else None for user_id in missing}
+        try:
+            loaded = await self.origin.get_latest_many(missing)
+            found.update(loaded)
+            while marks:
+                user_id, mark = marks.popitem()
+                await self._copies.fill(user_id, loaded.get(user_id), mark)
+        finally:
+            for user_id, mark in marks.items():
+                self._copies.unwatch(user_id, mark)
+        return {user_id: found[user_id] for user_id in wanted if user_id in found}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        check_snapshot(snapshot, self.snapshot_type)
+        user_id = snapshot.user_id
+        with call_begins(self.clock):
+            turn = await self._copies.begin(user_id)
+            try:
+                # Until the copy was changed with success, nobody may read it.
+                self._copies.doubt(user_id)
+                try:
+                    stands = await self._write(snapshot)
+                except BaseException as exc:
+                    self._unknown(user_id, exc)
+                    raise
+                await self._copies.put(user_id, stands)
+            finally:
+                self._copies.end(user_id, turn)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        for snapshot in batch:
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        with call_begins(self.clock):
+            turns = {}
+            try:
+                # In one order everywhere, so that two batches never wait for each other.
+                for user_id in sorted({snapshot.user_id for snapshot in batch}):
+                    turns[user_id] = await self._copies.begin(user_id)
+                for user_id in turns:
+                    self._copies.doubt(user_id)
+                try:
+                    stands = await self._write_many(batch)
+                except BaseException as exc:
+                    for user_id in turns:
+                        self._unknown(user_id, exc)
+                    raise
+                for user_id in turns:
+                    await self._copies.put(user_id, stands[user_id])
+            finally:
+                for user_id, turn in turns.items():
+                    self._copies.end(user_id, turn)
+
+    async def delete(self, user_id: str) -> None:
+        check_user_id(user_id, Op.DELETE)
+        turn = await self._copies.begin(user_id)
+        try:
+            self._copies.doubt(user_id)
+            try:
+                await self.origin.delete(user_id)
+            except BaseException as exc:
+                self._unknown(user_id, exc)
+                raise
+            await self._copies.bury(user_id)
+        finally:
+            self._copies.end(user_id, turn)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await self.origin.get_history(user_id, limit)
+
+    async def health_report(self) -> HealthReport:
+        tier, origin = await asyncio.gather(self.inner.health_report(), self.origin.health_report())
+        if origin.status is HealthStatus.UNHEALTHY:
+            status, message = origin.status, "the system of record is down"
+        elif tier.status is HealthStatus.UNHEALTHY:
+            status, message = HealthStatus.DEGRADED, "the cache tier is down"
+        else:
+            status, message = min(tier.status, origin.status, key=lambda s: s.level), ""
+        latency = max(tier.latency_ms, origin.latency_ms)
+        return HealthReport(self.name, status, latency, message, (tier, origin))
+
+    async def open(self) -> None:
+        tier, origin = await asyncio.gather(
+            self.inner.open(), self.origin.open(), return_exceptions=True
+        )
+        if isinstance(origin, BaseException):
+            raise origin
+        # Without its cache tier the stack serves all the same, so that one may come up later.
+        if isinstance(tier, BaseException) and not isinstance(tier, StoreError):
+            raise tier
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        return self.origin.snapshot_type
+
+    def children(self) -> Mapping[str, StateStore]:
+        return {"inner": self.inner, "origin": self.origin}
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample("reads", self._copies.hits, ("hit",))
+        yield Sample("reads", self._copies.misses, ("miss",))
+        yield Sample("reads", self._copies.errors, ("error",))
+        yield Sample("pending_repairs", self._copies.pending)
+
+    def _unknown(self, user_id: str, exc: BaseException) -> None:
+        """Note a write of the origin that failed and may still take effect."""
+        if not isinstance(exc, NOT_HAPPENED):
+            self._copies.doubt(user_id, quarantine=True)
+
+    async def _write(self, snapshot: StateSnapshot) -> StateSnapshot | None:
+        """Write to the origin; return what it holds for the user afterwards."""
+        if self._authority is None:
+            await self.origin.upsert_latest(snapshot)
+            return snapshot
+        return (await self._authority.write(snapshot)).snapshot
+
+    async def _write_many(self, batch: list[StateSnapshot]) -> Mapping[str, StateSnapshot | None]:
+        if self._authority is None:
+            await self.origin.upsert_latest_many(batch)
+            return {snapshot.user_id: snapshot for snapshot in batch}
+        records = await self._authority.write_many(batch)
+        return {user_id: record.snapshot for user_id, record in records.items()}
