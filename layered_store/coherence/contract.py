@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 from layered_store.interface import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from layered_store.identity import digest_function
     from layered_store.layer import AroundLayer
@@ -28,9 +29,11 @@ __all__ = [
     "Capability",
     "Change",
     "Changes",
+    "Holders",
     "Invalidations",
     "LeasedCache",
     "Notice",
+    "Pass",
     "Ticket",
     "TierRead",
     "Versioned",
@@ -89,15 +92,14 @@ class Ticket(NamedTuple):
     A copy may be stored only with a ticket taken before the record was read or written.
 
     Args:
-        token: allows creating a copy that is not there, as long as nobody wrote since; empty when
-            the tier holds a copy (which can only be replaced by a newer one) or is not trusted.
+        token: stands in the tier in place of a copy that is not there; whoever still finds it
+            there knows that nobody wrote since. Empty when the tier holds a copy, which can only
+            be replaced by a newer one.
         generation: the tier's generation at that moment.
-        server: the server that gave it (its run id).
     """
 
     token: bytes
     generation: bytes
-    server: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +108,63 @@ class TierRead:
 
     Args:
         found: the copy, if there is one that may be believed; its snapshot is None for a tombstone.
-        ticket: what a fill needs when ``found`` is None.
+        ticket: what a fill or a write needs; None while the tier is not trusted.
+        trusted: whether the tier may be believed now.
     """
 
-    found: Versioned | None
+    found: Versioned | None = None
     ticket: Ticket | None = None
+    trusted: bool = False
+
+
+class Holders(NamedTuple):
+    """Who may still answer from a cache in its own process.
+
+    Args:
+        now: the tier's clock, in seconds, when this was read.
+        since: for how long the register of holders is whole, in seconds; a holder that was
+            registered earlier may be missing.
+        others: by process, until when its lease runs and up to which moment it has acknowledged
+            all messages, both on the tier's clock.
+    """
+
+    now: float
+    since: float
+    others: Mapping[str, tuple[float, float]]
+
+
+class Pass(NamedTuple):
+    """A repair pass that was begun.
+
+    Args:
+        began: the tier's clock, in seconds.
+        generation: the generation that is being repaired.
+        cursor: up to where the authority's changes are known to be in the tier.
+        fresh: whether the generation is new, so that no copy of an earlier one counts.
+    """
+
+    began: float
+    generation: bytes
+    cursor: str
+    fresh: bool
 
 
 class Notice(NamedTuple):
-    """One message of the invalidation channel: this user's record has this version now."""
+    """One message of the invalidation channel.
+
+    Args:
+        digest: whose record changed; empty for a process's own echo or for everybody's.
+        version: which version it has now.
+        erased: whether it is a tombstone now.
+        sent: the tier's clock when it was published, in seconds.
+        echo: the process whose ping this answers, whose number is ``version``; empty for a change.
+    """
 
     digest: bytes
     version: int
-    erased: bool
+    erased: bool = False
+    sent: float = 0.0
+    echo: str = ""
 
 
 class Capability(ABC):
@@ -247,15 +293,15 @@ class Authority(Capability):
 class CacheTier(Capability):
     """A shared cache that several processes keep in step with one authority.
 
-    Every method names its place in the protocol (``docs/notes/0002-coherence.md``). All of them
+    Every method names its step of the protocol (``docs/notes/0002-coherence.md``). All of them
     raise :class:`UnavailableError` when the tier cannot be reached.
     """
 
     operations: ClassVar[Mapping[str, Op]] = {
         "read": Op.GET_LATEST,
         "read_many": Op.GET_LATEST_MANY,
-        "prepare": Op.UPSERT_LATEST,
-        "fill": Op.GET_LATEST,
+        "ticket": Op.GET_LATEST,
+        "fill": Op.UPSERT_LATEST,
         "put": Op.UPSERT_LATEST,
         "bury": Op.DELETE,
     }
@@ -270,29 +316,72 @@ class CacheTier(Capability):
     def tier_name(self) -> str:
         """The name under which an authority keeps this tier's erasure debts."""
 
+    @property
+    @abstractmethod
+    def has_channel(self) -> bool:
+        """Whether :meth:`listen` works here."""
+
     @abstractmethod
     async def read(self, user_id: str) -> TierRead:
-        """READ: a copy if the tier is trusted now, else a ticket for filling."""
+        """READ: the copy, if the tier is trusted now and holds one of its generation."""
 
     @abstractmethod
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         """READ for several users."""
 
     @abstractmethod
-    async def prepare(self, user_id: str) -> Ticket:
-        """PREPARE: a ticket for :meth:`put`, taken before the authority commits."""
+    async def ticket(self, user_id: str) -> Ticket | None:
+        """TICKET: what a fill or put needs, taken before the authority is asked; None: untrusted."""
 
     @abstractmethod
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
-        """FILL: store a copy that was read from the authority after ``ticket`` was given."""
+        """FILL: store what was read from the authority, if the token still stands there."""
 
     @abstractmethod
-    async def put(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
-        """PUT: after a commit, raise the copy to ``record`` and tell all processes."""
+    async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
+        """PUT: after a commit, raise the copy to ``record`` or remove it, and tell all processes."""
 
     @abstractmethod
-    async def bury(self, user_id: str, version: int) -> None:
+    async def bury(self, user_id: str, version: int, me: str) -> Holders:
         """BURY: after an erasure, replace any copy by a tombstone and tell all processes."""
+
+    @abstractmethod
+    async def holders(self, user_id: str, me: str) -> Holders:
+        """HOLDERS: who else holds a lease now."""
+
+    @abstractmethod
+    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:
+        """BEGIN: start a repair pass; None while another process is at it.
+
+        Args:
+            me: this process.
+            head: the authority's head, read before; the cursor of a new generation.
+            seconds: for how long nobody else begins one.
+        """
+
+    @abstractmethod
+    async def renew(self, generation: bytes, head: str) -> None:
+        """RENEW: start a new generation at ``head``: no copy stored before counts any more."""
+
+    @abstractmethod
+    async def repair(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """REPAIR: remove copies and tokens older than these, tell all processes of the rest.
+
+        Returns those for which something had to be done.
+        """
+
+    @abstractmethod
+    async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
+        """STAMP: trust the tier until so long after the pass began; False when it is too late."""
+
+    @abstractmethod
+    async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
+        """PING: publish this process's echo, register its lease; return for how long (seconds) the
+        tier is trusted still, 0 when it is not."""
+
+    @abstractmethod
+    def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
+        """Subscribe; the block begins when the subscription stands, the iterator ends by raising."""
 
 
 class LeasedCache(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.contract import Authority
+from layered_store.coherence.contract import Authority, CacheTier, Invalidations
+from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
 from layered_store.errors import ConfigError, StoreError
 from layered_store.health import HealthReport, HealthStatus
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["WriteThrough"]
+
+C = TypeVar("C")
 
 
 @dataclass(eq=False, repr=False)
@@ -69,9 +72,22 @@ class WriteThrough(Layer):
             )
         self._copies = LocalCopies(self.inner, self.clock)
         self._authority = self.origin.capability(Authority)
+        # With versions on both sides many processes agree; without, this one process does.
+        self._guard: GuardedCopies | None = None
+        tier = self.inner.capability(CacheTier)
+        if tier is not None and self._authority is not None:
+            if tier.digest.fingerprint != self._authority.digest.fingerprint:
+                raise ConfigError(
+                    "inner and origin must be built with the same digest_key=",
+                    option="digest_key",
+                    layer=self.name,
+                )
+            self._guard = GuardedCopies(tier, self._authority, self.clock)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST)
+        if self._guard is not None:
+            return await self._guard.get_latest(user_id)
         snapshot, answered = await self._copies.read(user_id)
         if snapshot is not None:
             return snapshot
@@ -88,6 +104,8 @@ class WriteThrough(Layer):
         wanted = list(dict.fromkeys(user_ids))
         for user_id in wanted:
             check_user_id(user_id, Op.GET_LATEST_MANY)
+        if self._guard is not None:
+            return await self._guard.get_latest_many(wanted)
         found, answered = await self._copies.read_many(wanted)
         missing = [user_id for user_id in wanted if user_id not in found]
         if not missing:
@@ -108,6 +126,9 @@ class WriteThrough(Layer):
         check_snapshot(snapshot, self.snapshot_type)
         user_id = snapshot.user_id
         with call_begins(self.clock):
+            if self._guard is not None:
+                await self._guard.upsert_latest(snapshot)
+                return
             turn = await self._copies.begin(user_id)
             try:
                 # Until the copy was changed with success, nobody may read it.
@@ -126,6 +147,9 @@ class WriteThrough(Layer):
         for snapshot in batch:
             check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
         with call_begins(self.clock):
+            if self._guard is not None:
+                await self._guard.upsert_latest_many(batch)
+                return
             turns = {}
             try:
                 # In one order everywhere, so that two batches never wait for each other.
@@ -147,6 +171,9 @@ class WriteThrough(Layer):
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
+        if self._guard is not None:
+            await self._guard.delete(user_id)
+            return
         turn = await self._copies.begin(user_id)
         try:
             self._copies.doubt(user_id)
@@ -190,11 +217,31 @@ class WriteThrough(Layer):
     def children(self) -> Mapping[str, StateStore]:
         return {"inner": self.inner, "origin": self.origin}
 
+    def capability(self, kind: type[C]) -> C | None:
+        if kind is Invalidations and self._guard is not None and self._guard.has_channel:
+            return cast("C", self._guard)
+        return super().capability(kind)
+
     def samples(self) -> Iterable[Sample]:
-        yield Sample("reads", self._copies.hits, ("hit",))
-        yield Sample("reads", self._copies.misses, ("miss",))
-        yield Sample("reads", self._copies.errors, ("error",))
-        yield Sample("pending_repairs", self._copies.pending)
+        copies = self._copies if self._guard is None else self._guard
+        yield Sample("reads", copies.hits, ("hit",))
+        yield Sample("reads", copies.misses, ("miss",))
+        yield Sample("reads", copies.errors, ("error",))
+        yield Sample("pending_repairs", copies.pending)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what ``describe`` says of this block: how processes agree."""
+        if self._guard is not None:
+            return (
+                "versioned: other processes' writes show at once, or within 0.25 s after a crash",
+            )
+        return ("no versions below: right within this process only",)
+
+    async def aclose(self) -> None:
+        self._refuse_operations()
+        if self._guard is not None:
+            await self._guard.aclose()
+        await self._close_children()
 
     def _unknown(self, user_id: str, exc: BaseException) -> None:
         """Note a write of the origin that failed and may still take effect."""
