@@ -143,6 +143,7 @@ class ConfigError(StoreError, ValueError):
         path: dotted place in a config file, such as ``"store.inner.ttl"``; set by the loader.
         suggestion: the nearest valid name, when there is one.
         layer: name of the class whose option it is.
+        problems: all errors of a config file, when it has several; empty otherwise.
     """
 
     def __init__(
@@ -153,13 +154,18 @@ class ConfigError(StoreError, ValueError):
         path: str | None = None,
         suggestion: str | None = None,
         layer: str | None = None,
+        problems: Iterable[ConfigError] = (),
     ) -> None:
         super().__init__(message, layer=layer)
         self.option = option
         self.path = path
         self.suggestion = suggestion
+        self.problems = tuple(problems)
 
     def __str__(self) -> str:
+        if self.problems:
+            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            return f"{self.message}{lines}"
         where = self.path or ".".join(part for part in (self.layer, self.option) if part)
         text = f"{where}: {self.message}" if where else self.message
         return f"{text} (did you mean {self.suggestion!r}?)" if self.suggestion else text
