@@ -1,0 +1,288 @@
+"""Every statement of the store, built once per store, and what differs between databases.
+
+The change log needs positions that no later commit undercuts:
+
+* PostgreSQL: the transaction's 64-bit id. A page ends below the oldest id still running
+  (``pg_snapshot_xmin``), so nothing below it can be committed later.
+* SQLite: a counter row, raised inside ``BEGIN IMMEDIATE``, which admits one writer at a time.
+* MariaDB, MySQL: the same counter row; it is locked right before the last statements of a
+  transaction, so commits happen in the order of positions. The alternative, database time with an
+  overlap, needs a bound on how long a commit can take, and there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+if TYPE_CHECKING:
+    from layered_store.stores.sql.schema import Tables
+
+__all__ = ["FAMILIES", "Statements"]
+
+FAMILIES: Final = {"sqlite": "sqlite", "postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+"""What a SQLAlchemy dialect name counts as."""
+
+_COUNTER_ROW: Final = 1
+_BEGIN: Final = {
+    # A reader that turns writer is refused at once however long busy_timeout is: writers begin so.
+    "sqlite": ("BEGIN IMMEDIATE",),
+    # Each statement must see what was committed while it waited for a lock.
+    "postgresql": ("BEGIN ISOLATION LEVEL READ COMMITTED",),
+    # Without it, locking a missing row locks a gap, and two such writers deadlock.
+    "mysql": ("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "START TRANSACTION"),
+}
+_NOW_US: Final = {
+    "postgresql": "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
+    "mysql": "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))",
+}
+_XID: Final = "pg_current_xact_id()::text::bigint"
+_XMIN: Final = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+
+
+@dataclass(slots=True)
+class Statements:
+    """The statements for one kind of database.
+
+    Args:
+        tables: the tables they speak of.
+        family: ``sqlite``, ``postgresql`` or ``mysql`` (MariaDB too).
+    """
+
+    tables: Tables
+    family: str
+    begin: tuple[str, ...] = field(init=False)
+    host_time: bool = field(init=False)
+    counted: bool = field(init=False)
+    read: Any = field(init=False)
+    read_many: Any = field(init=False)
+    lock: Any = field(init=False)
+    place: Any = field(init=False)
+    seen: Any = field(init=False)
+    advance: Any = field(init=False)
+    position: Any = field(init=False)
+    start_counter: Any = field(init=False)
+    store: Any = field(init=False)
+    bury: Any = field(init=False)
+    append: Any = field(init=False)
+    trim: Any = field(init=False)
+    trim_aged: Any = field(init=False)
+    forget: Any = field(init=False)
+    history: Any = field(init=False)
+    debts: Any = field(init=False)
+    owe: Any = field(init=False)
+    now: Any = field(init=False)
+    horizon: Any = field(init=False)
+    changes: Any = field(init=False)
+    purgeable: Any = field(init=False)
+    purge: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin = _BEGIN[self.family]
+        self.host_time = self.family == "sqlite"
+        self.counted = self.family != "postgresql"
+        latest, history, counter = self.tables.latest, self.tables.history, self.tables.counter
+        now_us: Any = (
+            bindparam("now_us", type_=BigInteger)
+            if self.host_time
+            else literal_column(_NOW_US[self.family], BigInteger)
+        )
+        position: Any = (
+            bindparam("at_position", type_=BigInteger)
+            if self.counted
+            else literal_column(_XID, BigInteger)
+        )
+        digest = bindparam("at_digest", type_=latest.c.digest.type)
+        digests = bindparam("digests", type_=latest.c.digest.type, expanding=True)
+        write_ids = bindparam("write_ids", type_=latest.c.digest.type, expanding=True)
+
+        self.read = select(latest.c.user_id, latest.c.version, latest.c.payload).where(
+            latest.c.digest == digest
+        )
+        self.read_many = select(
+            latest.c.digest, latest.c.user_id, latest.c.version, latest.c.payload
+        ).where(latest.c.digest.in_(digests))
+        # Rows are locked in one order everywhere, so that two batches cannot wait for each other.
+        self.lock = (
+            select(
+                latest.c.digest,
+                latest.c.user_id,
+                latest.c.version,
+                latest.c.payload,
+                latest.c.erased_version,
+                latest.c.erased_at,
+                latest.c.debts,
+                latest.c.updated_at_unix_ms,
+                now_us.label("now_us"),
+            )
+            .where(latest.c.digest.in_(digests))
+            .order_by(latest.c.digest)
+            .with_for_update()
+        )
+        self.place = self._placeholder(latest, now_us)
+        self.seen = select(history.c.digest, history.c.write_id).where(
+            history.c.digest.in_(digests), history.c.write_id.in_(write_ids)
+        )
+        self.advance = (
+            update(counter)
+            .where(counter.c.id == _COUNTER_ROW)
+            .values(position=counter.c.position + 1)
+        )
+        self.position = select(counter.c.position).where(counter.c.id == _COUNTER_ROW)
+        self.start_counter = self._ignoring(counter, "id").values(id=_COUNTER_ROW, position=1)
+        self.store = (
+            update(latest)
+            .where(latest.c.digest == digest)
+            .values(
+                user_id=bindparam("to_user_id"),
+                version=bindparam("to_version"),
+                payload=bindparam("to_payload"),
+                write_id=bindparam("to_write_id"),
+                updated_at_unix_ms=bindparam("to_updated"),
+                position=position,
+                purge_at=None,
+            )
+        )
+        self.bury = (
+            update(latest)
+            .where(latest.c.digest == digest)
+            .values(
+                user_id=None,
+                payload=None,
+                write_id=None,
+                updated_at_unix_ms=None,
+                version=bindparam("to_version"),
+                erased_version=bindparam("to_version"),
+                erased_at=now_us,
+                purge_at=now_us + bindparam("kept_us", type_=BigInteger),
+                debts=bindparam("to_debts"),
+                position=position,
+            )
+        )
+        self.append = insert(history)
+        self.trim = delete(history).where(
+            history.c.digest == digest,
+            history.c.version <= bindparam("floor", type_=BigInteger),
+        )
+        self.trim_aged = delete(history).where(
+            history.c.digest == digest,
+            or_(
+                history.c.version <= bindparam("floor", type_=BigInteger),
+                history.c.recorded_at < bindparam("cutoff", type_=BigInteger),
+            ),
+        )
+        self.forget = delete(history).where(history.c.digest == digest)
+        self.history = (
+            select(history.c.payload)
+            .where(
+                history.c.digest == digest,
+                history.c.payload.is_not(None),
+                history.c.recorded_at >= now_us - bindparam("max_age_us", type_=BigInteger),
+            )
+            .order_by(history.c.version.desc())
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        self.debts = select(latest.c.debts, latest.c.erased_version).where(
+            latest.c.digest == digest
+        )
+        self.owe = (
+            update(latest).where(latest.c.digest == digest).values(debts=bindparam("to_debts"))
+        )
+        self.now = select(now_us)
+        end = (
+            select(counter.c.position + 1).where(counter.c.id == _COUNTER_ROW).scalar_subquery()
+            if self.counted
+            else literal_column(_XMIN, BigInteger)
+        )
+        self.horizon = select(end.label("horizon"), now_us.label("now_us"))
+        after = bindparam("after_position", type_=BigInteger)
+        self.changes = (
+            select(latest.c.digest, latest.c.version, latest.c.user_id, latest.c.position)
+            .where(
+                or_(
+                    latest.c.position > after,
+                    and_(
+                        latest.c.position == after,
+                        latest.c.digest
+                        > bindparam("after_digest", type_=latest.c.digest.type),
+                    ),
+                ),
+                latest.c.position < bindparam("horizon", type_=BigInteger),
+                latest.c.position > 0,
+            )
+            .order_by(latest.c.position, latest.c.digest)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        due = bindparam("due", type_=BigInteger)
+        paid = or_(latest.c.debts.is_(None), latest.c.debts == "[]")
+        self.purgeable = (
+            select(latest.c.digest)
+            .where(latest.c.purge_at < due, paid)
+            .order_by(latest.c.purge_at)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        self.purge = delete(latest).where(latest.c.digest == digest, latest.c.purge_at < due)
+
+    def _ignoring(self, table: Any, key: str) -> Any:
+        """Return an insert that leaves a row that is there as it is."""
+        if self.family == "mysql":
+            # Not INSERT IGNORE, which also turns other errors into warnings.
+            return mysql.insert(table).on_duplicate_key_update({key: table.c[key]})
+        dialect: Any = sqlite if self.family == "sqlite" else postgresql
+        return dialect.insert(table).on_conflict_do_nothing()
+
+    def _placeholder(self, latest: Any, now_us: Any) -> Any:
+        """Return the insert that gives a new user a row to lock.
+
+        Nobody sees it: the transaction fills it before it commits. Versions begin at the
+        database's milliseconds, so that a user whose tombstone was forgotten goes on growing.
+        """
+        if self.family == "mysql":
+            start: Any = literal_column(f"{_NOW_US['mysql']} DIV 1000 - 1", BigInteger)
+        elif self.family == "postgresql":
+            start = literal_column(f"{_NOW_US['postgresql']} / 1000 - 1", BigInteger)
+        else:
+            start = bindparam("start_version", type_=BigInteger)
+        return self._ignoring(latest, "digest").values(
+            digest=bindparam("at_digest"), version=start, position=0
+        )
+
+    async def create(self, connection: Any) -> None:
+        """Create the missing tables; safe when several processes do it at once."""
+        metadata = self.tables.metadata
+        name = self.tables.latest.name
+        if self.family == "postgresql":
+            await connection.exec_driver_sql("BEGIN")
+            lock = select(func.pg_advisory_xact_lock(func.hashtext(f"layered_store.{name}")))
+            await connection.execute(lock)
+            await connection.run_sync(metadata.create_all)
+            await connection.exec_driver_sql("COMMIT")
+        elif self.family == "mysql":
+            await connection.execute(text("SELECT GET_LOCK(:name, 30)"), {"name": f"ls.{name}"[:64]})
+            try:
+                await connection.run_sync(metadata.create_all)
+                await connection.execute(self.start_counter)
+            finally:
+                await connection.execute(
+                    text("SELECT RELEASE_LOCK(:name)"), {"name": f"ls.{name}"[:64]}
+                )
+        else:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            await connection.run_sync(metadata.create_all)
+            await connection.execute(self.start_counter)
+            await connection.exec_driver_sql("COMMIT")

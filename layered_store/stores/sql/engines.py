@@ -1,0 +1,170 @@
+"""SQLAlchemy engines: built from a URL, one per event loop, with the drivers' traps closed."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
+
+from layered_store.errors import ConfigError
+from layered_store.stores.sql.dialects import FAMILIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Home", "build_engine", "drop", "family_of", "in_memory", "locate", "parse_url"]
+
+_DRIVERS: Final = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "mysql": "mysql+aiomysql",
+    "mariadb": "mariadb+aiomysql",
+}
+_ASYNC: Final = ("aiosqlite", "asyncpg", "psycopg", "psycopg_async", "aiomysql", "asyncmy")
+_SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
+_BUSY_MS: Final = 5_000
+
+
+@dataclass(eq=False, slots=True)
+class Home:
+    """What a store keeps for one event loop: connections cannot move to another.
+
+    Args:
+        loop: the loop.
+        engine: its connections, in AUTOCOMMIT mode.
+        writing: the right to write; one writer at a time on SQLite.
+        alone: the right to use the one connection of an in-memory database.
+        ready: whether the tables are known to exist.
+        opening: held while they are looked for.
+        running: operations under way, also those whose caller is gone.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    engine: AsyncEngine
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    alone: asyncio.Lock = field(default_factory=asyncio.Lock)
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ready: bool = False
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+
+
+def parse_url(url: object, owner: str) -> URL:
+    """Return the URL with an async driver filled in where it names none.
+
+    Raises:
+        ConfigError: no URL, or of a database or driver that cannot be used; its text is not shown.
+    """
+    try:
+        parsed = make_url(url)  # type: ignore[arg-type]
+    except (ArgumentError, ValueError, TypeError, AttributeError):
+        # The URL may hold a password: neither it nor the cause is shown.
+        raise ConfigError(f"must be a URL such as {_SCHEMES}", option="url", layer=owner) from None
+    scheme = parsed.drivername
+    if scheme in _DRIVERS:
+        return parsed.set(drivername=_DRIVERS[scheme])
+    base, _, driver = scheme.partition("+")
+    if base not in FAMILIES or driver not in _ASYNC:
+        raise ConfigError(
+            f"must name a database and an async driver: {_SCHEMES}", option="url", layer=owner
+        )
+    return parsed
+
+
+def family_of(dialect_name: str, option: str, owner: str) -> str:
+    """Return which of the three kinds of database a dialect is."""
+    try:
+        return FAMILIES[dialect_name]
+    except KeyError:
+        raise ConfigError(
+            "must be of SQLite, PostgreSQL, MariaDB or MySQL", option=option, layer=owner
+        ) from None
+
+
+def in_memory(url: URL) -> bool:
+    """Tell whether this is an SQLite database that lives and dies with its connection."""
+    if FAMILIES.get(url.get_backend_name()) != "sqlite":
+        return False
+    name = url.database or ":memory:"
+    return name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
+
+
+def build_engine(url: URL, *, size: int, wait: float) -> AsyncEngine:
+    """Return an engine of our own for one event loop.
+
+    Args:
+        url: with an async driver.
+        size: most connections; callers beyond wait for one.
+        wait: seconds that a caller waits for a connection, and a connection for its server.
+    """
+    options: dict[str, Any] = {
+        # Each statement commits by itself; write transactions say BEGIN and COMMIT, so that
+        # we know whether a commit was sent. Nothing is then left to reset.
+        "isolation_level": "AUTOCOMMIT",
+        "pool_reset_on_return": None,
+        "hide_parameters": True,
+    }
+    if in_memory(url):
+        engine = create_async_engine(url, poolclass=StaticPool, **options)
+    else:
+        options |= {
+            "poolclass": AsyncAdaptedQueuePool,
+            "pool_size": size,
+            "max_overflow": 0,
+            "pool_timeout": wait,
+            "connect_args": _connect_arguments(url, wait),
+        }
+        engine = create_async_engine(url, **options)
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
+    driver = url.get_driver_name()
+    if driver == "asyncpg":
+        return {} if "timeout" in url.query else {"timeout": wait}
+    if driver in ("aiomysql", "asyncmy", "psycopg", "psycopg_async"):
+        return {} if "connect_timeout" in url.query else {"connect_timeout": max(1, int(wait))}
+    return {}
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        # FULL: an acknowledged write survives power loss too (in WAL, NORMAL would not sync).
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA journal_mode")
+        mode = cursor.fetchone()
+        if mode is not None and mode[0] not in ("wal", "memory"):
+            # A read-only file cannot change its mode, and can be read in any.
+            with suppress(Exception):
+                cursor.execute("PRAGMA journal_mode=WAL")
+    finally:
+        cursor.close()
+
+
+def drop(engine: AsyncEngine) -> None:
+    """Forget an engine whose event loop is gone or not ours: its connections cannot be closed."""
+    engine.sync_engine.dispose(close=False)
+
+
+def locate(
+    homes: dict[asyncio.AbstractEventLoop, Home], build: Callable[[], AsyncEngine]
+) -> Home:
+    """Return the home of the running loop, made when there is none; forget those of dead loops."""
+    loop = asyncio.get_running_loop()
+    home = homes.get(loop)
+    if home is None:
+        for other in [other for other in homes if other.is_closed()]:
+            drop(homes.pop(other).engine)
+        home = homes.setdefault(loop, Home(loop, build()))
+    return home

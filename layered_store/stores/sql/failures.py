@@ -1,0 +1,157 @@
+"""Driver errors become ours: one table per kind of server, by its own error codes.
+
+The texts of drivers are never copied: they may show values. The code and the class name are.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import exc as sa
+
+from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["translate"]
+
+_MISSING_TABLE: Final = (
+    "a table does not exist; create it (create_tables=True does) or check the table names"
+)
+_REFUSED: Final = "the database refused the login; check user, password and rights"
+_NO_DATABASE: Final = "the database does not exist; create it or check the URL"
+_READ_ONLY: Final = "the database is read-only"
+_FULL: Final = "the database has no room left"
+_CONFLICT: Final = "another transaction was in the way (lock or serialization conflict)"
+_BUSY: Final = "the database accepts no more connections or is not ready"
+_LOST: Final = "the connection to the database failed"
+_SLOW: Final = "the database did not answer within the time limit"
+_GARBAGE: Final = "the server does not answer as a database of this kind"
+_DAMAGED: Final = "the file is damaged or is no SQLite database"
+_CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
+
+# (text, whether repeating the same call can help)
+_Rule = tuple[str, bool]
+
+# By SQLSTATE, longest prefix first: PostgreSQL manual, appendix A.
+_POSTGRES: Final[dict[str, _Rule]] = {
+    "0A000": ("a cached plan is out of date", True),
+    "25006": (_READ_ONLY, True),
+    "3D000": (_NO_DATABASE, False),
+    "42P01": (_MISSING_TABLE, False),
+    "42501": (_REFUSED, False),
+    "3F000": (_MISSING_TABLE, False),
+    "55P03": (_CONFLICT, True),
+    "57014": (_SLOW, True),
+    "53100": (_FULL, True),
+    "08": (_LOST, True),
+    "28": (_REFUSED, False),
+    "40": (_CONFLICT, True),
+    "53": (_BUSY, True),
+    "57": (_BUSY, True),
+    "58": ("the database reports an error of its system", True),
+    "XX": ("the database reports an internal error", True),
+}
+# By error number: MariaDB knowledge base, "MariaDB Error Codes".
+_MYSQL: Final[dict[int, _Rule]] = {
+    **dict.fromkeys((1044, 1045, 1142, 1698, 1130), (_REFUSED, False)),
+    **dict.fromkeys((1205, 1213, 1020), (_CONFLICT, True)),
+    **dict.fromkeys((1290, 1792, 1836), (_READ_ONLY, True)),
+    **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),
+    **dict.fromkeys((1040, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
+    **dict.fromkeys((1969, 3024), (_SLOW, True)),
+    **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055), (_LOST, True)),
+    1049: (_NO_DATABASE, False),
+    1146: (_MISSING_TABLE, False),
+    2012: (_GARBAGE, True),
+    2027: (_GARBAGE, True),
+}
+# By the name of the primary result code: sqlite.org/rescode.html.
+_SQLITE: Final[dict[str, _Rule]] = {
+    "SQLITE_BUSY": (_CONFLICT, True),
+    "SQLITE_LOCKED": (_CONFLICT, True),
+    "SQLITE_FULL": (_FULL, True),
+    "SQLITE_IOERR": ("reading or writing the database file failed", True),
+    "SQLITE_READONLY": (_READ_ONLY, False),
+    "SQLITE_CANTOPEN": (_CANNOT_OPEN, False),
+    "SQLITE_CORRUPT": (_DAMAGED, False),
+    "SQLITE_NOTADB": (_DAMAGED, False),
+    "SQLITE_PERM": (_REFUSED, False),
+    "SQLITE_AUTH": (_REFUSED, False),
+}
+
+
+def translate(
+    exc: Exception, *, operation: str, layer: str, outcome_unknown: bool = False
+) -> StoreError:
+    """Return what a driver's or SQLAlchemy's error means to a caller; raise it ``from exc``.
+
+    Args:
+        exc: the error; one of ours is returned as it is.
+        operation: the store operation.
+        layer: the store's name.
+        outcome_unknown: whether a commit had been sent.
+    """
+    if isinstance(exc, StoreError):
+        return exc
+    place: Any = {"operation": operation, "layer": layer, "outcome_unknown": outcome_unknown}
+    if isinstance(exc, ModuleNotFoundError):
+        return StoreError(
+            f"the driver {exc.name!r} is not installed; install the extra of this database",
+            **place,
+        )
+    if isinstance(exc, sa.TimeoutError):
+        return StoreTimeoutError("no connection became free within the time limit", **place)
+    chain = list(_causes(exc))
+    for cause in chain:
+        rule = _rule(cause)
+        if rule is not None:
+            text, retryable = rule
+            kind = StoreTimeoutError if text is _SLOW else UnavailableError
+            return kind(text, retryable=retryable, **place)
+    for cause in chain:
+        if isinstance(cause, TimeoutError):
+            return StoreTimeoutError(_SLOW, **place)
+        if isinstance(cause, OSError | EOFError):
+            return UnavailableError(f"{_LOST} ({type(cause).__name__})", **place)
+    name = type(chain[-1]).__name__
+    if isinstance(exc, sa.DBAPIError) and (
+        exc.connection_invalidated or isinstance(exc, sa.InterfaceError | sa.OperationalError)
+    ):
+        return UnavailableError(f"{_LOST} ({name})", **place)
+    if isinstance(exc, sa.IntegrityError):
+        return UnavailableError(_CONFLICT, **place)
+    if isinstance(exc, sa.DBAPIError | sa.SQLAlchemyError):
+        return StoreError(f"the database refused the statement ({name})", **place)
+    # A driver that meets bytes it does not expect raises almost anything.
+    return UnavailableError(f"{_GARBAGE} ({name})", **place)
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it stands for, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = exc
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        below = getattr(current, "orig", None) or current.__cause__
+        current = below if isinstance(below, BaseException) else None
+
+
+def _rule(cause: BaseException) -> _Rule | None:
+    sqlite = getattr(cause, "sqlite_errorname", None)
+    if isinstance(sqlite, str):
+        # Extended codes, such as SQLITE_READONLY_DBMOVED, begin with the primary one.
+        primary = "_".join(sqlite.split("_")[:2])
+        if primary == "SQLITE_ERROR" and str(cause).startswith("no such table"):
+            return _MISSING_TABLE, False
+        return _SQLITE.get(primary)
+    state = getattr(cause, "sqlstate", None)
+    if isinstance(state, str) and re.fullmatch("[0-9A-Z]{5}", state):
+        return _POSTGRES.get(state) or _POSTGRES.get(state[:2])
+    arguments = cause.args
+    if arguments and type(arguments[0]) is int and not isinstance(cause, OSError):
+        return _MYSQL.get(arguments[0])
+    return None

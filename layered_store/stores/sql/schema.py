@@ -1,0 +1,94 @@
+"""The tables, for every dialect; the only place that knows their columns.
+
+``latest`` has one row per user, keyed by the user's digest: whatever the database thinks of case,
+accents and trailing spaces, two users never share a row. ``history`` has one row per write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects import mysql
+
+__all__ = ["Tables", "build_tables"]
+
+_MYSQL = ("mysql", "mariadb")
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The tables of one store.
+
+    Args:
+        metadata: all of them, for ``create_all``.
+        latest: one row per user, a tombstone where the user was erased.
+        history: one row per write, with its write id.
+        counter: one row that numbers transactions, where the database offers nothing better.
+    """
+
+    metadata: MetaData
+    latest: Table
+    history: Table
+    counter: Table
+
+
+def build_tables(latest_name: str, history_name: str) -> Tables:
+    """Return the tables under these names."""
+    # MySQL's BLOB ends at 64 kB and its BINARY is the only binary type that can be a key.
+    key = LargeBinary().with_variant(mysql.BINARY(16), *_MYSQL)
+    blob = LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL)
+    # Compared in Python only; stored so that no server can fold or refuse a character.
+    name = Text().with_variant(
+        mysql.VARCHAR(256, charset="utf8mb4", collation="utf8mb4_bin"), *_MYSQL
+    )
+    metadata = MetaData()
+    latest = Table(
+        latest_name,
+        metadata,
+        Column("digest", key, primary_key=True),
+        Column("user_id", name, nullable=True),
+        Column("version", BigInteger, nullable=False),
+        Column("erased_version", BigInteger, nullable=True),
+        Column("erased_at", BigInteger, nullable=True),
+        Column("purge_at", BigInteger, nullable=True),
+        Column("debts", Text, nullable=True),
+        Column("position", BigInteger, nullable=False),
+        Column("payload", blob, nullable=True),
+        Column("write_id", key, nullable=True),
+        Column("updated_at_unix_ms", BigInteger, nullable=True),
+        Index(f"{latest_name}_position", "position", "digest"),
+        Index(f"{latest_name}_purge_at", "purge_at"),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+    history = Table(
+        history_name,
+        metadata,
+        Column("digest", key, primary_key=True),
+        Column("version", BigInteger, primary_key=True, autoincrement=False),
+        Column("write_id", key, nullable=False),
+        Column("recorded_at", BigInteger, nullable=False),
+        Column("payload", blob, nullable=True),
+        UniqueConstraint("digest", "write_id", name=f"{history_name}_write"),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+    counter = Table(
+        f"{latest_name}_counter",
+        metadata,
+        Column("id", BigInteger, primary_key=True, autoincrement=False),
+        Column("position", BigInteger, nullable=False),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+    return Tables(metadata, latest, history, counter)

@@ -1,0 +1,374 @@
+"""What happens inside one transaction, on the connection of one, for any database.
+
+The order is the same everywhere: lock the users' rows, look whether a write was stored before,
+decide in Python, store, commit. Decisions are plain code (:func:`decide`), the statements plain.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from layered_store.clock import Clock
+    from layered_store.stores.sql.dialects import Statements
+
+__all__ = ["TOMBSTONE_US", "Began", "Row", "Rules", "Session", "Write", "erase", "padded", "settle", "write"]
+
+TOMBSTONE_US: Final = 7 * 86_400 * 1_000_000
+"""How long a tombstone stays, in microseconds."""
+
+KEPT_WRITE_IDS: Final = 16
+"""History rows kept per user however small ``history_limit`` is, so that a retry finds its id."""
+
+_KEPT_US: Final = 60 * 1_000_000
+_PROBES: Final = 5
+
+
+@dataclass(slots=True)
+class Write:
+    """One snapshot on its way in."""
+
+    digest: bytes
+    user_id: str
+    payload: bytes
+    write_id: bytes
+    started: float
+    updated: int
+
+
+@dataclass(slots=True)
+class Row:
+    """A user's row under its lock."""
+
+    digest: bytes
+    user_id: str | None
+    version: int
+    payload: bytes | None
+    erased_version: int | None
+    erased_at: int | None
+    debts: str | None
+    updated: int | None
+
+
+@dataclass(slots=True)
+class Rules:
+    """The options of the store that decide about a write."""
+
+    history_limit: int | None
+    max_age_us: int | None
+    by_snapshot_time: bool
+
+
+@dataclass(slots=True)
+class Began:
+    """When calls began, on the database's clock, as far as it can be told.
+
+    Every answer with the database's time says that its clock read that at some moment between
+    sending and receiving. Several such answers narrow the offset to the shortest round trip.
+    """
+
+    low: float = field(default=float("-inf"))
+    high: float = field(default=float("inf"))
+
+    def learn(self, sent: float, received: float, now_us: int) -> None:
+        """Note that the database's clock read ``now_us`` between two of our moments."""
+        self.low = max(self.low, now_us - received * 1e6)
+        self.high = min(self.high, now_us - sent * 1e6)
+
+    def before(self, started: float, erased_at: int) -> bool | None:
+        """Tell whether a call began before an erasure; None when that cannot be told."""
+        # Rounding to whole microseconds must not make a tie look like an order.
+        if started * 1e6 + self.low >= erased_at - 1:
+            return False
+        if started * 1e6 + self.high < erased_at - 1:
+            return True
+        return None
+
+
+@dataclass(slots=True)
+class Session:
+    """One connection at work.
+
+    Args:
+        connection: SQLAlchemy's, in AUTOCOMMIT mode.
+        statements: those of its database.
+        clock: source of time.
+    """
+
+    connection: Any
+    statements: Statements
+    clock: Clock
+    open: bool = False
+    committing: bool = False
+
+    def timed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return ``values`` with the time, where the host's clock is the database's."""
+        if self.statements.host_time:
+            values["now_us"] = int(self.clock.time() * 1e6)
+        return values
+
+    async def rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
+        """Return all rows that a statement gives."""
+        return (await self.connection.execute(statement, values)).all()  # type: ignore[no-any-return]
+
+    async def run(self, statement: Any, values: list[dict[str, Any]]) -> None:
+        """Run a statement once for each set of values."""
+        if len(values) == 1:
+            await self.connection.execute(statement, values[0])
+        elif values:
+            await self.connection.execute(statement, values)
+
+    async def begin(self) -> None:
+        """Start a write transaction."""
+        self.open = True
+        for command in self.statements.begin:
+            await self.connection.exec_driver_sql(command)
+
+    async def commit(self) -> None:
+        """Commit; from here on, an error leaves the outcome unknown."""
+        self.committing = True
+        await self.connection.exec_driver_sql("COMMIT")
+        self.open = False
+        self.committing = False
+
+    async def rollback(self) -> None:
+        """Give up the transaction."""
+        await self.connection.exec_driver_sql("ROLLBACK")
+        self.open = False
+
+    async def positioned(self, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return ``values`` with this transaction's place in the change log."""
+        if self.statements.counted:
+            await self.connection.execute(self.statements.advance)
+            found = await self.rows(self.statements.position, {})
+            if not found:
+                raise UnavailableError(
+                    "the counter table is empty; let create_tables=True fill it", retryable=False
+                )
+            for item in values:
+                item["at_position"] = found[0][0]
+        return values
+
+
+def padded(values: Iterable[bytes]) -> list[bytes]:
+    """Return sorted distinct values, the last repeated up to a power of two.
+
+    Databases prepare a statement per number of values: this way there are few.
+    """
+    found = sorted(set(values))
+    size = 1 << max(0, len(found) - 1).bit_length()
+    return found + found[-1:] * (size - len(found))
+
+
+async def _lock(session: Session, digests: list[bytes], began: Began) -> dict[bytes, Row]:
+    """Lock the rows of these users, made where there are none."""
+    rows: dict[bytes, Row] = {}
+    await _take(session, digests, began, rows)
+    missing = [digest for digest in sorted(set(digests)) if digest not in rows]
+    if missing:
+        places: list[dict[str, Any]] = [{"at_digest": digest} for digest in missing]
+        if session.statements.host_time:
+            for place in places:
+                place["start_version"] = int(session.clock.time() * 1e3) - 1
+        await session.run(session.statements.place, places)
+        await _take(session, missing, began, rows)
+    if not all(digest in rows for digest in digests):
+        # Its tombstone was forgotten between the two statements.
+        raise UnavailableError("another transaction was in the way")
+    return rows
+
+
+async def _take(
+    session: Session, digests: list[bytes], began: Began, rows: dict[bytes, Row]
+) -> None:
+    sent = session.clock.monotonic()
+    found = await session.rows(session.statements.lock, session.timed({"digests": padded(digests)}))
+    received = session.clock.monotonic()
+    for row in found:
+        digest = bytes(row.digest)
+        rows[digest] = Row(
+            digest,
+            row.user_id,
+            row.version,
+            row.payload,
+            row.erased_version,
+            row.erased_at,
+            row.debts,
+            row.updated_at_unix_ms,
+        )
+    if found:
+        began.learn(sent, received, found[0].now_us)
+
+
+async def write(
+    session: Session, writes: Sequence[Write], rules: Rules, knows: Callable[[Row, Write], bool | None]
+) -> tuple[list[Row], int]:
+    """Store snapshots in one transaction; return what each left, and how many were too old.
+
+    Args:
+        session: the connection; its transaction is begun and committed here.
+        writes: in their order; several may be of one user.
+        rules: the store's options.
+        knows: whether a write began before the row's erasure, where this process made it.
+    """
+    statements = session.statements
+    await session.begin()
+    began = Began()
+    rows = await _lock(session, [item.digest for item in writes], began)
+    found = await session.rows(
+        statements.seen,
+        {
+            "digests": padded(item.digest for item in writes),
+            "write_ids": padded(item.write_id for item in writes),
+        },
+    )
+    seen = {(bytes(digest), bytes(write_id)) for digest, write_id in found}
+    now_us = int(began.high + session.clock.monotonic() * 1e6)
+    results: list[Row] = []
+    entries: list[dict[str, Any]] = []
+    changed: dict[bytes, Write] = {}
+    too_old = 0
+    for item in writes:
+        row = rows[item.digest]
+        if (item.digest, item.write_id) in seen or await _late(session, row, item, began, knows):
+            results.append(row)
+            continue
+        if (
+            rules.by_snapshot_time
+            and row.payload is not None
+            and row.updated is not None
+            and item.updated < row.updated
+        ):
+            too_old += 1
+            results.append(row)
+            continue
+        row = Row(
+            item.digest,
+            item.user_id,
+            row.version + 1,
+            item.payload,
+            row.erased_version,
+            row.erased_at,
+            row.debts,
+            item.updated,
+        )
+        rows[item.digest] = row
+        seen.add((item.digest, item.write_id))
+        entries.append(
+            {
+                "digest": item.digest,
+                "version": row.version,
+                "write_id": item.write_id,
+                "recorded_at": now_us,
+                "payload": None if rules.history_limit == 0 else item.payload,
+            }
+        )
+        changed[item.digest] = item
+        results.append(row)
+    if not changed:
+        await session.rollback()
+        return results, too_old
+    await session.run(statements.append, entries)
+    await _trim(session, [rows[digest] for digest in changed], rules, now_us)
+    updates = [
+        {
+            "at_digest": digest,
+            "to_user_id": item.user_id,
+            "to_version": rows[digest].version,
+            "to_payload": item.payload,
+            "to_write_id": item.write_id,
+            "to_updated": item.updated,
+        }
+        for digest, item in sorted(changed.items())
+    ]
+    await session.run(statements.store, await session.positioned(updates))
+    await session.commit()
+    return results, too_old
+
+
+async def _late(
+    session: Session,
+    row: Row,
+    item: Write,
+    began: Began,
+    knows: Callable[[Row, Write], bool | None],
+) -> bool:
+    """Tell whether a write began before its user was erased, measured on the database's clock."""
+    if row.erased_at is None:
+        return False
+    known = knows(row, item)
+    if known is not None:
+        return known
+    for _ in range(_PROBES):
+        answer = began.before(item.started, row.erased_at)
+        if answer is not None:
+            return answer
+        sent = session.clock.monotonic()
+        found = await session.rows(session.statements.now, session.timed({}))
+        began.learn(sent, session.clock.monotonic(), found[0][0])
+    answer = began.before(item.started, row.erased_at)
+    if answer is None:
+        raise UnavailableError(
+            "the write and an erasure of its user began too close together to tell their order"
+        )
+    return answer
+
+
+async def _trim(session: Session, rows: list[Row], rules: Rules, now_us: int) -> None:
+    statements = session.statements
+    if rules.history_limit is None and rules.max_age_us is None:
+        return
+    keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
+    values: list[dict[str, Any]] = [
+        {"at_digest": row.digest, "floor": 0 if keep is None else row.version - keep}
+        for row in rows
+    ]
+    if rules.max_age_us is None:
+        await session.run(statements.trim, values)
+        return
+    # A retry must find its id, so entries go a minute after they stopped being shown.
+    for item in values:
+        item["cutoff"] = now_us - rules.max_age_us - _KEPT_US
+    await session.run(statements.trim_aged, values)
+
+
+async def erase(session: Session, digest: bytes, tiers: Sequence[str]) -> int:
+    """Remove a user and its history, leave a tombstone, return its version."""
+    await session.begin()
+    row = (await _lock(session, [digest], Began()))[digest]
+    version = row.version + 1
+    owed = sorted({*json.loads(row.debts or "[]"), *tiers})
+    await session.run(session.statements.forget, [{"at_digest": digest}])
+    values = session.timed(
+        {
+            "at_digest": digest,
+            "to_version": version,
+            "to_debts": json.dumps(owed),
+            "kept_us": TOMBSTONE_US,
+        }
+    )
+    await session.run(session.statements.bury, await session.positioned([values]))
+    await session.commit()
+    return version
+
+
+async def settle(session: Session, digest: bytes, version: int, tier: str) -> None:
+    """Take one tier off a user's debts, unless a later erasure put it there again."""
+    await session.begin()
+    found = await session.rows(session.statements.lock, session.timed({"digests": [digest]}))
+    if found and (found[0].erased_version or 0) <= version:
+        owed = json.loads(found[0].debts or "[]")
+        if tier in owed:
+            owed.remove(tier)
+            await session.run(
+                session.statements.owe, [{"at_digest": digest, "to_debts": json.dumps(owed)}]
+            )
+            await session.commit()
+            return
+    await session.rollback()
