@@ -1,0 +1,633 @@
+"""From a config file, or a dict, to a stack, and back."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tomllib
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.coherence.contract import Invalidations
+from layered_store.config.durations import parse_duration
+from layered_store.config.environment import interpolate
+from layered_store.config.registry import MISSING, Option, nearest, spec_of, spec_of_class
+from layered_store.errors import ConfigError
+from layered_store.interface import StateStore
+from layered_store.stack import children_of, walk
+
+if TYPE_CHECKING:
+    from layered_store.config.registry import BlockSpec
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["MASK", "load_stack", "to_config"]
+
+MASK: Final = "***"
+"""What stands in place of a secret in :func:`to_config` and ``describe``."""
+
+_MAX_DEPTH: Final = 32
+_MAX_FILE_BYTES: Final = 1_000_000
+_TOP: Final = ("store", "lint")
+_WORDS: Final = {"true": True, "false": False}
+
+
+def load_stack(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    overrides: Mapping[str, StateStore] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> StateStore:
+    """Build the stack that a config file or dict describes; opens no connection.
+
+    Args:
+        source: the path of a ``.toml`` or ``.json`` file, or what such a file holds. A dict may
+            also be the table of the outermost block itself.
+        overrides: stores by the ``id`` of the block whose place they take; a layer's place includes
+            what it wraps. The replaced block is not built.
+        environ: where ``${NAME}`` comes from; the process environment unless given.
+
+    Returns:
+        the outermost block.
+
+    Raises:
+        ConfigError: something is wrong; when several things are, ``problems`` has them all. Each
+            has its dotted ``path``, and no text shows a value of the file or the environment.
+
+    Warns:
+        LintWarning: for each warning of :func:`layered_store.lint` that the file does not allow.
+    """
+    from layered_store.config.lint import LintPolicy, enforce  # noqa: PLC0415  lint needs layers
+
+    document = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    if "use" in document:
+        document = {"store": document}
+    build = _Build(dict(overrides or {}), os.environ if environ is None else environ)
+    build.check_keys(document, _TOP, "")
+    stack = None
+    if "store" not in document:
+        build.problem("has no [store] table; it holds the outermost block", path="store")
+    else:
+        stack = build.block(document["store"], "store", 0)
+    build.check_overrides()
+    policy = build.guarded(LintPolicy.from_config, document.get("lint", {}))
+    build.finish()
+    assert stack is not None  # noqa: S101  a missing stack was a problem
+    assert policy is not None  # noqa: S101
+    for finding in enforce(stack, policy, replaced=list(build.overrides.values())):
+        warnings.warn(finding, stacklevel=2)
+    return stack
+
+
+def _read(path: Path) -> dict[str, Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".json"):
+        raise ConfigError("a config file ends in .toml or .json", option="source")
+    try:
+        raw = path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot read {path.name!r}: {exc.strerror or type(exc).__name__}", option="source"
+        ) from exc
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path.name!r} is larger than a megabyte", option="source")
+    try:
+        text = raw.decode("utf-8-sig")
+        found = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name!r} is not UTF-8", option="source") from None
+    except json.JSONDecodeError as exc:
+        raise ConfigError(
+            f"{path.name!r} is no JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}",
+            option="source",
+        ) from None
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path.name!r} is no TOML{_toml_place(exc)}", option="source") from None
+    except (RecursionError, ValueError):
+        raise ConfigError(f"{path.name!r} holds what cannot be read", option="source") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path.name!r} must hold a table", option="source")
+    return found
+
+
+def _toml_place(exc: Exception) -> str:
+    # Only the place is told: the rest of the message may quote what stands there.
+    _, found, place = str(exc).rpartition("(at ")
+    return f": something is wrong at {place.rstrip(')')}" if found else ""
+
+
+class _StandIn(StateStore):
+    """In place of a block that could not be built, so that those around it are checked too."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        raise AssertionError
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        raise AssertionError
+
+    def capability(self, kind: type[Any]) -> Any:
+        # It might have had a channel: whether one is missing cannot be told.
+        return _Anything() if kind is Invalidations else None
+
+
+class _Anything:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: b""
+
+
+class _Build:
+    """One reading of one config, collecting what is wrong with it."""
+
+    def __init__(self, overrides: dict[str, StateStore], environ: Mapping[str, str]) -> None:
+        self.overrides = overrides
+        self._environ = environ
+        self._problems: list[ConfigError] = []
+        self._ids: dict[str, str] = {}
+        self._above: list[int] = []
+
+    def problem(self, message: str, *, path: str, suggestion: str | None = None) -> None:
+        self._problems.append(ConfigError(message, path=path, suggestion=suggestion))
+
+    def guarded(self, step: Any, *args: Any) -> Any:
+        """Run one step; keep its ConfigError as a problem and return None."""
+        try:
+            return step(*args)
+        except ConfigError as exc:
+            self._problems.extend(exc.problems or (exc,))
+            return None
+
+    def finish(self) -> None:
+        if len(self._problems) == 1:
+            raise self._problems[0]
+        if self._problems:
+            raise ConfigError(
+                f"{len(self._problems)} problems in this configuration:",
+                path=self._problems[0].path,
+                suggestion=self._problems[0].suggestion,
+                option=self._problems[0].option,
+                problems=self._problems,
+            )
+
+    def check_keys(self, table: Mapping[Any, Any], known: Any, path: str) -> None:
+        for key in table:
+            if key not in known:
+                self.problem(
+                    f"unknown key; known are {', '.join(known)}",
+                    path=_join(path, key),
+                    suggestion=nearest(str(key), known),
+                )
+
+    def check_overrides(self) -> None:
+        for name, store in self.overrides.items():
+            if not isinstance(store, StateStore):
+                self.problem(
+                    f"must be a StateStore, not {type(store).__name__}", path=f"overrides.{name}"
+                )
+            if name not in self._ids:
+                known = ", ".join(sorted(self._ids)) or "none"
+                self.problem(
+                    f"no block has this id; ids of this configuration: {known}",
+                    path=f"overrides.{name}",
+                    suggestion=nearest(str(name), self._ids),
+                )
+
+    def block(self, table: Any, path: str, depth: int) -> StateStore:
+        """Return the block that a table describes, with its ``layers`` around it."""
+        if not isinstance(table, Mapping):
+            self.problem(f"must be a table with a key 'use', not {_word(table)}", path=path)
+            return _StandIn()
+        if depth > _MAX_DEPTH or id(table) in self._above:
+            reason = "contains itself" if depth <= _MAX_DEPTH else f"more than {_MAX_DEPTH} deep"
+            self.problem(f"the blocks are nested without end ({reason})", path=path)
+            return _StandIn()
+        self._above.append(id(table))
+        try:
+            entries = self._layer_entries(table, path)
+            # Read from the outside in, so that problems come in the file's order.
+            replaced_at = next((i for i, e in enumerate(entries) if self._override(e[0])), None)
+            plans = [self._plan(entry, place, is_layer=True) for entry, place in entries]
+            base = self._override(table) if replaced_at is None else None
+            if base is not None:
+                self._note_id(table, path)
+                store = base
+            else:
+                store = self._make(self._plan(table, path, is_layer=False), table, path, depth)
+            for (entry, place), plan in zip(reversed(entries), reversed(plans), strict=True):
+                override = self._override(entry)
+                store = override or self._wrap(plan, entry, place, depth, store)
+            return store
+        finally:
+            self._above.pop()
+
+    def _layer_entries(self, table: Mapping[str, Any], path: str) -> list[tuple[Any, str]]:
+        entries = table.get("layers", [])
+        if not isinstance(entries, list | tuple):
+            self.problem(
+                f"must be a list of tables, outermost first, not {_word(entries)}",
+                path=f"{path}.layers",
+            )
+            return []
+        found = []
+        for index, entry in enumerate(entries):
+            place = f"{path}.layers.{index}"
+            if not isinstance(entry, Mapping):
+                self.problem(f"must be a table with a key 'use', not {_word(entry)}", path=place)
+            elif id(entry) in self._above:
+                self.problem("the blocks are nested without end (contains itself)", path=place)
+            else:
+                found.append((entry, place))
+        return found
+
+    def _override(self, table: Any) -> StateStore | None:
+        name = table.get("id") if isinstance(table, Mapping) else None
+        found = self.overrides.get(name) if isinstance(name, str) else None
+        return found if isinstance(found, StateStore) else None
+
+    def _note_id(self, table: Mapping[str, Any], path: str) -> str | None:
+        name = table.get("id")
+        if name is None:
+            return None
+        if not isinstance(name, str) or not name:
+            self.problem(f"must be a name, not {_word(name)}", path=f"{path}.id")
+            return None
+        if name in self._ids:
+            self.problem(
+                f"this id is already that of {self._ids[name]}; ids are unique", path=f"{path}.id"
+            )
+            return None
+        self._ids[name] = path
+        return name
+
+    def _plan(self, table: Mapping[str, Any], path: str, *, is_layer: bool) -> BlockSpec | None:
+        """Return the spec of the block a table names, once its keys are known to be right."""
+        if "use" not in table:
+            self.problem("has no key 'use', which names the block", path=path)
+            return None
+        kind = table["use"]
+        if not isinstance(kind, str):
+            self.problem(f"must be the name of a block, not {_word(kind)}", path=f"{path}.use")
+            return None
+        try:
+            spec = spec_of(kind)
+        except ConfigError as exc:
+            exc.path = f"{path}.use"
+            self._problems.append(exc)
+            return None
+        if is_layer and not spec.is_layer:
+            self.problem(
+                f"{kind} wraps nothing, so it cannot stand in 'layers'; it is an end of a stack",
+                path=f"{path}.use",
+            )
+            return None
+        if is_layer and "inner" in table:
+            self.problem(
+                "what a layer in 'layers' wraps is the rest of the list; leave 'inner' out",
+                path=f"{path}.inner",
+            )
+        own = ("use", "id") if is_layer else ("use", "id", "layers")
+        names = [
+            option.name for option in spec.options if not (is_layer and option.name == "inner")
+        ]
+        for key in table:
+            if key in own or key in names or (key == "inner" and is_layer):
+                continue
+            if key == "layers":
+                self.problem("a layer in 'layers' has none of its own", path=f"{path}.layers")
+                continue
+            known = [*own, *(o.name for o in spec.options if o.name in names and o.from_file)]
+            self.problem(
+                f"{kind} has no option of this name; it has {', '.join(known)}",
+                path=_join(path, key),
+                suggestion=nearest(str(key), known),
+            )
+        return spec
+
+    def _wrap(
+        self,
+        spec: BlockSpec | None,
+        entry: Mapping[str, Any],
+        path: str,
+        depth: int,
+        inner: StateStore,
+    ) -> StateStore:
+        if spec is None:
+            self._note_id(entry, path)
+            return inner if isinstance(inner, _StandIn) else _StandIn()
+        return self._make(spec, entry, path, depth, inner)
+
+    def _make(
+        self,
+        spec: BlockSpec | None,
+        table: Mapping[str, Any],
+        path: str,
+        depth: int,
+        inner: StateStore | None = None,
+    ) -> StateStore:
+        """Return the block, or a stand-in when it cannot be built."""
+        name = self._note_id(table, path)
+        if spec is None:
+            # The tables below are read all the same, for what is wrong with them.
+            for key, value in table.items():
+                if isinstance(value, Mapping) and "use" in value:
+                    self.block(value, _join(path, key), depth + 1)
+            return _StandIn()
+        before = len(self._problems)
+        arguments: dict[str, Any] = {} if inner is None else {"inner": inner}
+        for option in spec.options:
+            if option.name in arguments:
+                continue
+            if option.name in table:
+                place = f"{path}.{option.name}"
+                if option.store:
+                    arguments[option.name] = self.block(table[option.name], place, depth + 1)
+                    continue
+                value = self._value(option, table[option.name], place)
+                if value is not MISSING:
+                    arguments[option.name] = value
+            elif option.required:
+                what = "the store it wraps" if option.name == "inner" else option.doc
+                self.problem(
+                    f"{spec.kind} needs this option{_because(what)}", path=f"{path}.{option.name}"
+                )
+        store = self._construct(spec, arguments, table, path, broken=len(self._problems) > before)
+        if store is None:
+            return _StandIn()
+        if name is not None:
+            store.__dict__["block_id"] = name
+        return store
+
+    def _construct(
+        self,
+        spec: BlockSpec,
+        arguments: dict[str, Any],
+        table: Mapping[str, Any],
+        path: str,
+        *,
+        broken: bool,
+    ) -> StateStore | None:
+        """Call the constructor, again without each option that it refuses, to hear of all."""
+        while True:
+            if any(o.required and o.name not in arguments for o in spec.options):
+                return None
+            try:
+                store: StateStore = spec.cls(**_called(spec, arguments))
+            except ConfigError as exc:
+                option = exc.option
+                if broken and option not in arguments:
+                    return None  # what is left out may be the reason
+                exc.path = f"{path}.{option}" if option in table or option is None else path
+                if option is None:
+                    exc.path = path
+                elif option not in table:
+                    exc.message = f"{option}: {exc.message}"
+                self._problems.append(exc)
+                if option not in arguments or isinstance(arguments[option], StateStore):
+                    return None
+                del arguments[option]
+                broken = True
+            except Exception as exc:  # noqa: BLE001  a third party's constructor may raise anything
+                # Its text may quote a secret, so only the kind of error is told.
+                self.problem(
+                    f"{spec.kind} cannot be built with these options ({type(exc).__name__})",
+                    path=path,
+                )
+                return None
+            else:
+                return None if broken else store
+
+    def _value(self, option: Option, value: Any, path: str) -> Any:
+        """Return what the constructor gets for a value of the file, or MISSING with a problem."""
+        if not option.from_file:
+            self.problem(
+                "takes an object, which a file cannot hold; build this block in code and pass it"
+                " with overrides={id: block}",
+                path=path,
+            )
+            return MISSING
+        try:
+            filled = _deep(value, self._environ)
+        except ConfigError as exc:
+            exc.path = path
+            self._problems.append(exc)
+            return MISSING
+        if isinstance(value, str) and filled != value and str not in option.accepts:
+            filled = _from_text(filled)
+        if filled == MASK:
+            self.problem(
+                "is the mask that stands for a secret, not the secret; write ${NAME} and set the"
+                " environment variable",
+                path=path,
+            )
+            return MISSING
+        try:
+            return _converted(option, filled)
+        except (ValueError, ImportError, AttributeError) as exc:
+            self.problem(str(exc), path=path)
+            return MISSING
+
+
+def _called(spec: BlockSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+    # By keyword, so positional-or-keyword options such as ``inner`` and ``url`` fit too.
+    return {
+        option.name: arguments[option.name] for option in spec.options if option.name in arguments
+    }
+
+
+def _deep(value: Any, environ: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return interpolate(value, environ)
+    if isinstance(value, list | tuple):
+        return [_deep(item, environ) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _deep(item, environ) for key, item in value.items()}
+    return value
+
+
+def _from_text(text: str) -> Any:
+    """Read a number or truth value that came out of the environment."""
+    if text.strip().lower() in _WORDS:
+        return _WORDS[text.strip().lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _converted(option: Option, value: Any) -> Any:  # noqa: PLR0911  one return for each kind of value
+    accepts = option.accepts
+    if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
+        return None  # TOML has no null
+    if value is None:
+        if option.nullable:
+            return None
+        raise ValueError(f"must be {_expected(option)}, not null")
+    if option.duration and isinstance(value, str):
+        return parse_duration(value)
+    if option.duration and isinstance(value, timedelta):
+        return value.total_seconds()
+    if type in accepts and isinstance(value, str):
+        return _class(value)
+    if isinstance(value, bool):
+        if bool in accepts:
+            return value
+    elif isinstance(value, int):
+        if int in accepts:
+            return value
+        if float in accepts:
+            try:
+                return float(value)
+            except OverflowError:
+                raise ValueError("is too large a number") from None
+    elif isinstance(value, float):
+        if float in accepts:
+            return value
+    elif isinstance(value, str):
+        if option.choices and value not in option.choices:
+            near = nearest(value, [str(choice) for choice in option.choices])
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"must be {_expected(option)}{hint}")
+        if str in accepts:
+            return value
+    elif isinstance(value, list):
+        if list in accepts and all(
+            type(item) is option.item or (option.item is float and type(item) is int)
+            for item in value
+        ):
+            return tuple(value)
+    elif isinstance(value, dict) and dict in accepts:
+        return value
+    raise ValueError(f"must be {_expected(option)}, not {_word(value)}")
+
+
+def _class(text: str) -> type:
+    module, colon, name = text.partition(":")
+    if not (colon and name.isidentifier()):
+        raise ValueError('must name a class as "package.module:Class"')
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as exc:  # noqa: BLE001  importing runs anything
+        raise ValueError(f"this class cannot be imported ({type(exc).__name__})") from None
+    if not isinstance(found, type):
+        raise ValueError("names something that is no class")  # noqa: TRY004
+    return found
+
+
+_NAMES: Final = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a table",
+    type: 'a class as "package.module:Class"',
+}
+
+
+def _expected(option: Option) -> str:
+    if option.choices:
+        return "one of " + ", ".join(repr(choice) for choice in option.choices)
+    kinds = [name for kind, name in _NAMES.items() if kind in option.accepts]
+    if int in option.accepts and float in option.accepts:
+        kinds.remove(_NAMES[int])
+    if option.duration:
+        kinds = ['seconds or a duration such as "30s"']
+    return " or ".join(kinds) or "left out"
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, Mapping):
+        return "a table"
+    return _NAMES.get(type(value), type(value).__name__)
+
+
+def _because(doc: str) -> str:
+    return f": {doc}" if doc else ""
+
+
+def _join(path: str, key: object) -> str:
+    text = str(key)
+    shown = text if len(text) <= 60 and text.isprintable() else f"{text[:20]!a}..."  # noqa: PLR2004
+    return f"{path}.{shown}" if path else shown
+
+
+def to_config(stack: StateStore) -> dict[str, Any]:
+    """Return the dict that :func:`load_stack` builds this stack from, secrets masked.
+
+    A masked secret, or an object that no file can hold (shown as ``"<ClassName>"``), has to be put
+    back by hand; loading says so. Everything else comes back as it was.
+
+    Raises:
+        ConfigError: a block has no kind, since it is no entry point of ``layered_store.blocks``.
+    """
+    seen: set[int] = set()
+    for place in walk(stack):
+        if id(place.store) in seen:
+            raise ConfigError(
+                f"the same {type(place.store).__name__} stands in two places; a file cannot say so",
+                option="stack",
+            )
+        seen.add(id(place.store))
+    return {"store": _table(stack)}
+
+
+def _table(store: StateStore) -> dict[str, Any]:
+    layers = []
+    while list(children_of(store)) == ["inner"]:
+        layers.append(_one(store))
+        store = children_of(store)["inner"]
+    table = _one(store)
+    for role, child in children_of(store).items():
+        table[role] = _table(child)
+    if layers:
+        table["layers"] = layers
+    return table
+
+
+def _one(store: StateStore) -> dict[str, Any]:
+    spec = spec_of_class(type(store))
+    table: dict[str, Any] = {"use": spec.kind}
+    if (block_id := getattr(store, "block_id", None)) is not None:
+        table["id"] = block_id
+    for option in spec.options:
+        value = getattr(store, option.name, option.default)
+        if option.store or value is MISSING or isinstance(value, StateStore):
+            continue
+        if type(value) is type(option.default) and (
+            value == option.default or not option.from_file
+        ):
+            continue
+        if value is None:
+            if option.default is not None:
+                table[option.name] = None
+            continue
+        if not option.from_file:
+            if not option.secret:
+                table[option.name] = f"<{type(value).__name__}>"
+            continue
+        table[option.name] = _plain(option, value)
+    return table
+
+
+def _plain(option: Option, value: Any) -> Any:  # noqa: PLR0911
+    if option.mask is not None:
+        return option.mask(value)
+    if option.secret:
+        return MASK
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, str):
+        return str(value).replace("${", "$${")
+    if isinstance(value, bool | int | float | dict):
+        return value
+    return f"<{type(value).__name__}>"

@@ -1,0 +1,282 @@
+"""Which blocks there are, and what each may be told in a config file.
+
+A block's options are its constructor's: names, types and defaults are read from the signature, what
+they mean from the docstring. Nothing is written down a second time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Final, Literal
+
+from layered_store.errors import ConfigError
+from layered_store.interface import StateStore
+
+__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "nearest", "spec_of"]
+
+ENTRY_POINT_GROUP: Final = "layered_store.blocks"
+"""Entry points of this group name further blocks: ``kind = "module:Class"``."""
+
+BUILT_IN: Final[Mapping[str, str]] = {
+    "memory": "layered_store.stores.memory:MemoryStore",
+    "redis": "layered_store.stores.redis:RedisStore",
+    "sql": "layered_store.stores.sql:SQLStore",
+    "cached": "layered_store.layers.cached:Cached",
+    "write_through": "layered_store.layers.write_through:WriteThrough",
+    "metrics": "layered_store.layers.metrics:Metrics",
+    "retry": "layered_store.layers.retry:Retry",
+    "timeout": "layered_store.layers.timeout:Timeout",
+    "circuit_breaker": "layered_store.layers.circuit_breaker:CircuitBreaker",
+    "fallback": "layered_store.layers.fallback:Fallback",
+    "bulkhead": "layered_store.layers.bulkhead:Bulkhead",
+}
+"""The library's own blocks by kind; a module is imported when a config uses its block."""
+
+MISSING: Final = dataclasses.MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a block, as a config file may give it.
+
+    Args:
+        name: its name in the constructor and in the file.
+        accepts: the plain types it takes, out of str, int, float, bool, list, dict and type;
+            empty when only an object will do.
+        default: its default, or ``MISSING`` when it must be given.
+        store: it takes a store: a table in the file.
+        duration: it takes seconds, and text such as ``"30s"``.
+        nullable: it takes None, which a TOML file says by leaving it out.
+        choices: the values it is limited to; empty when any will do.
+        doc: what the block's docstring says about it.
+        secret: its value is never shown.
+        mask: hides the secret parts of a value that is shown; None shows it as it is.
+        item: the type of the items of a list.
+    """
+
+    name: str
+    accepts: frozenset[type]
+    default: Any
+    store: bool = False
+    duration: bool = False
+    nullable: bool = False
+    choices: tuple[Any, ...] = ()
+    doc: str = ""
+    secret: bool = False
+    mask: Any = None
+    item: type | None = None
+
+    @property
+    def required(self) -> bool:
+        """Whether a block cannot be built without it."""
+        return self.default is MISSING
+
+    @property
+    def from_file(self) -> bool:
+        """Whether a config file can say it at all."""
+        return self.store or bool(self.accepts)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """A block and its options.
+
+    Args:
+        kind: what ``use`` names it by.
+        cls: its class.
+        options: in the order of the constructor.
+        doc: the first paragraph of its docstring.
+    """
+
+    kind: str
+    cls: type[StateStore]
+    options: tuple[Option, ...]
+    doc: str
+
+    def option(self, name: str) -> Option | None:
+        """Return the option of this name, or None."""
+        return next((option for option in self.options if option.name == name), None)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it wraps a store called ``inner``."""
+        inner = self.option("inner")
+        return inner is not None and inner.store
+
+
+def kinds() -> dict[str, str]:
+    """Return every known kind with the place of its class, third parties' included."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {**found, **BUILT_IN}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str | None:
+    """Return the known name that ``name`` was probably meant to be."""
+    close = get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def spec_of(kind: str) -> BlockSpec:
+    """Return the block that ``kind`` names, importing its module now.
+
+    Raises:
+        ConfigError: there is none, or a third party's cannot be imported or is no store.
+    """
+    known = kinds()
+    place = known.get(kind)
+    if place is None:
+        raise ConfigError(
+            f"there is no block of kind {_quote(kind)}; known are {', '.join(sorted(known))}",
+            option="use",
+            suggestion=nearest(kind, known),
+        )
+    return _spec(kind, place)
+
+
+def spec_of_class(cls: type[StateStore]) -> BlockSpec:
+    """Return the block of this class.
+
+    Raises:
+        ConfigError: no kind names it, so no file can.
+    """
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    for kind, known in kinds().items():
+        if known == place or (kind not in BUILT_IN and _leads_to(known, cls)):
+            return _spec(kind, known)
+    raise ConfigError(
+        f"{cls.__name__} has no kind; register it as an entry point of the group"
+        f" {ENTRY_POINT_GROUP!r} to use it in config files",
+        option="stack",
+    )
+
+
+def _leads_to(place: str, cls: type) -> bool:
+    module, _, name = place.partition(":")
+    return getattr(sys.modules.get(module), name, None) is cls
+
+
+@cache
+def _spec(kind: str, place: str) -> BlockSpec:
+    module_name, _, attribute = place.partition(":")
+    try:
+        cls: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            cls = getattr(cls, part)
+    except Exception as exc:
+        raise ConfigError(
+            f"the block {_quote(kind)} cannot be imported from {place} ({type(exc).__name__})",
+            option="use",
+        ) from exc
+    if not (isinstance(cls, type) and issubclass(cls, StateStore)):
+        raise ConfigError(f"the block {_quote(kind)} at {place} is no StateStore", option="use")
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return BlockSpec(kind, cls, _options(cls, doc), doc.split("\n\n", 1)[0].replace("\n", " "))
+
+
+def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
+    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    docs = _argument_docs(doc)
+    found = []
+    for parameter in list(inspect.signature(cls).parameters.values()):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        field = fields.get(parameter.name)
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        if field is not None and field.default_factory is not MISSING:
+            default = field.default_factory()
+        found.append(
+            Option(
+                name=parameter.name,
+                default=default,
+                doc=docs.get(parameter.name, ""),
+                secret=field is not None and not field.repr,
+                mask=None if field is None else field.metadata.get("mask"),
+                **_typing(_resolve(parameter.annotation, cls)),
+            )
+        )
+    return tuple(found)
+
+
+def _resolve(annotation: Any, cls: type) -> Any:
+    """Return the type that an annotation stands for; ``object`` when it cannot be told here."""
+    if not isinstance(annotation, str):
+        return annotation
+    for owner in cls.__mro__:
+        names = vars(sys.modules.get(owner.__module__, types.ModuleType("gone")))
+        try:
+            return eval(annotation, {"StateStore": StateStore, **names})  # noqa: S307  our own source
+        except Exception:  # noqa: BLE001, S112  a name imported for type checkers only
+            continue
+    return object
+
+
+def _typing(hint: Any) -> dict[str, Any]:
+    """Return what the annotation of an option says about the values that a file may hold."""
+    accepts: set[type] = set()
+    facts: dict[str, Any] = {}
+    for part in _parts(hint):
+        origin = typing.get_origin(part) or part
+        if part is type(None) or part is None:
+            facts["nullable"] = True
+        elif origin is Literal:
+            facts["choices"] = typing.get_args(part)
+            accepts |= {type(choice) for choice in typing.get_args(part)}
+        elif origin is timedelta:
+            facts["duration"] = True
+        elif origin in (list, tuple, set, frozenset, Sequence):
+            accepts.add(list)
+            items = [a for a in typing.get_args(part) if a is not Ellipsis]
+            facts["item"] = items[0] if items and isinstance(items[0], type) else None
+            if facts["item"] not in (str, int, float, bool):
+                accepts.discard(list)
+        elif origin is type:
+            accepts.add(type)
+        elif origin in (dict, Mapping):
+            if all(arg in (str, int, float, bool) for arg in typing.get_args(part)):
+                accepts.add(dict)
+        elif isinstance(origin, type) and issubclass(origin, StateStore):
+            facts["store"] = True
+        elif isinstance(origin, type) and issubclass(origin, enum.StrEnum):
+            facts["choices"] = tuple(str(choice) for choice in origin)
+            accepts.add(str)
+        elif origin in (str, int, float, bool):
+            accepts.add(origin)
+    return {"accepts": frozenset(accepts), **facts}
+
+
+def _parts(hint: Any) -> list[Any]:
+    if isinstance(hint, dataclasses.InitVar):
+        hint = hint.type
+    if typing.get_origin(hint) is typing.Annotated:
+        return _parts(typing.get_args(hint)[0])
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [part for each in typing.get_args(hint) for part in _parts(each)]
+    return [hint]
+
+
+def _argument_docs(doc: str) -> dict[str, str]:
+    """Return what the ``Args`` section of a docstring says about each argument."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", doc, re.MULTILINE)
+    if section is None:
+        return {}
+    body = inspect.cleandoc(section[1])
+    entries = re.findall(r"^(\w+):[ ]*((?:.*)(?:\n[ \t]+.*)*)", body, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).strip() for name, text in entries}
+
+
+def _quote(name: str) -> str:
+    shown = name if len(name) <= 40 and name.isprintable() else f"{name[:20]!a}..."  # noqa: PLR2004
+    return f'"{shown}"'
