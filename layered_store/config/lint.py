@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Final
 
@@ -283,8 +284,8 @@ def _is_a(store: StateStore, kind: str) -> bool:
 def _number(store: object, *names: str) -> float | None:
     """Return the first of these options that holds a number."""
     for name in names:
-        value = getattr(store, name, None)
-        if hasattr(value, "total_seconds"):
+        value: object = getattr(store, name, None)
+        if isinstance(value, timedelta):
             value = value.total_seconds()
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -360,7 +361,7 @@ def _driver_retry_count(client: Any) -> int:
 
 @_rule("LS006", Severity.ERROR, "an open circuit is retried")
 def _open_circuit_retried(at: _At) -> str | None:
-    from layered_store.errors import CircuitOpenError  # noqa: PLC0415
+    from layered_store.errors import CircuitOpenError
 
     if not at.is_a("retry") or not at.over("circuit_breaker"):
         return None
@@ -424,7 +425,7 @@ def _no_channel(at: _At) -> str | None:
 
 def _channel_below(store: StateStore) -> bool:
     inner = store.children().get("inner")
-    return inner is not None and inner.capability(Invalidations) is not None
+    return inner is not None and inner.capability(Invalidations) is not None  # type: ignore[type-abstract]
 
 
 @_rule("LS017", Severity.ERROR, "a layer that does not forward")

@@ -60,7 +60,7 @@ def load_stack(
     Warns:
         LintWarning: for each warning of :func:`layered_store.lint` that the file does not allow.
     """
-    from layered_store.config.lint import LintPolicy, enforce  # noqa: PLC0415  lint needs layers
+    from layered_store.config.lint import LintPolicy, enforce
 
     document = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     if "use" in document:
@@ -75,8 +75,8 @@ def load_stack(
     build.check_overrides()
     policy = build.guarded(LintPolicy.from_config, document.get("lint", {}))
     build.finish()
-    assert stack is not None  # noqa: S101  a missing stack was a problem
-    assert policy is not None  # noqa: S101
+    assert stack is not None
+    assert policy is not None
     for finding in enforce(stack, policy, replaced=list(build.overrides.values())):
         warnings.warn(finding, stacklevel=2)
     return stack
@@ -458,7 +458,7 @@ def _from_text(text: str) -> Any:
     return text
 
 
-def _converted(option: Option, value: Any) -> Any:  # noqa: PLR0911  one return for each kind of value
+def _converted(option: Option, value: Any) -> Any:
     accepts = option.accepts
     if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
         return None  # TOML has no null
@@ -553,7 +553,7 @@ def _because(doc: str) -> str:
 
 def _join(path: str, key: object) -> str:
     text = str(key)
-    shown = text if len(text) <= 60 and text.isprintable() else f"{text[:20]!a}..."  # noqa: PLR2004
+    shown = text if len(text) <= 60 and text.isprintable() else f"{text[:20]!a}..."
     return f"{path}.{shown}" if path else shown
 
 
@@ -615,7 +615,7 @@ def _one(store: StateStore) -> dict[str, Any]:
     return table
 
 
-def _plain(option: Option, value: Any) -> Any:  # noqa: PLR0911
+def _plain(option: Option, value: Any) -> Any:
     if option.mask is not None:
         return option.mask(value)
     if option.secret:

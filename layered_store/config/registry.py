@@ -187,7 +187,9 @@ def _spec(kind: str, place: str) -> BlockSpec:
 
 
 def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
-    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    fields: dict[str, Any] = {}
+    if dataclasses.is_dataclass(cls):
+        fields = {field.name: field for field in dataclasses.fields(cls)}
     docs = _argument_docs(doc)
     found = []
     for parameter in list(inspect.signature(cls).parameters.values()):
@@ -217,7 +219,7 @@ def _resolve(annotation: Any, cls: type) -> Any:
     for owner in cls.__mro__:
         names = vars(sys.modules.get(owner.__module__, types.ModuleType("gone")))
         try:
-            return eval(annotation, {"StateStore": StateStore, **names})  # noqa: S307  our own source
+            return eval(annotation, {"StateStore": StateStore, **names})
         except Exception:  # noqa: BLE001, S112  a name imported for type checkers only
             continue
     return object
@@ -278,5 +280,5 @@ def _argument_docs(doc: str) -> dict[str, str]:
 
 
 def _quote(name: str) -> str:
-    shown = name if len(name) <= 40 and name.isprintable() else f"{name[:20]!a}..."  # noqa: PLR2004
+    shown = name if len(name) <= 40 and name.isprintable() else f"{name[:20]!a}..."
     return f'"{shown}"'

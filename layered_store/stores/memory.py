@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import Op, StateStore, check_limit, check_snapshot
@@ -28,7 +30,7 @@ _WRITE_IDS: Final = 64
 
 
 @dataclass(eq=False, repr=False)
-class MemoryStore(StateStore, Authority):
+class MemoryStore(StateStore, Authority, Enumerable):
     """Keeps states in a dict of this process; they are gone when it ends.
 
     Safe from several threads and event loops. For tests, small tools and as the end of a stack
@@ -54,6 +56,8 @@ class MemoryStore(StateStore, Authority):
         # Users by the position of their last change: the change log, each user once.
         self._log: OrderedDict[str, int] = OrderedDict()
         self._position = 0
+        # The users in order, and the position they were sorted at: sorted once a listing.
+        self._listed: tuple[int, list[str]] = (0, [])
         self._tombstones: deque[tuple[float, str]] = deque()
         self._lock = threading.Lock()
         self._closed = False
@@ -184,6 +188,17 @@ class MemoryStore(StateStore, Authority):
 
     async def covers(self, cursor: str) -> bool:
         return int(cursor) <= self._position
+
+    async def users(self, cursor: str, limit: int) -> UserPage:
+        self._check_open(Op.GET_LATEST_MANY)
+        with self._lock:
+            if self._listed[0] != self._position:
+                there = (user for user, row in self._users.items() if row.snapshot is not None)
+                self._listed = (self._position, sorted(there))
+            listed = self._listed[1]
+        start = bisect_right(listed, cursor)
+        page = listed[start : start + limit]
+        return UserPage(page, page[-1] if start + limit < len(listed) else None)
 
     def _write(self, snapshot: StateSnapshot, started: float, write_id: bytes) -> Versioned:
         user_id = snapshot.user_id
