@@ -151,8 +151,8 @@ class Statements:
             .values(
                 user_id=bindparam("to_user_id"),
                 version=bindparam("to_version"),
-                payload=bindparam("to_payload"),
-                write_id=bindparam("to_write_id"),
+                payload=bindparam("to_payload", type_=latest.c.payload.type),
+                write_id=bindparam("to_write_id", type_=latest.c.digest.type),
                 updated_at_unix_ms=bindparam("to_updated"),
                 position=position,
                 purge_at=None,
@@ -259,7 +259,7 @@ class Statements:
         else:
             start = bindparam("start_version", type_=BigInteger)
         return self._ignoring(latest, "digest").values(
-            digest=bindparam("at_digest"), version=start, position=0
+            digest=bindparam("at_digest", type_=latest.c.digest.type), version=start, position=0
         )
 
     async def create(self, connection: Any) -> None:

@@ -7,6 +7,7 @@ accents and trailing spaces, two users never share a row. ``history`` has one ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     BigInteger,
@@ -17,12 +18,45 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    func,
 )
 from sqlalchemy.dialects import mysql
+from sqlalchemy.types import UserDefinedType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import BindParameter, ColumnElement
+    from sqlalchemy.engine import Dialect
 
 __all__ = ["Tables", "build_tables"]
 
 _MYSQL = ("mysql", "mariadb")
+
+
+class _Hex(UserDefinedType[bytes]):
+    """Bytes that travel to MariaDB and MySQL as hexadecimal text.
+
+    aiomysql cannot send bytes with the newest PyMySQL, which took its encoder away
+    (PyMySQL issue 1274).
+
+    Args:
+        spec: the column's type in DDL.
+    """
+
+    cache_ok = True
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    def get_col_spec(self, **_: Any) -> str:
+        return self.spec
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[bytes | None], str | None]:  # noqa: ARG002
+        return lambda value: None if value is None else value.hex()
+
+    def bind_expression(self, bindvalue: BindParameter[bytes]) -> ColumnElement[bytes]:
+        return func.unhex(bindvalue, type_=self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +79,8 @@ class Tables:
 def build_tables(latest_name: str, history_name: str) -> Tables:
     """Return the tables under these names."""
     # MySQL's BLOB ends at 64 kB and its BINARY is the only binary type that can be a key.
-    key = LargeBinary().with_variant(mysql.BINARY(16), *_MYSQL)
-    blob = LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL)
+    key = LargeBinary().with_variant(_Hex("BINARY(16)"), *_MYSQL)
+    blob = LargeBinary().with_variant(_Hex("LONGBLOB"), *_MYSQL)
     # Compared in Python only; stored so that no server can fold or refuse a character.
     name = Text().with_variant(
         mysql.VARCHAR(256, charset="utf8mb4", collation="utf8mb4_bin"), *_MYSQL
