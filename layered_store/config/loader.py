@@ -21,6 +21,7 @@ from layered_store.interface import StateStore
 from layered_store.stack import children_of, walk
 
 if TYPE_CHECKING:
+    from layered_store.config.lint import LintPolicy
     from layered_store.config.registry import BlockSpec
     from layered_store.snapshot import StateSnapshot
 
@@ -60,11 +61,31 @@ def load_stack(
     Warns:
         LintWarning: for each warning of :func:`layered_store.lint` that the file does not allow.
     """
-    from layered_store.config.lint import LintPolicy, enforce
+    from layered_store.config.lint import enforce
+
+    stack, policy = load_unchecked(source, overrides=overrides, environ=environ)
+    for finding in enforce(stack, policy, replaced=list((overrides or {}).values())):
+        warnings.warn(finding, stacklevel=2)
+    return stack
+
+
+def load_unchecked(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    overrides: Mapping[str, StateStore] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[StateStore, LintPolicy]:
+    """Build a stack as :func:`load_stack` does, without asking the linter.
+
+    Returns:
+        the stack, and what the file says about the linter.
+    """
+    from layered_store.config.lint import LintPolicy
 
     document = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     if "use" in document:
         document = {"store": document}
+    document.pop("$schema", None)
     build = _Build(dict(overrides or {}), os.environ if environ is None else environ)
     build.check_keys(document, _TOP, "")
     stack = None
@@ -76,10 +97,8 @@ def load_stack(
     policy = build.guarded(LintPolicy.from_config, document.get("lint", {}))
     build.finish()
     assert stack is not None
-    assert policy is not None
-    for finding in enforce(stack, policy, replaced=list(build.overrides.values())):
-        warnings.warn(finding, stacklevel=2)
-    return stack
+    assert isinstance(policy, LintPolicy)
+    return stack, policy
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from layered_store.errors import (
 from layered_store.health import HealthStatus
 from layered_store.service.guard import Guard, error_body
 from layered_store.service.openapi import document
-from layered_store.stack import find
+from layered_store.stack import walk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -133,10 +133,8 @@ def _routes(stack: StateStore) -> list[Route]:
 def _registry(stack: StateStore) -> Any:
     from prometheus_client import REGISTRY
 
-    from layered_store.interface import StateStore as Base
-
-    for block in find(stack, Base):
-        registry = getattr(block, "registry", None)
+    for place in walk(stack):
+        registry = getattr(place.store, "registry", None)
         if registry is not None:
             return registry
     return REGISTRY

@@ -67,7 +67,7 @@ def document() -> dict[str, Any]:
         )
     }
     done = {"description": "Done"}
-    secured = [{}, {"key": []}]
+    secured: list[dict[str, list[str]]] = [{}, {"key": []}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "layered_store", "version": "1"},

@@ -1,0 +1,6 @@
+"""``python -m layered_store``."""
+
+from layered_store.cli import main
+
+if __name__ == "__main__":
+    main()

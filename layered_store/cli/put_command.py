@@ -1,0 +1,70 @@
+"""``layered-store put``: store a state."""
+
+from __future__ import annotations
+
+from typing import IO
+
+import click
+import msgspec
+
+from layered_store.cli.common import run
+from layered_store.interface import StateStore
+from layered_store.snapshot import Source
+
+__all__ = ["command"]
+
+
+@click.command("put")
+@click.argument("stack")
+@click.argument("user")
+@click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="An axis; repeatable.")
+@click.option("--confidence", type=float, default=1.0, show_default=True, help="From 0 to 1.")
+@click.option(
+    "--source",
+    type=click.Choice([str(source) for source in Source]),
+    default=str(Source.SELF_REPORT),
+    show_default=True,
+    help="How the state became known.",
+)
+@click.option(
+    "--file",
+    "source_file",
+    type=click.File("rb"),
+    help="Read the state as JSON from a file, or - for standard input, instead of the options.",
+)
+def command(
+    stack: str,
+    user: str,
+    axes: tuple[str, ...],
+    confidence: float,
+    source: str,
+    source_file: IO[bytes] | None,
+) -> None:
+    """Store a state of USER, such as: put stack.toml u-1 --axis warmth=0.7"""
+
+    async def work(store: StateStore) -> None:
+        if source_file is not None:
+            snapshot = store.snapshot_type.from_json(source_file.read())
+            snapshot = msgspec.structs.replace(snapshot, user_id=user)
+        else:
+            snapshot = store.snapshot_type(
+                user, source=Source(source), confidence=confidence, axes=values
+            )
+        await store.upsert_latest(snapshot)
+
+    if source_file is not None and axes:
+        raise click.UsageError("give either --file or --axis")
+    values = dict(map(_axis, axes))
+    run(stack, work)
+
+
+def _axis(text: str) -> tuple[str, float]:
+    name, sign, value = text.partition("=")
+    try:
+        if sign:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise click.BadParameter(
+        "must be NAME=VALUE with a number, such as warmth=0.7", param_hint="--axis"
+    )
