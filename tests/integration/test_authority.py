@@ -1,0 +1,534 @@
+"""What every system of record must do, on each that we have."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import uuid
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from layered_store.call import Call, _current
+from layered_store.coherence.contract import ABSENT
+from layered_store.errors import ClosedError, CorruptDataError, ValidationError
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.stores.sql import SQLStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+KINDS = ("memory", "sqlite_file", "sqlite_memory", "postgres", "mysql")
+
+
+@dataclass
+class Bench:
+    """Builds stores over one database; each test has tables of its own."""
+
+    kind: str
+    url: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    opened: list[Any] = field(default_factory=list)
+
+    def build(self, **options: Any) -> Any:
+        if self.kind == "memory":
+            store: Any = MemoryStore(**options)
+        else:
+            store = SQLStore(self.url, **{**self.options, **options})
+        self.opened.append(store)
+        return store
+
+    @property
+    def shared(self) -> bool:
+        """Whether a second store sees the same data."""
+        return self.kind not in ("memory", "sqlite_memory")
+
+    async def execute(self, store: Any, statement: Any, values: dict[str, Any]) -> None:
+        async def work(session: Any) -> None:
+            await session.connection.execute(statement, values)
+
+        await store._run("test", work, writes=True)
+
+
+@pytest.fixture(params=KINDS)
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    kind = request.param
+    url = {
+        "memory": lambda: None,
+        "sqlite_file": lambda: f"sqlite+aiosqlite:///{tmp_path}/states.db",
+        "sqlite_memory": lambda: "sqlite+aiosqlite://",
+        "postgres": lambda: request.getfixturevalue("postgres_url"),
+        "mysql": lambda: request.getfixturevalue("mysql_url"),
+    }[kind]()
+    tag = uuid.uuid4().hex[:12]
+    names = {"latest_table": f"latest_{tag}", "history_table": f"history_{tag}"}
+    made = Bench(kind, url, {} if kind == "memory" else names)
+    yield made
+    for store in made.opened:
+        await store.aclose()
+
+
+@pytest.fixture
+def sql(bench: Bench) -> Bench:
+    if bench.kind == "memory":
+        pytest.skip("about tables")
+    return bench
+
+
+@asynccontextmanager
+async def writing(write_id: bytes, started: float) -> AsyncIterator[None]:
+    """Make writes inside attempts of one call."""
+    token = _current.set(Call(write_id, started))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def state(user_id: str, value: float = 0.5, **fields: Any) -> StateSnapshot:
+    return StateSnapshot(user_id, axes={"a": value}, **fields)
+
+
+async def all_changes(store: Any, cursor: str, limit: int = 3) -> tuple[dict[bytes, Any], str]:
+    found: dict[bytes, Any] = {}
+    while True:
+        page = await store.changes(cursor, limit)
+        assert len(page.items) <= limit
+        found.update({change.digest: change for change in page.items})
+        cursor = page.cursor
+        if not page.more:
+            return found, cursor
+
+
+async def test_versions_grow_across_erasure(bench: Bench) -> None:
+    """Each write and erasure of a user has a higher version than the one before."""
+    store = bench.build()
+    versions = []
+    for round_ in range(3):
+        versions.append((await store.write(state("u", round_ / 10))).version)
+        versions.append((await store.write(state("u", round_ / 9))).version)
+        versions.append(await store.erase("u"))
+        assert (await store.read("u")).snapshot is None
+    assert versions == sorted(set(versions))
+    assert (await store.read("u")).version == versions[-1]
+
+
+async def test_a_user_never_seen_is_absent(bench: Bench) -> None:
+    """No row gives version 0, alone and in a batch."""
+    store = bench.build()
+    assert await store.read("nobody") == ABSENT
+    assert await store.read_many(["nobody", "no-one"]) == {"nobody": ABSENT, "no-one": ABSENT}
+    assert await store.get_latest("nobody") is None
+
+
+async def test_erasing_an_absent_user_leaves_a_tombstone(bench: Bench) -> None:
+    """Copies may exist although the row does not."""
+    store = bench.build()
+    version = await store.erase("u")
+    record = await store.read("u")
+    assert record.version == version > 0
+    assert record.snapshot is None
+    assert await store.erase("u") >= version
+
+
+async def test_a_repeated_write_counts_once_also_after_another_write(bench: Bench) -> None:
+    """The second attempt finds the first in the history and leaves the later write in place."""
+    store = bench.build()
+    started = store.clock.monotonic()
+    async with writing(b"w" * 16, started):
+        first = await store.write(state("u", 0.1))
+        assert await store.write(state("u", 0.1)) == first
+    between = await store.write(state("u", 0.2))
+    async with writing(b"w" * 16, started):
+        again = await store.write(state("u", 0.1))
+    assert again == between
+    assert [s.get_axis("a") for s in await store.get_history("u", 10)] == [0.2, 0.1]
+
+
+async def test_a_repeated_batch_counts_once(bench: Bench) -> None:
+    """Each part of a batch has an id of its own, and one user may be in it twice."""
+    store = bench.build()
+    batch = [state("u", 0.1), state("v", 0.2), state("u", 0.3)]
+    started = store.clock.monotonic()
+    for _ in range(2):
+        async with writing(b"b" * 16, started):
+            records = await store.write_many(batch)
+        assert records["u"].snapshot.get_axis("a") == 0.3
+    assert [s.get_axis("a") for s in await store.get_history("u", 10)] == [0.3, 0.1]
+    assert len(await store.get_history("v", 10)) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, None])
+async def test_history_is_bounded(bench: Bench, limit: int | None) -> None:
+    """At most ``history_limit`` states are given; a repeat is known even when none are kept."""
+    store = bench.build(history_limit=limit)
+    for index in range(20):
+        await store.write(state("u", index / 100))
+    kept = 20 if limit is None else limit
+    values = [s.get_axis("a") for s in await store.get_history("u", 50)]
+    assert values == [index / 100 for index in range(19, -1, -1)][:kept]
+    assert await store.get_history("u", 0) == []
+    async with writing(b"w" * 16, store.clock.monotonic()):
+        first = await store.write(state("u", 1.0))
+        await asyncio.sleep(0)
+        assert (await store.write(state("u", 1.0))).version == first.version
+
+
+async def test_a_late_writer_loses_to_an_erasure(bench: Bench) -> None:
+    """A write that began before the erasure is dropped, also when the user was written again."""
+    store = bench.build()
+    started = store.clock.monotonic()
+    await store.write(state("u", 0.1))
+    version = await store.erase("u")
+    async with writing(b"l" * 16, started):
+        record = await store.write(state("u", 0.2))
+    assert (record.version, record.snapshot) == (version, None)
+    fresh = await store.write(state("u", 0.3))
+    assert fresh.snapshot is not None
+    async with writing(b"m" * 16, started):
+        assert await store.write(state("u", 0.4)) == fresh
+    assert len(await store.get_history("u", 9)) == 1
+
+
+async def test_a_write_after_an_erasure_counts_at_once(bench: Bench) -> None:
+    """In one process the order of the two calls is certain, however close they are."""
+    store = bench.build()
+    for index in range(20):
+        await store.erase("u")
+        assert (await store.write(state("u", index / 20))).snapshot is not None
+
+
+async def test_the_order_is_told_across_processes(sql: Bench) -> None:
+    """A store that did not erase measures by the database's clock: both ways."""
+    if not sql.shared:
+        pytest.skip("one connection")
+    ours, theirs = sql.build(), sql.build()
+    await ours.open()
+    await theirs.open()
+    started = ours.clock.monotonic()
+    version = await theirs.erase("u")
+    async with writing(b"l" * 16, started - 1):
+        assert (await ours.write(state("u", 0.1))).version == version
+    for _ in range(20):
+        erased = await theirs.erase("u")
+        record = None
+        while record is None:
+            try:
+                record = await ours.write(state("u", 0.2))
+            except Exception as exc:
+                assert getattr(exc, "retryable", False)  # noqa: PT017
+        assert record.version > erased
+
+
+async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:
+    """A tier named in an erasure is owed; settling an older erasure changes nothing."""
+    store = bench.build()
+    await store.write(state("u"))
+    first = await store.erase("u", ["redis-1"])
+    second = await store.erase("u", ["redis-2"])
+    assert sorted(await store.debts("u")) == ["redis-1", "redis-2"]
+    await store.settle(store.digest("u"), first, "redis-1")
+    assert sorted(await store.debts("u")) == ["redis-1", "redis-2"]
+    await store.settle(store.digest("u"), second, "redis-1")
+    await store.settle(store.digest("u"), second, "unknown")
+    assert list(await store.debts("u")) == ["redis-2"]
+    await store.settle(store.digest("u"), second, "redis-2")
+    assert list(await store.debts("u")) == []
+    assert list(await store.debts("never-seen")) == []
+
+
+async def test_changes_come_after_the_head(bench: Bench) -> None:
+    """A cursor taken from ``head`` shows all that follows, each user once, erasures marked."""
+    store = bench.build()
+    await store.write(state("before"))
+    head = await store.head()
+    users = [f"u{index}" for index in range(8)]
+    for user_id in users:
+        await store.write(state(user_id))
+    await store.write(state("u0", 0.9))
+    await store.erase("u1")
+    found, cursor = await all_changes(store, head)
+    assert set(found) == {store.digest(user_id) for user_id in users}
+    assert [c.digest for c in found.values() if c.erased] == [store.digest("u1")]
+    for user_id in users:
+        assert found[store.digest(user_id)].version == (await store.read(user_id)).version
+    assert await store.covers(cursor)
+    assert (await all_changes(store, cursor))[0] == {}
+
+
+async def test_changes_never_skip_a_concurrent_writer(bench: Bench) -> None:
+    """A reader that follows the log while others write ends with every user's last version."""
+    store = bench.build()
+    other = bench.build() if bench.shared else store
+    cursor = await store.head()
+    seen: dict[bytes, int] = {}
+    writing_now = True
+
+    async def write(which: Any, name: str) -> None:
+        for index in range(25):
+            await which.write(state(f"{name}-{index % 7}", index / 25))
+            if index % 5 == 0:
+                await which.write_many([state(f"both-{n}", 0.1) for n in range(4)])
+
+    async def follow() -> None:
+        nonlocal cursor
+        while True:
+            last = not writing_now
+            found, cursor = await all_changes(store, cursor)
+            for digest, change in found.items():
+                assert change.version >= seen.get(digest, 0)
+                seen[digest] = change.version
+            if last:
+                return
+            await asyncio.sleep(0)
+
+    reader = asyncio.create_task(follow())
+    await asyncio.gather(*(write(s, n) for s in (store, other) for n in ("x", "y", "z")))
+    writing_now = False
+    await reader
+    for user_id in [f"{n}-{i}" for n in "xyz" for i in range(7)] + [f"both-{n}" for n in range(4)]:
+        assert seen[store.digest(user_id)] == (await store.read(user_id)).version
+
+
+async def test_a_cursor_of_the_future_is_not_covered(bench: Bench) -> None:
+    """After a restore, positions that were handed out are ahead of the database."""
+    store = bench.build()
+    head = await store.head()
+    assert await store.covers(head)
+    ahead = head.replace(head.split(".", maxsplit=1)[0], str(10**15), 1)
+    assert not await store.covers(ahead)
+
+
+async def test_an_open_transaction_holds_the_log_back(bench: Bench) -> None:
+    """PostgreSQL: what commits late with a lower position is still found."""
+    if bench.kind != "postgres":
+        pytest.skip("only there do writers commit out of order")
+    store = bench.build()
+    cursor = await store.head()
+    gate, entered = asyncio.Event(), asyncio.Event()
+
+    async def slow(session: Any) -> None:
+        from layered_store.stores.sql import transactions
+
+        commit = session.commit
+
+        async def wait() -> None:
+            entered.set()
+            await gate.wait()
+            await commit()
+
+        session.__class__ = type("Slow", (type(session),), {"commit": lambda _: wait()})
+        item = store._prepare(state("slow"), b"s" * 16, 0.0)
+        await transactions.write(session, [item], store._rules, store._knows)
+
+    late = asyncio.create_task(store._run("test", slow, writes=True))
+    await entered.wait()
+    await store.write(state("quick"))
+    seen, cursor = await all_changes(store, cursor)
+    gate.set()
+    await late
+    more, _ = await all_changes(store, cursor)
+    assert store.digest("slow") in more
+    assert {store.digest("slow"), store.digest("quick")} <= seen.keys() | more.keys()
+
+
+async def test_many_writers_of_one_user_all_count(bench: Bench) -> None:
+    """Versions are computed under the row's lock: none is lost, none is given twice."""
+    store = bench.build()
+    other = bench.build() if bench.shared else store
+    records = await asyncio.gather(
+        *((store, other)[index % 2].write(state("u", index / 40)) for index in range(40))
+    )
+    versions = sorted(record.version for record in records)
+    assert versions == list(range(versions[0], versions[0] + 40))
+    assert len(await store.get_history("u", 100)) == 40
+    newest = max(records, key=lambda record: record.version)
+    assert await store.read("u") == newest
+
+
+async def test_batches_that_cross_do_not_deadlock(bench: Bench) -> None:
+    """Two batches with the same users in opposite orders both finish."""
+    store = bench.build()
+    other = bench.build() if bench.shared else store
+    users = [f"u{index}" for index in range(10)]
+    for _ in range(5):
+        await asyncio.gather(
+            store.write_many([state(user_id, 0.1) for user_id in users]),
+            other.write_many([state(user_id, 0.2) for user_id in reversed(users)]),
+        )
+    assert len(await store.get_latest_many(users)) == 10
+
+
+PAIRS = ["alice", "Alice", "märrie", "marrie", "ma\u0308rrie", "straße", "strasse", "ﬁ", "fi", "bob", "bob_"]
+
+
+async def test_ids_that_look_alike_are_different_users(bench: Bench) -> None:
+    """Case, accents, normal forms and compatibility characters keep users apart."""
+    store = bench.build()
+    for index, user_id in enumerate(PAIRS):
+        await store.write(state(user_id, index / 20))
+    found = await store.get_latest_many(PAIRS)
+    assert {u: s.get_axis("a") for u, s in found.items()} == {
+        user_id: index / 20 for index, user_id in enumerate(PAIRS)
+    }
+    await store.erase("alice")
+    assert await store.get_latest("Alice") is not None
+
+
+async def test_a_corrupt_row_is_that_users_alone(sql: Bench) -> None:
+    """It raises when asked alone, others are served, and a write heals it."""
+    store = sql.build()
+    await store.write_many([state("good"), state("bad")])
+    table = store.metadata.tables[store.latest_table]
+    statement = table.update().where(table.c.digest == store.digest("bad"))
+    await sql.execute(store, statement.values(payload=b"\x01\xc1garbage"), {})
+    with pytest.raises(CorruptDataError) as caught:
+        await store.get_latest("bad")
+    assert caught.value.user_id == "bad"
+    assert "bad" not in str(caught.value).replace("UPSERT", "")
+    found = await store.read_many(["good", "bad", "none"])
+    assert set(found) == {"good", "none"}
+    await store.write(state("bad", 0.7))
+    assert (await store.get_latest("bad")).get_axis("a") == 0.7
+
+
+async def test_a_row_of_another_user_is_never_returned(sql: Bench) -> None:
+    """Whoever put it there: the id in the row and the id in the record are both checked."""
+    store = sql.build()
+    await store.write_many([state("mine"), state("theirs")])
+    table = store.metadata.tables[store.latest_table]
+    mine = table.update().where(table.c.digest == store.digest("mine"))
+    await sql.execute(store, mine.values(user_id="theirs"), {})
+    with pytest.raises(CorruptDataError):
+        await store.get_latest("mine")
+    payload = store._codec.encode(state("theirs"))
+    await sql.execute(store, mine.values(user_id="mine", payload=payload), {})
+    with pytest.raises(CorruptDataError):
+        await store.get_latest("mine")
+
+
+async def test_erasure_leaves_no_trace(sql: Bench) -> None:
+    """After an erasure neither table holds the id or a state of the user."""
+    store = sql.build()
+    await store.write(state("u-secret"))
+    await store.erase("u-secret")
+    rows: list[Any] = []
+
+    async def work(session: Any) -> None:
+        for table in store.metadata.tables.values():
+            rows.extend(await session.rows(table.select(), {}))
+
+    await store._run("test", work)
+    assert "u-secret" not in repr(rows)
+
+
+async def test_snapshot_time_ignores_older_snapshots(sql: Bench) -> None:
+    """With that order, a snapshot observed earlier than the stored one is counted and dropped."""
+    store = sql.build(order="snapshot_time")
+    newest = await store.write(state("u", 0.1, updated_at_unix_ms=2_000))
+    assert await store.write(state("u", 0.2, updated_at_unix_ms=1_000)) == newest
+    equal = await store.write(state("u", 0.3, updated_at_unix_ms=2_000))
+    assert equal.version > newest.version
+    assert {sample.metric: sample.value for sample in store.samples()}["stale_writes"] == 1
+    assert len(await store.get_history("u", 10)) == 2
+
+
+async def test_old_history_is_not_shown(sql: Bench) -> None:
+    """States older than ``history_max_age`` are gone from the history, not from the latest."""
+    store = sql.build(history_max_age=3600)
+    await store.write(state("u", 0.1))
+    table = store.metadata.tables[store.history_table]
+    await sql.execute(store, table.update().values(recorded_at=1), {})
+    assert await store.get_history("u", 10) == []
+    await store.write(state("u", 0.2))
+    assert [s.get_axis("a") for s in await store.get_history("u", 10)] == [0.2]
+    assert (await store.get_latest("u")).get_axis("a") == 0.2
+
+
+async def test_tombstones_are_forgotten_after_their_time(sql: Bench) -> None:
+    """Old tombstones go with later writes; one with debts stays."""
+    store = sql.build()
+    await store.erase("old")
+    await store.erase("owing", ["redis"])
+    table = store.metadata.tables[store.latest_table]
+    await sql.execute(store, table.update().values(purge_at=1), {})
+    await store.write_many([state(f"u{index}") for index in range(64)])
+    assert await store.read("old") == ABSENT
+    assert list(await store.debts("owing")) == ["redis"]
+
+
+async def test_nothing_is_stored_of_a_batch_with_a_bad_snapshot(bench: Bench) -> None:
+    """All are validated before the first is stored."""
+    store = bench.build()
+    with pytest.raises(ValidationError):
+        await store.write_many([state("good"), state("bad user")])
+    assert await store.read("good") == ABSENT
+
+
+async def test_a_large_batch_passes_the_drivers_limits(bench: Bench) -> None:
+    """More users than a statement may have parameters."""
+    store = bench.build(history_limit=1)
+    users = [f"u{index}" for index in range(1_500)]
+    await store.upsert_latest_many(state(user_id) for user_id in users)
+    assert set(await store.get_latest_many([*users, "other"])) == set(users)
+
+
+async def test_a_closed_store_says_so(bench: Bench) -> None:
+    """After ``aclose``, twice, every call raises ClosedError."""
+    store = bench.build()
+    await store.write(state("u"))
+    await store.aclose()
+    await store.aclose()
+    for call in (store.get_latest("u"), store.write(state("u")), store.delete("u")):
+        with pytest.raises(ClosedError):
+            await call
+
+
+_CHILD = """
+import asyncio, sys
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.sql import SQLStore
+
+async def main():
+    store = SQLStore(sys.argv[1], latest_table=sys.argv[2], history_table=sys.argv[3])
+    print("up", flush=True)
+    sys.stdin.readline()
+    await store.upsert_latest(StateSnapshot(sys.argv[4]))
+
+asyncio.run(main())
+"""
+
+
+async def test_several_processes_create_the_tables_at_once(sql: Bench) -> None:
+    """Four processes start together, each writes, none fails, and each ends without closing."""
+    if not sql.shared:
+        pytest.skip("one connection")
+    names = [sql.options["latest_table"], sql.options["history_table"]]
+    children = [
+        subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-W", "error", "-c", _CHILD, str(sql.url), *names, f"u{index}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for index in range(4)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+    for child in children:
+        _, errors = await asyncio.to_thread(child.communicate, timeout=30)
+        assert (child.returncode, errors) == (0, b"")
+    store = sql.build()
+    assert len(await store.get_latest_many([f"u{index}" for index in range(4)])) == 4
