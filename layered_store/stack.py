@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from layered_store.errors import ConfigError
@@ -203,20 +205,21 @@ def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
     Args:
         stack: the stack to start from; it stays as it is.
         target: a class, an ``id`` of the config file, or a block of the stack. A class or id that
-            matches several blocks swaps the outermost only when they are nested, else all of them
-            are refused.
+            matches several blocks is refused.
         new: what stands there instead.
 
     Raises:
         ConfigError: nothing matches, or several blocks do.
     """
-    matches = [place.store for place in walk(stack) if _matches(place.store, target)]
+    # By identity: one object that stands in two places is one match, swapped in both.
+    unique = {id(place.store): place.store for place in walk(stack)}
+    matches = [store for store in unique.values() if _matches(store, target)]
     if len(matches) != 1:
         found = "matches no block" if not matches else f"matches {len(matches)} blocks"
         raise ConfigError(
             f"{found} of this stack; pass the block itself, from find(stack, cls)", option="target"
         )
-    return _rebuild(stack, matches[0], new)
+    return _rebuild(stack, {id(matches[0]): new})
 
 
 def _matches(store: StateStore, target: object) -> bool:
@@ -227,25 +230,39 @@ def _matches(store: StateStore, target: object) -> bool:
     return store is target
 
 
-def _rebuild(store: StateStore, target: StateStore, new: StateStore) -> StateStore:
-    if store is target:
-        return new
+def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
+    """Build a block again, with all below it; ``done`` has the new block of each old one's id."""
+    if id(store) in done:
+        return done[id(store)]
     if not dataclasses.is_dataclass(store):
         if children_of(store):
             raise ConfigError(
                 f"cannot rebuild {type(store).__name__}, which is no dataclass; make it one",
                 option="stack",
             )
-        return copy.copy(store)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(store):
-        if not field.init:
-            continue
-        value = getattr(store, field.name)
-        arguments[field.name] = (
-            _rebuild(value, target, new) if isinstance(value, StateStore) else value
-        )
-    twin = type(store)(**arguments)
-    if (block_id := getattr(store, "block_id", None)) is not None:
-        twin.__dict__["block_id"] = block_id
+        twin = copy.copy(store)
+    else:
+        arguments: dict[str, Any] = {}
+        for field in dataclasses.fields(store):
+            if field.init:
+                value = getattr(store, field.name)
+                arguments[field.name] = (
+                    _rebuild(value, done) if isinstance(value, StateStore) else _unshared(value)
+                )
+        twin = type(store)(**arguments)
+        if (block_id := getattr(store, "block_id", None)) is not None:
+            twin.__dict__["block_id"] = block_id
+    done[id(store)] = twin
     return twin
+
+
+def _unshared(value: Any) -> Any:
+    """Return an option's value as the rebuilt block may have it: without the old one's state."""
+    if isinstance(value, Random):
+        return copy.copy(value)
+    if isinstance(value, MutableMapping):
+        # A cache object of the user's, of whatever class: its like, and empty.
+        twin = copy.deepcopy(value)
+        twin.clear()
+        return twin
+    return value
