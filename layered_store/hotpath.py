@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-__all__ = ["HitCount", "HitObserver", "HotEntry", "HotPath", "Trust", "declares"]
+__all__ = ["HitCount", "HitObserver", "HotEntry", "HotPath", "Trust", "declares", "hot_path_of"]
 
 _SAMPLE_EVERY = 64
 
@@ -124,6 +124,17 @@ def declares(cls: type, hook: str, *, over: tuple[str, ...]) -> bool:
         if any(name in names for name in over):
             return False
     return False
+
+
+def hot_path_of(store: Any) -> HotPath | None:
+    """Return the hot path that ``store`` offers to the layer above it, or None.
+
+    A store that changes its reads without declaring the hook again is awaited, not passed by.
+    """
+    if not declares(type(store), "hot_path", over=("get_latest", "around")):
+        return None
+    path: HotPath | None = store.hot_path()
+    return path
 
 
 # The three variants differ in the timing only. They are written out because a call or a test that

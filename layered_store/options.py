@@ -10,6 +10,7 @@ from layered_store.errors import ConfigError
 
 __all__ = [
     "Seconds",
+    "check_a",
     "check_choice",
     "check_count",
     "check_seconds",
@@ -148,3 +149,9 @@ def check_snapshot_type(value: object, owner: object) -> None:
 
     if not (isinstance(value, type) and issubclass(value, StateSnapshot)):
         raise _refuse("must be StateSnapshot or a subclass", "snapshot_type", owner, value)
+
+
+def check_a(value: object, kind: type[Any], option: str, owner: object) -> None:
+    """Refuse anything but a ``kind``: a collaborator such as a clock or a source of randomness."""
+    if not isinstance(value, kind):
+        raise _refuse(f"must be a {kind.__name__}", option, owner, value)
