@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Statements"]
 
-FAMILIES: Final = {"sqlite": "sqlite", "postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+FAMILIES: Final = {
+    "sqlite": "sqlite",
+    "postgresql": "postgresql",
+    "mysql": "mysql",
+    "mariadb": "mysql",
+}
 """What a SQLAlchemy dialect name counts as."""
 
 _COUNTER_ROW: Final = 1
@@ -218,8 +223,7 @@ class Statements:
                     latest.c.position > after,
                     and_(
                         latest.c.position == after,
-                        latest.c.digest
-                        > bindparam("after_digest", type_=latest.c.digest.type),
+                        latest.c.digest > bindparam("after_digest", type_=latest.c.digest.type),
                     ),
                 ),
                 latest.c.position < bindparam("horizon", type_=BigInteger),
@@ -273,7 +277,9 @@ class Statements:
             await connection.run_sync(metadata.create_all)
             await connection.exec_driver_sql("COMMIT")
         elif self.family == "mysql":
-            await connection.execute(text("SELECT GET_LOCK(:name, 30)"), {"name": f"ls.{name}"[:64]})
+            await connection.execute(
+                text("SELECT GET_LOCK(:name, 30)"), {"name": f"ls.{name}"[:64]}
+            )
             try:
                 await connection.run_sync(metadata.create_all)
                 await connection.execute(self.start_counter)

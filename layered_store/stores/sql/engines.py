@@ -13,13 +13,23 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
+from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ConfigError
 from layered_store.stores.sql.dialects import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
-__all__ = ["Home", "build_engine", "drop", "family_of", "in_memory", "locate", "parse_url"]
+__all__ = [
+    "Home",
+    "build_engine",
+    "close_with_loop",
+    "drop",
+    "family_of",
+    "in_memory",
+    "locate",
+    "parse_url",
+]
 
 _DRIVERS: Final = {
     "sqlite": "sqlite+aiosqlite",
@@ -31,6 +41,7 @@ _DRIVERS: Final = {
 _ASYNC: Final = ("aiosqlite", "asyncpg", "psycopg", "psycopg_async", "aiomysql", "asyncmy")
 _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
 _BUSY_MS: Final = 5_000
+_CLOSE_SECONDS: Final = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +54,7 @@ class Home:
         writing: the right to write; one writer at a time on SQLite.
         alone: the right to use the one connection of an in-memory database.
         ready: whether the tables are known to exist.
+        closer: closes an engine of our own when the loop ends and nobody called ``aclose``.
         opening: held while they are looked for.
         running: operations under way, also those whose caller is gone.
     """
@@ -53,6 +65,7 @@ class Home:
     alone: asyncio.Lock = field(default_factory=asyncio.Lock)
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     ready: bool = False
+    closer: AsyncGenerator[None, None] | None = None
     running: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
@@ -152,14 +165,40 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         cursor.close()
 
 
+# Held here, since a generator that is collected just before its loop ends is not waited for.
+_closers: dict[AsyncEngine, AsyncGenerator[None, None]] = {}
+
+
+async def close_with_loop(engine: AsyncEngine) -> AsyncGenerator[None, None]:
+    """Have ``engine`` disposed of when the running loop ends; return what does it earlier."""
+    closer = _closers[engine] = _closer(engine)
+    await anext(closer)
+    return closer
+
+
+async def _closer(engine: AsyncEngine) -> AsyncGenerator[None, None]:
+    """Dispose of ``engine`` when this generator ends.
+
+    An event loop ends its generators before it closes (``asyncio.run`` sees to that), which is
+    the last moment at which connections can still be closed properly.
+    """
+    try:
+        yield
+    finally:
+        _closers.pop(engine, None)
+        # A server that hangs must not keep the process from ending.
+        with suppress(Exception):
+            async with SYSTEM_CLOCK.timeout(_CLOSE_SECONDS):
+                await engine.dispose()
+
+
 def drop(engine: AsyncEngine) -> None:
     """Forget an engine whose event loop is gone or not ours: its connections cannot be closed."""
+    _closers.pop(engine, None)
     engine.sync_engine.dispose(close=False)
 
 
-def locate(
-    homes: dict[asyncio.AbstractEventLoop, Home], build: Callable[[], AsyncEngine]
-) -> Home:
+def locate(homes: dict[asyncio.AbstractEventLoop, Home], build: Callable[[], AsyncEngine]) -> Home:
     """Return the home of the running loop, made when there is none; forget those of dead loops."""
     loop = asyncio.get_running_loop()
     home = homes.get(loop)

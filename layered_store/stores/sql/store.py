@@ -108,7 +108,7 @@ class SQLStore(StateStore, Authority):
     latest_table: str = field(default="layered_store_latest", kw_only=True)
     history_table: str = field(default="layered_store_history", kw_only=True)
     create_tables: bool = field(default=True, kw_only=True)
-    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)  # type: ignore[assignment]
+    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)
     digest_key: bytes | str = field(default=b"", kw_only=True, repr=False)
     timeout: Seconds = field(default=5.0, kw_only=True)
     probe_seconds: Seconds = field(default=1.0, kw_only=True)
@@ -160,6 +160,7 @@ class SQLStore(StateStore, Authority):
         from layered_store.stores.sql.dialects import Statements  # noqa: PLC0415
         from layered_store.stores.sql.schema import build_tables  # noqa: PLC0415
 
+        self._given: AsyncEngine | None = None
         if self.engine is not None:
             if not hasattr(self.engine, "sync_engine"):
                 raise ConfigError(
@@ -174,7 +175,6 @@ class SQLStore(StateStore, Authority):
         else:
             self._address = engines.parse_url(self.url, self.name)
             dialect = self._address.get_backend_name()
-            self._given = None
         family = engines.family_of(dialect, "engine" if self.engine else "url", self.name)
         self._one_connection = engines.in_memory(self._address)
         self._tables = build_tables(self.latest_table, self.history_table)
@@ -271,7 +271,9 @@ class SQLStore(StateStore, Authority):
                 continue
             if home.running:
                 await asyncio.wait(home.running, timeout=self._timeout)
-            if self._given is None:
+            if home.closer is not None:
+                await home.closer.aclose()
+            elif self._given is None:
                 await home.engine.dispose()
 
     # What a system of record offers to a cache tier in front of it.
@@ -553,9 +555,13 @@ class SQLStore(StateStore, Authority):
                 await connection.invalidate()
 
     async def _make_ready(self, home: Home, session: Session) -> None:
+        from layered_store.stores.sql.engines import close_with_loop  # noqa: PLC0415
+
         async with home.opening:
             if home.ready:
                 return
+            if self._given is None and home.closer is None:
+                home.closer = await close_with_loop(home.engine)
             if self.create_tables:
                 session.open = True
                 await self._statements.create(session.connection)

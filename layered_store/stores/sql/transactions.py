@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from layered_store.clock import Clock
     from layered_store.stores.sql.dialects import Statements
 
-__all__ = ["TOMBSTONE_US", "Began", "Row", "Rules", "Session", "Write", "erase", "padded", "settle", "write"]
+__all__ = [
+    "TOMBSTONE_US",
+    "Began",
+    "Row",
+    "Rules",
+    "Session",
+    "Write",
+    "erase",
+    "padded",
+    "settle",
+    "write",
+]
 
 TOMBSTONE_US: Final = 7 * 86_400 * 1_000_000
 """How long a tombstone stays, in microseconds."""
@@ -207,7 +218,10 @@ async def _take(
 
 
 async def write(
-    session: Session, writes: Sequence[Write], rules: Rules, knows: Callable[[Row, Write], bool | None]
+    session: Session,
+    writes: Sequence[Write],
+    rules: Rules,
+    knows: Callable[[Row, Write], bool | None],
 ) -> tuple[list[Row], int]:
     """Store snapshots in one transaction; return what each left, and how many were too old.
 
