@@ -1,0 +1,369 @@
+"""Leave a failing store alone for a while."""
+
+from __future__ import annotations
+
+import random as _random
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, Final, ParamSpec, TypeVar
+
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.errors import CircuitOpenError, ConfigError, StoreError, UnavailableError
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.hotpath import HitCount, HotPath, Trust, hot_path_of
+from layered_store.layer import AroundLayer
+from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
+from layered_store.stats import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from layered_store.interface import Op
+
+__all__ = ["Circuit", "CircuitBreaker", "CircuitState"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_BUCKETS: Final = 10
+"""Parts of the rolling window: what is older leaves it in steps of a tenth."""
+
+
+class CircuitState(IntEnum):
+    """What the breaker does with calls; the numbers are those of the metric."""
+
+    CLOSED = 0
+    HALF_OPEN = 1
+    OPEN = 2
+
+
+class _Window:
+    """Calls and failures of the last seconds, kept in ten parts.
+
+    Args:
+        seconds: how far back it counts.
+    """
+
+    __slots__ = ("_calls", "_failures", "_newest", "_width", "calls", "failures")
+
+    def __init__(self, seconds: float) -> None:
+        self._width = seconds / _BUCKETS
+        self.clear()
+
+    def clear(self) -> None:
+        self._newest: int | None = None
+        self._calls = deque([0.0] * _BUCKETS, _BUCKETS)
+        self._failures = deque([0] * _BUCKETS, _BUCKETS)
+        self.calls = 0.0
+        self.failures = 0
+
+    def add(self, now: float, hits: int, *, failed: bool) -> None:
+        """Count one call, and hits that were answered since the last one."""
+        part = int(now // self._width)
+        steps = 0 if self._newest is None else part - self._newest
+        self._newest = part
+        if steps:
+            kept = min(steps, _BUCKETS)
+            self._calls.extend([0.0] * kept)
+            self._failures.extend([0] * kept)
+        if hits:
+            # They came at any time since then; those before the window are not spread into it.
+            each = hits / (steps + 1)
+            for index in range(max(0, _BUCKETS - 1 - steps), _BUCKETS):
+                self._calls[index] += each
+        self._calls[-1] += 1.0
+        self._failures[-1] += failed
+        self.calls = sum(self._calls) if steps or hits else self.calls + 1.0
+        self.failures = sum(self._failures) if steps else self.failures + failed
+
+
+class Circuit:
+    """The state machine of a circuit breaker: who may pass, and what their outcomes mean.
+
+    ::
+
+        CLOSED ──(failure share reached)──► OPEN ──(time is over)──► HALF_OPEN
+           ▲                                 ▲                          │
+           │                                 └──────(trial failed)──────┤
+           └────────────────────────(trial succeeded)───────────────────┘
+
+    Every change of state begins a new era. A call belongs to the era in which it was admitted, and
+    its outcome counts only while that lasts: what began before the circuit opened says nothing
+    about the store of now.
+
+    Args:
+        failure_share: share of failed calls at which it opens.
+        minimum_calls: calls in the window without which it does not open.
+        window: seconds over which calls are counted.
+        open_for: seconds until the first trial.
+        max_open_for: longest time between trials that fail in a row.
+        monotonic: source of time.
+        random: source of the jitter of those longer times.
+    """
+
+    __slots__ = (
+        "_era",
+        "_failed_trials",
+        "_failure_share",
+        "_max_open_for",
+        "_minimum_calls",
+        "_monotonic",
+        "_open_for",
+        "_random",
+        "_trial",
+        "_until",
+        "_window",
+        "state",
+    )
+
+    def __init__(  # noqa: PLR0913  all by keyword, none with a default that fits
+        self,
+        *,
+        failure_share: float,
+        minimum_calls: int,
+        window: float,
+        open_for: float,
+        max_open_for: float,
+        monotonic: Callable[[], float],
+        random: _random.Random,
+    ) -> None:
+        self._failure_share = failure_share
+        self._minimum_calls = minimum_calls
+        self._open_for = open_for
+        self._max_open_for = max_open_for
+        self._monotonic = monotonic
+        self._random = random
+        self._window = _Window(window)
+        self.state = CircuitState.CLOSED
+        self._era = 0
+        self._until = 0.0
+        self._trial = False
+        self._failed_trials = 0
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a call may be tried; 0 when it may be now, or when a trial is under way."""
+        if self.state is not CircuitState.OPEN:
+            return 0.0
+        return max(0.0, self._until - self._monotonic())
+
+    @property
+    def trying(self) -> bool:
+        """Whether a trial is under way."""
+        return self._trial
+
+    def admit(self) -> int | None:
+        """Let a call pass: return what :meth:`settle` needs afterwards, or None to refuse it."""
+        if self.state is CircuitState.CLOSED:
+            return self._era
+        if self._trial or (self.state is CircuitState.OPEN and self._monotonic() < self._until):
+            return None
+        self.state = CircuitState.HALF_OPEN
+        self._trial = True
+        self._era += 1
+        return self._era
+
+    def settle(self, era: int, *, failed: bool | None, hits: int = 0) -> None:
+        """Take note of how an admitted call ended.
+
+        Args:
+            era: what :meth:`admit` returned for it.
+            failed: whether it failed; None when it says nothing about the store.
+            hits: calls that succeeded meanwhile without being admitted one by one.
+        """
+        if era != self._era:
+            return
+        if self._trial:
+            self._trial = False
+            if failed is None:
+                return
+            if failed:
+                self._failed_trials += 1
+                self._open()
+            else:
+                self._close()
+        elif failed is not None:
+            window = self._window
+            window.add(self._monotonic(), hits, failed=failed)
+            if (
+                failed
+                and window.calls >= self._minimum_calls
+                and window.failures >= self._failure_share * window.calls
+            ):
+                self._open()
+
+    def _open(self) -> None:
+        self.state = CircuitState.OPEN
+        self._era += 1
+        seconds = self._open_for
+        if self._failed_trials:
+            # 2.0**63 is far above any limit, and larger exponents would overflow.
+            longest = min(self._max_open_for, seconds * 2.0 ** min(self._failed_trials, 63))
+            seconds = self._random.uniform(seconds, longest)
+        self._until = self._monotonic() + seconds
+
+    def _close(self) -> None:
+        self.state = CircuitState.CLOSED
+        self._era += 1
+        self._failed_trials = 0
+        self._window.clear()
+
+
+@dataclass(eq=False, repr=False)
+class CircuitBreaker(AroundLayer):
+    """Refuse calls for a while after too many failed, then try one.
+
+    A failing store then costs its callers nothing, and is not held down by them. Failures are
+    :class:`UnavailableError` with its subclasses and unexpected exceptions. Anything else, such as
+    a refused argument or a cancelled call, says nothing about the store and is not counted.
+    Health probes are not refused.
+
+    Args:
+        inner: the store to protect.
+        failure_share: the circuit opens at this share of failed calls; above 0, at most 1.
+        minimum_calls: and not before so many calls are in the window; at least 1.
+        window: seconds over which calls are counted, in tenths.
+        open_for: seconds from opening until one call is tried.
+        max_open_for: when trials fail in a row, the time until the next is drawn from ``open_for``
+            to twice, four times, ... as much, up to this many seconds. None: always ``open_for``.
+        random: source of that jitter.
+        clock: source of time.
+
+    Raises:
+        ConfigError: an option is out of its range.
+        CircuitOpenError: from any operation while the circuit is open, or half open with a trial
+            under way; ``retry_after`` tells when to come again. The call did not reach ``inner``.
+
+    Order:
+        Around ``Timeout``, so that a hung store counts as failed and a trial ends; below ``Retry``,
+        which never repeats a refusal. One breaker for each backend. Right:
+        ``Retry(CircuitBreaker(Timeout(store, seconds=0.05)))``. Wrong:
+        ``CircuitBreaker(WriteThrough(cache, origin=db))``: the tiers fail separately.
+
+    Cancellation:
+        A cancelled call is no failure; a cancelled trial leaves its place to the next call.
+    """
+
+    failure_share: float = field(default=0.5, kw_only=True)
+    minimum_calls: int = field(default=10, kw_only=True)
+    window: Seconds = field(default=30.0, kw_only=True)
+    open_for: Seconds = field(default=5.0, kw_only=True)
+    max_open_for: Seconds | None = field(default=None, kw_only=True)
+    random: _random.Random = field(default_factory=_random.Random, kw_only=True, repr=False)
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "circuit_breaker"
+
+    def __post_init__(self) -> None:
+        failure_share = check_share(self.failure_share, "failure_share", self, zero=False)
+        minimum_calls = check_count(self.minimum_calls, "minimum_calls", self)
+        window = check_seconds(self.window, "window", self)
+        open_for = check_seconds(self.open_for, "open_for", self)
+        longest = check_seconds(self.max_open_for, "max_open_for", self, optional=True)
+        if longest is not None and longest < open_for:
+            raise ConfigError(
+                f"must be at least open_for ({open_for:g} s), or None",
+                option="max_open_for",
+                layer=self.name,
+            )
+        check_a(self.random, _random.Random, "random", self)
+        check_a(self.clock, Clock, "clock", self)
+        self._circuit = Circuit(
+            failure_share=failure_share,
+            minimum_calls=minimum_calls,
+            window=window,
+            open_for=open_for,
+            max_open_for=open_for if longest is None else longest,
+            monotonic=self.clock.monotonic,
+            random=self.random,
+        )
+        self._trust: Trust | None = None
+        self._shut = False
+        self._hit_counts: list[HitCount] = []
+        self._hits_seen = 0
+        super().__post_init__()
+
+    async def around(
+        self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        era = self._circuit.admit()
+        if era is None:
+            raise CircuitOpenError(
+                self._reason(),
+                retry_after=self._circuit.retry_after,
+                operation=op,
+                layer=self.name,
+            )
+        failed: bool | None = None
+        try:
+            result = await method(*args, **kwargs)
+            failed = False
+        except UnavailableError:
+            failed = True
+            raise
+        except StoreError:
+            raise
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._settle(era, failed=failed)
+        return result
+
+    def _settle(self, era: int, *, failed: bool | None) -> None:
+        hits = sum(count.read() for count in self._hit_counts) if self._hit_counts else 0
+        self._circuit.settle(era, failed=failed, hits=hits - self._hits_seen)
+        self._hits_seen = hits
+        self._guard_hits()
+
+    def _guard_hits(self) -> None:
+        """Keep hits of a cache below on the way that is refused, as long as it is."""
+        refuses = self._circuit.state is not CircuitState.CLOSED
+        if refuses is self._shut or self._trust is None:
+            return
+        self._shut = refuses
+        if refuses:
+            self._trust.shut()
+        else:
+            self._trust.reopen()
+
+    @property
+    def state(self) -> CircuitState:
+        """Whether calls pass now."""
+        return self._circuit.state
+
+    def _reason(self) -> str:
+        if self._circuit.state is CircuitState.OPEN:
+            after = self._circuit.retry_after
+            return (
+                f"the circuit is open; one call is tried in {after:.3g} s"
+                if after
+                else "the circuit is open; the next call is a trial"
+            )
+        if self._circuit.trying:
+            return "the circuit is half open; one call is being tried"
+        return "the circuit is half open; the next call is a trial"
+
+    async def health_report(self) -> HealthReport:
+        below = await self.inner.health_report()
+        status, message = below.status, ""
+        if self._circuit.state is not CircuitState.CLOSED:
+            status = min(status, HealthStatus.DEGRADED, key=lambda each: each.level)
+            message = self._reason()
+        return HealthReport(self.name, status, below.latency_ms, message, (below,))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample("circuit_state", int(self._circuit.state))
+
+    def hot_path(self) -> HotPath | None:
+        path = hot_path_of(self.inner)
+        if path is not None:
+            # Asked once for each fused path above, always about the same cache.
+            self._trust = path.trust
+            self._guard_hits()
+            path.observers += (self,)
+        return path
+
+    def attach_hits(self, count: HitCount) -> None:
+        self._hit_counts.append(count)

@@ -1,0 +1,179 @@
+"""Read from a second store while the first is unavailable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
+
+from layered_store.errors import (
+    ConfigError,
+    ErasureIncompleteError,
+    RejectedError,
+    StoreError,
+    UnavailableError,
+)
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.hotpath import HotPath, hot_path_of
+from layered_store.identity import check_user_id
+from layered_store.interface import Op, StateStore
+from layered_store.layer import Layer
+from layered_store.options import check_store
+from layered_store.stats import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["Fallback"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_READS = (Op.GET_LATEST, Op.GET_LATEST_MANY, Op.GET_HISTORY)
+
+
+@dataclass(eq=False, repr=False)
+class Fallback(Layer):
+    """Answer reads from ``secondary`` while ``inner`` is unavailable or refuses.
+
+    Writes go to ``inner`` alone and fail when it does: a second store that took writes would
+    become a second truth, and the two would never agree again. ``secondary`` is fed by other
+    means, such as replication or a copy job, so what it answers may be older than what ``inner``
+    holds, by as much as those lag, and may go back behind a write that returned. An erasure goes
+    to both, since ``secondary`` could show the user as long as it holds a copy; what feeds it must
+    not bring the user back.
+
+    Args:
+        inner: the store to read from and to write to.
+        secondary: a store with (older) copies of the same users, for reads.
+
+    Raises:
+        ConfigError: ``secondary`` is no store, or keeps another class of snapshots.
+        ErasureIncompleteError: from ``delete``, when ``inner``, ``secondary`` or both could not
+            erase; ``pending`` names them.
+
+    Order:
+        Around the ``Retry`` and ``CircuitBreaker`` of ``inner``: it answers what they gave up. A
+        retry around it never sees an error. Below ``Cached``, keep the TTL short: an older copy
+        from ``secondary`` is cached like any other. Right:
+        ``Fallback(Retry(CircuitBreaker(primary)), secondary=replica)``. Wrong:
+        ``Fallback(redis, secondary=sql)`` to put a cache before a database: that is
+        ``WriteThrough(redis, origin=sql)``, which keeps both in step.
+
+    Cancellation:
+        A cancelled delete may have erased in ``inner`` and not in ``secondary``; repeat it.
+    """
+
+    secondary: StateStore = field(kw_only=True)
+
+    kind: ClassVar[str] = "fallback"
+
+    def __post_init__(self) -> None:
+        check_store(self.secondary, "secondary", self)
+        self._counts: Counter[Op] = Counter()
+        super().__post_init__()
+        if self.inner.snapshot_type is not self.secondary.snapshot_type:
+            raise ConfigError(
+                "inner and secondary must be built with the same snapshot_type=",
+                option="snapshot_type",
+                layer=self.name,
+            )
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        try:
+            return await self.inner.get_latest(user_id)
+        except (UnavailableError, RejectedError) as exc:
+            return await self._instead(exc, Op.GET_LATEST, self.secondary.get_latest, user_id)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        wanted = list(user_ids)
+        try:
+            return await self.inner.get_latest_many(wanted)
+        except (UnavailableError, RejectedError) as exc:
+            method = self.secondary.get_latest_many
+            return await self._instead(exc, Op.GET_LATEST_MANY, method, wanted)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        try:
+            return await self.inner.get_history(user_id, limit)
+        except (UnavailableError, RejectedError) as exc:
+            method = self.secondary.get_history
+            return await self._instead(exc, Op.GET_HISTORY, method, user_id, limit)
+
+    async def _instead(
+        self,
+        first: StoreError,
+        op: Op,
+        method: Callable[P, Awaitable[T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        self._counts[op] += 1
+        try:
+            return await method(*args, **kwargs)
+        except (UnavailableError, RejectedError) as second:
+            # What the store that should have answered says decides whether to try again.
+            raise first from second
+
+    async def delete(self, user_id: str) -> None:
+        check_user_id(user_id, Op.DELETE)
+        pending: list[str] = []
+        first: Exception | None = None
+        for store in (self.inner, self.secondary):
+            try:
+                await store.delete(user_id)
+            except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
+                first = first or exc
+                nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
+                pending.extend(nested or (store.name,))
+        if first is not None:
+            raise ErasureIncompleteError(
+                "not every store has the user erased; repeat the delete",
+                pending=pending,
+                operation=Op.DELETE,
+                layer=self.name,
+                user_id=user_id,
+            ) from first
+
+    async def health_report(self) -> HealthReport:
+        below = await asyncio.gather(self.inner.health_report(), self.secondary.health_report())
+        inner, secondary = (report.status is HealthStatus.UNHEALTHY for report in below)
+        if inner and secondary:
+            status, message = HealthStatus.UNHEALTHY, "inner and secondary are down"
+        elif inner:
+            status = HealthStatus.DEGRADED
+            message = "inner is down: reads are answered by secondary, writes fail"
+        elif secondary:
+            status, message = (
+                HealthStatus.DEGRADED,
+                "secondary is down: nothing stands in for inner",
+            )
+        else:
+            status = min((report.status for report in below), key=lambda each: each.level)
+            message = ""
+        latency = max(report.latency_ms for report in below)
+        return HealthReport(self.name, status, latency, message, tuple(below))
+
+    async def open(self) -> None:
+        results = await asyncio.gather(
+            self.inner.open(), self.secondary.open(), return_exceptions=True
+        )
+        failures = [result for result in results if isinstance(result, BaseException)]
+        for failure in failures:
+            # One of the two may come up later; anything but a StoreError is a mistake.
+            if len(failures) == len(results) or not isinstance(failure, StoreError):
+                raise failure
+
+    def children(self) -> Mapping[str, StateStore]:
+        return {"inner": self.inner, "secondary": self.secondary}
+
+    def samples(self) -> Iterable[Sample]:
+        for op in _READS:
+            yield Sample("fallbacks", self._counts[op], (op.value,))
+
+    def hot_path(self) -> HotPath | None:
+        return hot_path_of(self.inner)
