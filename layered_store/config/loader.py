@@ -82,9 +82,10 @@ def load_unchecked(
     """
     from layered_store.config.lint import LintPolicy
 
-    document = dict(source) if isinstance(source, Mapping) else _read(Path(source))
-    if "use" in document:
-        document = {"store": document}
+    if isinstance(source, Mapping):
+        document = {"store": source} if "use" in source else dict(source)
+    else:
+        document = _read(Path(source))
     document.pop("$schema", None)
     build = _Build(dict(overrides or {}), os.environ if environ is None else environ)
     build.check_keys(document, _TOP, "")
