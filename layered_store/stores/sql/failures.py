@@ -123,7 +123,10 @@ def translate(
         return UnavailableError(f"{_LOST} ({name})", **place)
     if isinstance(exc, sa.IntegrityError):
         return UnavailableError(_CONFLICT, **place)
-    if isinstance(exc, sa.DBAPIError | sa.SQLAlchemyError):
+    if isinstance(exc, sa.InternalError):
+        # Without a code of the server's it is the driver that lost track of the protocol.
+        return UnavailableError(f"{_GARBAGE} ({name})", **place)
+    if isinstance(exc, sa.SQLAlchemyError):
         return StoreError(f"the database refused the statement ({name})", **place)
     # A driver that meets bytes it does not expect raises almost anything.
     return UnavailableError(f"{_GARBAGE} ({name})", **place)
@@ -148,10 +151,11 @@ def _rule(cause: BaseException) -> _Rule | None:
         if primary == "SQLITE_ERROR" and str(cause).startswith("no such table"):
             return _MISSING_TABLE, False
         return _SQLITE.get(primary)
-    state = getattr(cause, "sqlstate", None)
-    if isinstance(state, str) and re.fullmatch("[0-9A-Z]{5}", state):
-        return _POSTGRES.get(state) or _POSTGRES.get(state[:2])
+    # Before the SQLSTATE: MySQL's drivers carry one too, and it says less than the number.
     arguments = cause.args
     if arguments and type(arguments[0]) is int and not isinstance(cause, OSError):
         return _MYSQL.get(arguments[0])
+    state = getattr(cause, "sqlstate", None)
+    if isinstance(state, str) and re.fullmatch("[0-9A-Z]{5}", state):
+        return _POSTGRES.get(state) or _POSTGRES.get(state[:2])
     return None
