@@ -1,0 +1,236 @@
+"""Where Redis is: a URL, or a client that was passed in, becomes something that connects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from layered_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Address", "address_of_client", "address_of_url"]
+
+_SCHEMES: Final = (
+    "redis://, rediss://, unix://, redis+cluster://, rediss+cluster://,"
+    " redis+sentinel://host1,host2/service or rediss+sentinel://..."
+)
+_SENTINEL_PORT: Final = 26379
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """How connections or, where routing is the driver's business, clients are made.
+
+    Args:
+        connection: makes one connection object of the driver, not yet connected; None when calls
+            go through a client.
+        client: makes a client; called once per event loop.
+        shared: whether that client is the caller's, who closes it.
+        cluster: whether keys are spread over nodes.
+        release: closes what ``connection`` needed to find the server, on its event loop.
+    """
+
+    connection: Callable[[], Any] | None = None
+    client: Callable[[], Any] | None = None
+    shared: bool = False
+    cluster: bool = False
+    release: Callable[[], Any] | None = None
+
+
+def _quiet(connect_timeout: float, timeout: float) -> dict[str, Any]:
+    """Return the driver's options: limits, and nothing that repeats or announces by itself."""
+    from redis.asyncio.retry import Retry  # noqa: PLC0415
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+    from redis.maint_notifications import MaintNotificationsConfig  # noqa: PLC0415
+
+    return {
+        # A repeat belongs to the Retry layer: below it, each would multiply the time limits.
+        "retry": Retry(NoBackoff(), 0),
+        "socket_connect_timeout": connect_timeout,
+        "socket_timeout": timeout,
+        # Two commands per connection that older servers answer with errors.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+        "driver_info": None,
+        "protocol": 2,
+    }
+
+
+def address_of_url(
+    url: str, connect_timeout: float, timeout: float, limit: int
+) -> Callable[[], Address]:
+    """Return a maker of addresses, one per event loop; the URL is checked at once.
+
+    Args:
+        url: whole, as the driver takes it; query options are the driver's.
+        connect_timeout: seconds to establish a connection.
+        timeout: seconds for one reply.
+        limit: most connections to one server.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        scheme = ""
+    try:
+        if scheme.endswith("+sentinel"):
+            return _sentinel(url, scheme, _quiet(connect_timeout, timeout))
+        if scheme.endswith("+cluster"):
+            return _cluster(url, scheme, _quiet(connect_timeout, timeout), limit)
+        return _single(url, _quiet(connect_timeout, timeout))
+    except ConfigError:
+        raise
+    except Exception as exc:  # noqa: BLE001  whatever the driver makes of a strange URL
+        # The driver's text may show a part of the URL, so only its class is told.
+        problem = ConfigError(
+            f"cannot be read ({type(exc).__name__}); the forms are {_SCHEMES}",
+            option="url",
+            layer="RedisStore",
+        )
+        raise problem from None
+
+
+def _parse(url: str) -> dict[str, Any]:
+    from redis.asyncio.connection import parse_url  # noqa: PLC0415
+
+    return dict(parse_url(url))
+
+
+def _single(url: str, quiet: dict[str, Any]) -> Callable[[], Address]:
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415
+
+    given = _parse(url)
+    if "path" not in given and "host" not in given and url.startswith("unix"):
+        raise ValueError
+    pool = ConnectionPool.from_url(url, **{**quiet, "decode_responses": False})
+    pool.connection_kwargs["decode_responses"] = False
+    address = _of_pool(pool)
+    assert address.connection is not None
+    address.connection()  # an option that the driver does not know fails here
+    return lambda: address
+
+
+def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callable[[], Address]:
+    from redis.asyncio.cluster import ClusterNode, RedisCluster  # noqa: PLC0415
+
+    plain = scheme.removesuffix("+cluster")
+    if plain not in ("redis", "rediss"):
+        raise ValueError
+    nodes, rest = _hosts(url.replace(scheme, plain, 1), 6379)
+    given = _parse(rest)
+    if given.pop("connection_class", None) is not None:
+        given["ssl"] = True
+    for name in ("host", "port", "db"):
+        given.pop(name, None)
+    options = {**quiet, "max_connections": limit, **given, "decode_responses": False}
+
+    def client() -> Any:
+        return RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **options)
+
+    client()
+    return lambda: Address(client=client, cluster=True)
+
+
+def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Address]:
+    from redis.asyncio.sentinel import Sentinel  # noqa: PLC0415
+
+    plain = scheme.removesuffix("+sentinel")
+    if plain not in ("redis", "rediss"):
+        raise ValueError
+    service, _, database = urlsplit(url).path.strip("/").partition("/")
+    if not service:
+        raise ConfigError(
+            "names no service; write redis+sentinel://host1,host2/service",
+            option="url",
+            layer="RedisStore",
+        )
+    sentinels, rest = _hosts(url.replace(scheme, plain, 1), _SENTINEL_PORT)
+    given = _parse(rest)
+    secure = given.pop("connection_class", None) is not None
+    for name in ("host", "port"):
+        given.pop(name, None)
+    if database:
+        given["db"] = int(database)
+    own = {
+        name.removeprefix("sentinel_"): given.pop(name)
+        for name in list(given)
+        if name.startswith("sentinel_")
+    }
+    options = {**quiet, **given, "decode_responses": False, **({"ssl": True} if secure else {})}
+    shared = {name: value for name, value in given.items() if name.startswith(("ssl_", "socket_"))}
+    sentinel_options = {**quiet, **shared, **own, **({"ssl": True} if secure else {})}
+
+    def make() -> Address:
+        # Its clients hold connections, so each event loop has its own.
+        manager: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]
+        pool = manager.master_for(service).connection_pool
+        return Address(
+            connection=lambda: _hold(pool.make_connection(), pool), release=manager.aclose
+        )
+
+    make()
+    return make
+
+
+def _hold(connection: Any, pool: Any) -> Any:
+    # The connection knows its pool only by a weak reference.
+    connection.layered_store_pool = pool
+    return connection
+
+
+def _hosts(url: str, port: int) -> tuple[list[tuple[str, int]], str]:
+    """Return the hosts of a URL that names several, and the URL with none of them."""
+    head, _, rest = url.partition("://")
+    cut = min((at for at in (rest.find("/"), rest.find("?")) if at >= 0), default=len(rest))
+    user, at, hosts = rest[:cut].rpartition("@")
+    found = []
+    for host in hosts.split(","):
+        parts = urlsplit(f"//{host}")
+        if not parts.hostname:
+            raise ValueError
+        found.append((parts.hostname, parts.port or port))
+    query = urlsplit(url).query
+    return found, f"{head}://{user}{at}localhost" + (f"?{query}" if query else "")
+
+
+def address_of_client(client: Any, connect_timeout: float) -> Address:
+    """Return the address that a client passed in stands for.
+
+    Connections of our own are made as its pool makes them. A client of another kind (a cluster's, a
+    test double) is called instead.
+
+    Raises:
+        ConfigError: it is no client, or it decodes replies.
+    """
+    from redis.asyncio.cluster import RedisCluster  # noqa: PLC0415
+
+    if not hasattr(client, "execute_command"):
+        raise ConfigError(
+            "must be a redis.asyncio client, such as redis.asyncio.Redis()",
+            option="client",
+            layer="RedisStore",
+        )
+    cluster = isinstance(client, RedisCluster)
+    pool = getattr(client, "connection_pool", None)
+    options = client.get_connection_kwargs() if cluster else getattr(pool, "connection_kwargs", {})
+    if options.get("decode_responses"):
+        raise ConfigError(
+            "decodes replies to str, and records are bytes; build it with decode_responses=False",
+            option="client",
+            layer="RedisStore",
+        )
+    kind = getattr(pool, "connection_class", None)
+    if not cluster and kind is not None and kind.__module__.startswith("redis.asyncio."):
+        return _of_pool(pool, quiet=_quiet(connect_timeout, connect_timeout))
+    return Address(client=lambda: client, shared=True, cluster=cluster)
+
+
+def _of_pool(pool: Any, quiet: dict[str, Any] | None = None) -> Address:
+    kind, options = pool.connection_class, dict(pool.connection_kwargs)
+    for name in ("retry", "maint_notifications_config", "driver_info"):
+        if quiet is not None:
+            options[name] = quiet[name]
+    for name in ("retry_on_timeout", "retry_on_error", "maint_notifications_pool_handler"):
+        options.pop(name, None)
+    return Address(connection=lambda: _hold(kind(**options), pool))

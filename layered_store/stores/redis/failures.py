@@ -1,0 +1,111 @@
+"""Failures of Redis and of the driver become ours; their texts are never copied, their codes are."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from layered_store.errors import OverloadedError, StoreError, StoreTimeoutError, UnavailableError
+
+__all__ = ["ConnectionLostError", "GarbageError", "NotSentError", "ReplyError", "translate"]
+
+
+class ReplyError(Exception):
+    """An error reply; holds its first word only, since the rest may show data."""
+
+    def __init__(self, text: str = "") -> None:
+        code = text.split(" ", 1)[0]
+        super().__init__(code if code.isalpha() and code.isupper() else "ERR")
+
+    @property
+    def code(self) -> str:
+        """The first word of the reply, such as ``"OOM"``."""
+        return str(self.args[0])
+
+
+class GarbageError(Exception):
+    """The peer sent bytes that are no Redis reply."""
+
+    def __init__(self, *_: object) -> None:
+        # The parser's text shows what it read.
+        super().__init__()
+
+
+class ConnectionLostError(Exception):
+    """The connection ended while a reply was awaited."""
+
+
+class NotSentError(Exception):
+    """A call never reached the server; the cause says why."""
+
+
+_REFUSED: Final = "the server refused the login or the command; check user, password and rights"
+_LOST: Final = "the connection failed"
+_SLOW: Final = "no answer within the time limit"
+
+# By the first word of the reply: (text, whether repeating the same call can help).
+_REPLIES: Final[dict[str, tuple[str, bool]]] = {
+    "READONLY": ("the server is a read-only replica", True),
+    "OOM": ("the server is out of memory (maxmemory)", True),
+    "LOADING": ("the server is loading its data", True),
+    "BUSY": ("the server is busy running a script", True),
+    "MASTERDOWN": ("the replica lost its primary", True),
+    "MISCONF": ("the server cannot save to disk and refuses writes", True),
+    "NOREPLICAS": ("too few replicas are connected", True),
+    "CLUSTERDOWN": ("the cluster is down", True),
+    "TRYAGAIN": ("the cluster is moving these keys", True),
+    "MOVED": ("the server is a cluster node; use a redis+cluster:// URL", False),
+    "ASK": ("the server is a cluster node; use a redis+cluster:// URL", False),
+    "NOAUTH": (_REFUSED, False),
+    "WRONGPASS": (_REFUSED, False),
+    "NOPERM": (_REFUSED, False),
+}
+# The driver's classes for the same replies, by name: it cuts the first word off the text.
+_CLASSES: Final = {
+    "AuthenticationError": "WRONGPASS",
+    "AuthenticationWrongNumberOfArgsError": "WRONGPASS",
+    "AuthorizationError": "NOPERM",
+    "NoPermissionError": "NOPERM",
+    "ReadOnlyError": "READONLY",
+    "OutOfMemoryError": "OOM",
+    "BusyLoadingError": "LOADING",
+    "ClusterDownError": "CLUSTERDOWN",
+    "SlotNotCoveredError": "CLUSTERDOWN",
+    "MasterDownError": "MASTERDOWN",
+    "TryAgainError": "TRYAGAIN",
+}
+
+
+def translate(exc: BaseException, *, operation: str, layer: str, write: bool) -> StoreError:
+    """Return what a failure means to a caller; raise it ``from exc``.
+
+    Args:
+        exc: what went wrong; one of ours is returned as it is.
+        operation: the store operation.
+        layer: the store's name.
+        write: whether the call may have changed something if the server received it.
+    """
+    if isinstance(exc, StoreError):
+        return exc
+    place: Any = {"operation": operation, "layer": layer}
+    if isinstance(exc, NotSentError):
+        inner = translate(exc.__cause__ or TimeoutError(), write=False, **place)
+        inner.outcome_unknown = False
+        return inner
+    name = type(exc).__name__
+    code = exc.code if isinstance(exc, ReplyError) else _CLASSES.get(name)
+    if code in _REPLIES:
+        text, retryable = _REPLIES[code]
+        return UnavailableError(f"{text} ({code})", retryable=retryable, **place)
+    if isinstance(exc, GarbageError) or name == "InvalidResponse":
+        return UnavailableError(
+            "the server does not answer as Redis", outcome_unknown=write, **place
+        )
+    if name == "MaxConnectionsError":
+        return OverloadedError("all connections are in use", **place)
+    if isinstance(exc, TimeoutError) or name == "TimeoutError":
+        return StoreTimeoutError(_SLOW, outcome_unknown=write, **place)
+    if isinstance(exc, ReplyError) or name.endswith("ResponseError"):
+        return StoreError(f"the server refused the command ({code or name})", **place)
+    if name in ("MasterNotFoundError", "SlaveNotFoundError"):
+        return UnavailableError("no Sentinel knows a primary of this service", **place)
+    return UnavailableError(f"{_LOST} ({name})", outcome_unknown=write, **place)

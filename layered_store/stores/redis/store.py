@@ -1,0 +1,455 @@
+"""The backend that keeps states in Redis.
+
+Keys are ``prefix{bucket}:s:digest``: all keys of one user share a hash tag, so that a script may touch
+several of them in a cluster too. There is one bucket (``0``) on one server and 16 in a cluster, chosen
+by the digest. ``s`` is the record of :mod:`layered_store.stores.redis.record`, ``h`` the list of
+earlier ones, newest first.
+
+For modules that keep more in the same Redis:
+
+* ``digest(user_id)``, ``bucket_of(digest)``, ``key(digest, kind)``, ``bucket_key(bucket, name)`` and
+  ``buckets`` name keys;
+* ``await run_script(script, keys, args)`` runs a :class:`RedisScript` and returns its reply as bytes,
+  ints, lists and None; it is sent whole when the server does not know it;
+* ``await command(*args)`` sends any one command;
+* ``await server_id(bucket)`` tells which server run answers for a bucket;
+* ``await new_connection(bucket)`` gives a connection of the driver of one's own, for subscriptions.
+
+All of them keep the time limits and raise this library's errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from layered_store.call import current_call
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.codec import CodecError, SnapshotCodec
+from layered_store.errors import ClosedError, ConfigError
+from layered_store.health import HealthReport, HealthStatus, SharedProbe
+from layered_store.identity import check_user_id, digest_function
+from layered_store.interface import Op, StateStore, check_limit, check_snapshot
+from layered_store.options import Seconds, check_count, check_seconds, check_snapshot_type
+from layered_store.snapshot import StateSnapshot
+from layered_store.stack import mask_url
+from layered_store.stats import Sample
+from layered_store.stores.redis.failures import ReplyError, translate
+from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
+from layered_store.stores.redis.record import FILLED, STATE, unpack
+from layered_store.stores.redis.scripts import ERASE, UPSERT, RedisScript
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from layered_store.stores.redis.address import Address
+    from layered_store.stores.redis.links import Command
+
+__all__ = ["RedisStore"]
+
+_TOMBSTONE_MS: Final = 7 * 86_400_000
+_CLUSTER_BUCKETS: Final = 16
+_MGET_KEYS: Final = 256
+_HELD: Final = frozenset({STATE, FILLED})
+
+_SERVER_ID: Final = RedisScript(
+    "return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') or ''"
+)
+
+
+@dataclass(eq=False, repr=False)
+class RedisStore(StateStore):
+    """Keeps states in Redis: one server, Sentinel or a cluster.
+
+    Calls of one turn of the event loop share one round trip. Nothing is repeated behind the
+    caller's back: put ``Retry`` above. Whatever stands under a user's key that is no record of that
+    user is a miss, is counted (:attr:`corrupt_records`) and is replaced by the next upsert.
+
+    What Redis acknowledged may be lost when Redis dies, as its own settings allow; put a
+    ``SQLStore`` behind it where that matters: ``Cached(RedisStore(url), fallback=SQLStore(url))``.
+
+    Args:
+        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host1,host2``,
+            ``redis+sentinel://host1,host2/service`` (and the ``rediss+`` forms). It goes to the driver
+            whole, so its query options (TLS, database, user) work. ``sentinel_username`` and
+            ``sentinel_password`` there log in to the Sentinels.
+        client: a ``redis.asyncio`` client instead of a URL. It stays the caller's; connections are
+            made as its pool makes them.
+        prefix: what all keys begin with; no braces.
+        ttl: seconds until a state nobody wrote again is forgotten, history included; None: never.
+        history_limit: how many states per user ``get_history`` can give; 0 keeps none.
+        snapshot_type: the class of the snapshots it keeps.
+        digest_key: secret for the users' digests in keys, 0 to 64 bytes; the same for all who share
+            data. With none, known user ids can be recognised in a dump.
+        connect_timeout: seconds to establish a connection.
+        timeout: seconds one reply may take.
+        max_connections: connections per event loop and server. One carries a thousand calls at
+            once; more calls than all can carry wait for a place.
+        probe_seconds: time limit of a health probe.
+        clock: source of time.
+
+    Raises:
+        ConfigError: an option is out of range, or neither or both of ``url`` and ``client`` are given.
+        UnavailableError: from any operation when Redis cannot be reached, is loading, full, or a
+            replica; ``retryable`` is False when it refuses the login.
+        StoreTimeoutError: from any operation after ``timeout`` (or ``connect_timeout``).
+
+    Cancellation:
+        A cancelled call ends at once; its connection goes on and its reply is dropped. A cancelled
+        write may take effect; a write that is repeated by a layer above takes effect once.
+    """
+
+    url: str | None = field(
+        default=None, metadata={"mask": lambda url: None if url is None else mask_url(url)}
+    )
+    client: Any = field(default=None, kw_only=True, repr=False)
+    prefix: str = field(default="layered_store:", kw_only=True)
+    ttl: Seconds | None = field(default=None, kw_only=True)
+    history_limit: int = field(default=0, kw_only=True)
+    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)
+    digest_key: bytes | str = field(default=b"", kw_only=True, repr=False)
+    connect_timeout: Seconds = field(default=1.0, kw_only=True)
+    timeout: Seconds = field(default=1.0, kw_only=True)
+    max_connections: int = field(default=4, kw_only=True)
+    probe_seconds: Seconds = field(default=1.0, kw_only=True)
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "redis"
+
+    def __post_init__(self) -> None:
+        ttl = check_seconds(self.ttl, "ttl", self, optional=True)
+        self._ttl_ms = 0 if ttl is None else max(1, int(ttl * 1000))
+        check_count(self.history_limit, "history_limit", self, minimum=0)
+        check_count(self.max_connections, "max_connections", self)
+        check_snapshot_type(self.snapshot_type, self)
+        self._limits = Limits(
+            check_seconds(self.connect_timeout, "connect_timeout", self),
+            check_seconds(self.timeout, "timeout", self),
+            self.max_connections,
+            self.clock,
+        )
+        probe_seconds = check_seconds(self.probe_seconds, "probe_seconds", self)
+        self._probe = SharedProbe(self.name, probe_seconds, self.clock)
+        self.digest = digest_function(self.digest_key)
+        self._address = self._find_address()
+        self._cluster = self._address_is_cluster()
+        self.buckets = tuple(f"{n:x}" for n in range(_CLUSTER_BUCKETS if self._cluster else 1))
+        self._key_heads = {
+            bucket: f"{self._checked_prefix()}{{{bucket}}}:".encode() for bucket in self.buckets
+        }
+        self._state_head = self._key_heads["0"] + b"s:"
+        self._codec = SnapshotCodec(self.snapshot_type)
+        self._link: LaneLink | ClientLink | None = None
+        # By event loop, weakly: a loop that ended takes its link along.
+        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LaneLink | ClientLink]
+        self._links = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._hits = self._misses = self._errors = self._corrupt = 0
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        check_snapshot(snapshot, self.snapshot_type)
+        call = current_call(self.clock)
+        command = self._upsert(snapshot, call.write_id, call.started)
+        reply = await self._call(command, Op.UPSERT_LATEST, write=True, script=UPSERT)
+        if reply == 0:
+            call.superseded = True
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        check_user_id(user_id, Op.GET_LATEST)
+        link = self._link
+        if link is None or link.loop is not asyncio.get_running_loop():
+            link = self._link_here(Op.GET_LATEST)
+        reply = await link.call(("GET", self.key(self.digest(user_id))))
+        if isinstance(reply, Exception):
+            if not _is_foreign(reply):
+                self._errors += 1
+                raise translate(
+                    reply, operation=Op.GET_LATEST, layer=self.name, write=False
+                ) from reply
+            self._corrupt += 1
+            reply = None
+        return self._read(reply, user_id)
+
+    async def delete(self, user_id: str) -> None:
+        check_user_id(user_id, Op.DELETE)
+        digest = self.digest(user_id)
+        command: Command = (
+            "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
+        )  # fmt: skip
+        await self._call(command, Op.DELETE, write=True, script=ERASE)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        check_user_id(user_id, Op.GET_HISTORY)
+        check_limit(limit)
+        count = min(limit, self.history_limit)
+        if not count:
+            self._link_here(Op.GET_HISTORY)
+            return []
+        key = self.key(self.digest(user_id), "h")
+        link = self._link_here(Op.GET_HISTORY)
+        reply = await link.call(("LRANGE", key, 0, count - 1))
+        if _is_foreign(reply):
+            self._corrupt += 1
+            return []
+        entries = self._checked(reply, Op.GET_HISTORY, write=False)
+        found = (self._decode(entry, user_id) for entry in entries)
+        return [snapshot for snapshot in found if snapshot is not None]
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        by_bucket: dict[str, list[tuple[str, bytes]]] = {}
+        for user_id in dict.fromkeys(user_ids):
+            check_user_id(user_id, Op.GET_LATEST_MANY)
+            digest = self.digest(user_id)
+            place = by_bucket.setdefault(self.bucket_of(digest), [])
+            place.append((user_id, self.key(digest)))
+        link = self._link_here(Op.GET_LATEST_MANY)
+        # In a cluster one MGET may only name keys of one slot.
+        pages = [
+            users[at : at + _MGET_KEYS]
+            for users in by_bucket.values()
+            for at in range(0, len(users), _MGET_KEYS)
+        ]
+        replies = await link.call_all([("MGET", *(key for _, key in page)) for page in pages])
+        found = {}
+        for page, reply in zip(pages, replies, strict=True):
+            values = self._checked(reply, Op.GET_LATEST_MANY, write=False)
+            for (user_id, _), value in zip(page, values, strict=True):
+                snapshot = self._read(value, user_id)
+                if snapshot is not None:
+                    found[user_id] = snapshot
+        return found
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        for snapshot in batch:
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        link = self._link_here(Op.UPSERT_LATEST_MANY)
+        if not batch:
+            return
+        call = current_call(self.clock)
+        commands = [
+            self._upsert(snapshot, call.part(index), call.started)
+            for index, snapshot in enumerate(batch)
+        ]
+        # The first goes alone, so that the script is known and the rest keep their order.
+        replies = [await self._send(link, commands[0], UPSERT)]
+        if not isinstance(replies[0], Exception):
+            replies += await link.call_all(commands[1:])
+        for index, reply in enumerate(replies):
+            if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+                replies[index] = await self._send(link, commands[index], UPSERT)
+        for reply in replies:
+            self._checked(reply, Op.UPSERT_LATEST_MANY, write=True)
+        last = {snapshot.user_id: index for index, snapshot in enumerate(batch)}
+        if any(replies[index] == 0 for index in last.values()):
+            call.superseded = True
+
+    async def health_check(self) -> bool:
+        return (await self.health_report()).status is not HealthStatus.UNHEALTHY
+
+    async def health_report(self) -> HealthReport:
+        return await self._probe.run(self._ping)
+
+    async def open(self) -> None:
+        await self._call(("PING",), "open", write=False)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._link = None
+        with self._lock:
+            links = list(self._links.items())
+            self._links.clear()
+        here = asyncio.get_running_loop()
+        for loop, link in links:
+            if loop is here:
+                await link.aclose()
+            else:
+                link.abandon()
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample("reads", self._hits, ("hit",))
+        yield Sample("reads", self._misses, ("miss",))
+        yield Sample("reads", self._errors, ("error",))
+        yield Sample("corrupt_records", self._corrupt)
+
+    # What other modules that keep something in the same Redis use.
+
+    @property
+    def corrupt_records(self) -> int:
+        """How many reads met something that is no record of the user asked for."""
+        return self._corrupt
+
+    def bucket_of(self, digest: bytes) -> str:
+        """Return the hash tag that all keys of this user share."""
+        return f"{digest[0] & 15:x}" if self._cluster else "0"
+
+    def key(self, digest: bytes, kind: str = "s") -> bytes:
+        """Return the key of a user's ``kind`` of data (``s`` record, ``h`` history)."""
+        if kind == "s" and not self._cluster:
+            return self._state_head + digest.hex().encode()
+        return self._key_heads[self.bucket_of(digest)] + f"{kind}:{digest.hex()}".encode()
+
+    def bucket_key(self, bucket: str, name: str) -> bytes:
+        """Return a key that belongs to a bucket, such as its guard."""
+        return self._key_heads[bucket] + name.encode()
+
+    async def run_script(
+        self,
+        script: RedisScript,
+        keys: Sequence[bytes],
+        args: Sequence[bytes | str | int] = (),
+        *,
+        operation: str = "run_script",
+        write: bool = True,
+    ) -> Any:
+        """Run a script and return its reply: bytes, int, list of these, or None.
+
+        Args:
+            script: what to run.
+            keys: all keys it touches; in a cluster of one bucket, and at least one.
+            args: its arguments; binary safe.
+            operation: for errors.
+            write: whether it may change something: errors then tell when that is unknown.
+        """
+        command: Command = ("EVALSHA", script.sha, len(keys), *keys, *args)
+        return await self._call(command, operation, write=write, script=script)
+
+    async def command(
+        self, *args: bytes | str | int, operation: str = "command", write: bool = True
+    ) -> Any:
+        """Send one command and return its reply; see :meth:`run_script`."""
+        return await self._call(args, operation, write=write)
+
+    async def server_id(self, bucket: str = "0") -> str:
+        """Return the run id of the server that answers for a bucket; a restart changes it."""
+        key = self.bucket_key(bucket, "id")
+        reply = await self.run_script(_SERVER_ID, [key], operation="server_id", write=False)
+        return bytes(reply).decode()
+
+    async def new_connection(self, bucket: str = "0") -> Any:
+        """Return a new ``redis.asyncio`` connection, established; the caller disconnects it."""
+        link = self._link_here("new_connection")
+        try:
+            async with self.clock.timeout(self._limits.connect_timeout):
+                connection = await link.connect(self.bucket_key(bucket, "id"))
+        except Exception as exc:
+            raise translate(exc, operation="new_connection", layer=self.name, write=False) from exc
+        return connection
+
+    # How a call goes out and what its reply means.
+
+    def _upsert(self, snapshot: StateSnapshot, write_id: bytes, started: float) -> Command:
+        digest = self.digest(snapshot.user_id)
+        age = max(0, int((self.clock.monotonic() - started) * 1_000_000))
+        body = self._codec.encode(snapshot)
+        return (
+            "EVALSHA", UPSERT.sha, 2, self.key(digest), self.key(digest, "h"),
+            write_id, age, self._ttl_ms, self.history_limit, body,
+        )  # fmt: skip
+
+    async def _call(
+        self, command: Command, operation: str, *, write: bool, script: RedisScript | None = None
+    ) -> Any:
+        reply = await self._send(self._link_here(operation), command, script)
+        return self._checked(reply, operation, write=write)
+
+    async def _send(
+        self, link: LaneLink | ClientLink, command: Command, script: RedisScript | None
+    ) -> Any:
+        reply = await link.call(command)
+        if script is not None and isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+            reply = await link.call(("EVAL", script.source, *command[2:]))
+        return reply
+
+    def _checked(self, reply: Any, operation: str, *, write: bool) -> Any:
+        if isinstance(reply, Exception):
+            raise translate(reply, operation=operation, layer=self.name, write=write) from reply
+        return reply
+
+    def _read(self, data: Any, user_id: str) -> StateSnapshot | None:
+        snapshot = None if data is None else self._decode(data, user_id)
+        if snapshot is None:
+            self._misses += 1
+        else:
+            self._hits += 1
+        return snapshot
+
+    def _decode(self, data: Any, user_id: str) -> StateSnapshot | None:
+        record = unpack(data)
+        if record is not None:
+            if record.kind not in _HELD:
+                return None
+            try:
+                return self._codec.decode(record.body, user_id)
+            except CodecError:
+                pass
+        self._corrupt += 1
+        return None
+
+    async def _ping(self) -> bool:
+        self._checked(await self._link_here("health_check").probe(), "health_check", write=False)
+        return True
+
+    def _link_here(self, operation: str) -> LaneLink | ClientLink:
+        """Return the link of the running event loop, making it on first use."""
+        link = self._link
+        loop = asyncio.get_running_loop()
+        if link is not None and link.loop is loop:
+            return link
+        if self._closed:
+            raise ClosedError(
+                "this store was closed; build a new one", operation=operation, layer=self.name
+            )
+        with self._lock:
+            link = self._links.get(loop)
+            if link is None:
+                address = self._address()
+                kind = ClientLink if address.connection is None else LaneLink
+                link = self._links[loop] = kind(address, self._limits)
+            self._link = link
+        return link
+
+    def _find_address(self) -> Callable[[], Address]:
+        from layered_store.stores.redis import address  # noqa: PLC0415  imports the driver
+
+        if (self.url is None) == (self.client is None):
+            raise ConfigError(
+                "give either a URL, such as redis://127.0.0.1:6379/0, or client=",
+                option="url",
+                layer=self.name,
+            )
+        limits = self._limits
+        if self.client is not None:
+            given = address.address_of_client(self.client, limits.connect_timeout)
+            return lambda: given
+        if not isinstance(self.url, str):
+            raise ConfigError("must be a str", option="url", layer=self.name)
+        return address.address_of_url(
+            self.url, limits.connect_timeout, limits.timeout, limits.max_connections
+        )
+
+    def _address_is_cluster(self) -> bool:
+        if self.url is not None:
+            return self.url.partition("://")[0].endswith("+cluster")
+        return self._address().cluster
+
+    def _checked_prefix(self) -> str:
+        prefix = self.prefix
+        if not isinstance(prefix, str) or "{" in prefix or "}" in prefix:
+            raise ConfigError(
+                "must be a str without '{' and '}', which choose a cluster's slot",
+                option="prefix",
+                layer=self.name,
+            )
+        return prefix
+
+
+def _is_foreign(reply: Any) -> bool:
+    """Tell whether the key holds another type of Redis, such as a list."""
+    if isinstance(reply, ReplyError):
+        return reply.code == "WRONGTYPE"
+    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
