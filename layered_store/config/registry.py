@@ -152,9 +152,8 @@ def spec_of_class(cls: type[StateStore]) -> BlockSpec:
     Raises:
         ConfigError: no kind names it, so no file can.
     """
-    place = f"{cls.__module__}:{cls.__qualname__}"
     for kind, known in kinds().items():
-        if known == place or (kind not in BUILT_IN and _leads_to(known, cls)):
+        if _leads_to(known, cls):
             return _spec(kind, known)
     raise ConfigError(
         f"{cls.__name__} has no kind; register it as an entry point of the group"
@@ -233,6 +232,8 @@ def _typing(hint: Any) -> dict[str, Any]:
         origin = typing.get_origin(part) or part
         if part is type(None) or part is None:
             facts["nullable"] = True
+        elif part is Any:
+            accepts |= {str, int, float, bool}
         elif origin is Literal:
             facts["choices"] = typing.get_args(part)
             accepts |= {type(choice) for choice in typing.get_args(part)}

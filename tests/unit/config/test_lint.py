@@ -1,0 +1,321 @@
+"""Each rule of the linter, with a stack that is wrong and one that is right."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+from layered_store.config import LintWarning, Severity, lint, load_stack
+from layered_store.config.lint import RULES
+from layered_store.errors import ConfigError, StoreError, UnavailableError
+from layered_store.interface import Op, StateStore
+from layered_store.layer import AroundLayer, Layer
+from layered_store.layers.cached import Cached
+from layered_store.layers.write_through import WriteThrough
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from layered_store.coherence.contract import Notice
+
+
+# Blocks with the kinds and option names of the real ones, and nothing else: the rules look at
+# kinds and options, never at classes, so that they judge third parties' blocks too.
+
+
+@dataclass(eq=False, repr=False)
+class _Around(AroundLayer):
+    async def around(self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kw: Any) -> Any:  # noqa: ARG002
+        return await method(*args, **kw)
+
+
+@dataclass(eq=False, repr=False)
+class Retry(_Around):
+    attempts: int = field(default=3, kw_only=True)
+    retry_on: tuple[type[Exception], ...] = field(default=(UnavailableError,), kw_only=True)
+    kind: ClassVar[str] = "retry"
+
+
+@dataclass(eq=False, repr=False)
+class Timeout(_Around):
+    seconds: float = field(default=1.0, kw_only=True)
+    kind: ClassVar[str] = "timeout"
+
+
+@dataclass(eq=False, repr=False)
+class Breaker(_Around):
+    kind: ClassVar[str] = "circuit_breaker"
+
+
+@dataclass(eq=False, repr=False)
+class Bulkhead(_Around):
+    max_in_flight: int = field(default=64, kw_only=True)
+    kind: ClassVar[str] = "bulkhead"
+
+
+@dataclass(eq=False, repr=False)
+class Metrics(_Around):
+    kind: ClassVar[str] = "metrics"
+
+
+@dataclass(eq=False, repr=False)
+class Fallback(Layer):
+    secondary: StateStore = field(kw_only=True)
+    kind: ClassVar[str] = "fallback"
+
+    def children(self) -> Mapping[str, StateStore]:
+        return {"inner": self.inner, "secondary": self.secondary}
+
+
+class _Client:
+    def __init__(self, retries: int) -> None:
+        self._retries = retries
+
+    def get_retry(self) -> _Client:
+        return self
+
+    def get_retries(self) -> int:
+        return self._retries
+
+
+class _Backend(StateStore):
+    kind = "other"
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__.update(options)
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None: ...
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None: ...
+
+
+class Redis(_Backend):
+    kind = "redis"
+
+
+class _Channel:
+    """Something that offers an invalidation channel."""
+
+    def attach(self, cache: object) -> None: ...
+
+    def detach(self, cache: object) -> None: ...
+
+    def key_of(self, user_id: str) -> bytes:
+        return user_id.encode()
+
+    def notice(self, notice: Notice) -> None: ...
+
+
+class Coherent(Redis):
+    def capability(self, kind: type[Any]) -> Any:
+        return _Channel() if kind.__name__ == "Invalidations" else None
+
+
+class Sql(_Backend):
+    kind = "sql"
+
+
+class Swallows(StateStore):
+    """Wraps a store and forwards only what it must."""
+
+    def __init__(self, inner: StateStore) -> None:
+        self.inner = inner
+
+    def children(self) -> Mapping[str, StateStore]:
+        return {"inner": self.inner}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.inner.upsert_latest(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await self.inner.get_latest(user_id)
+
+
+class Faults(Layer):
+    injects_faults = True
+
+
+def rules(*stacks: StateStore, **options: Any) -> set[str]:
+    return {finding.rule for finding in lint(*stacks, **options)}
+
+
+def _same() -> StateStore:
+    one = Sql(timeout=1)
+    return Fallback(one, secondary=one)
+
+
+def _driver(retries: int) -> StateStore:
+    return Retry(Redis(client=_Client(retries), socket_timeout=1))
+
+
+WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateStore]]] = [
+    ("LS001", lambda: Retry(_Backend()), lambda: Retry(Timeout(_Backend()))),
+    ("LS001", lambda: Retry(_Backend()), lambda: Retry(_Backend(time_limit=2.0))),
+    ("LS002", lambda: Timeout(Retry(Sql(timeout=1))), lambda: Timeout(Retry(Timeout(Sql())), seconds=9)),
+    (
+        "LS003",
+        lambda: Retry(Fallback(Sql(timeout=1), secondary=Sql(timeout=1))),
+        lambda: Fallback(Retry(Sql(timeout=1)), secondary=Sql(timeout=1)),
+    ),
+    ("LS004", lambda: _driver(3), lambda: _driver(0)),
+    (
+        "LS006",
+        lambda: Retry(Breaker(Sql(timeout=1)), retry_on=(StoreError,)),
+        lambda: Retry(Breaker(Sql(timeout=1))),
+    ),
+    (
+        "LS007",
+        lambda: Timeout(Retry(Timeout(Sql(), seconds=1), attempts=3), seconds=2),
+        lambda: Timeout(Retry(Timeout(Sql(), seconds=1), attempts=3), seconds=3),
+    ),
+    ("LS009", lambda: Cached(Redis(ttl=30), ttl=60), lambda: Cached(Redis(ttl=30), ttl=30)),
+    ("LS011", lambda: Cached(Redis()), lambda: Cached(Coherent())),
+    ("LS011", lambda: Cached(Coherent(), invalidation="off"), lambda: Cached(Sql())),
+    (
+        "LS013",
+        lambda: WriteThrough(Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="p")),
+        lambda: WriteThrough(Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="q")),
+    ),
+    ("LS017", lambda: Swallows(Sql()), lambda: Layer(Sql())),
+    ("LS022", lambda: Cached(MemoryStore()), lambda: WriteThrough(MemoryStore(), origin=Sql())),
+    ("LS022", MemoryStore, lambda: Fallback(Sql(), secondary=MemoryStore())),
+    ("LS023", lambda: Cached(Sql()), lambda: Metrics(Cached(Sql()))),
+    ("LS023", lambda: Cached(Metrics(Sql())), lambda: Metrics(Cached(Metrics(Sql())))),
+    ("LS025", _same, lambda: Fallback(Sql(), secondary=Sql())),
+    (
+        "LS026",
+        lambda: Bulkhead(Sql(pool_size=5), max_in_flight=10),
+        lambda: Bulkhead(Sql(pool_size=10), max_in_flight=10),
+    ),
+    ("LS027", lambda: Bulkhead(Cached(Sql())), lambda: Cached(Bulkhead(Sql()))),
+    ("LS028", lambda: Faults(Sql()), lambda: Layer(Sql())),
+    ("LS037", lambda: Retry(Cached(Sql(timeout=1))), lambda: Cached(Retry(Sql(timeout=1)))),
+    ("LS038", lambda: Breaker(Retry(Sql(timeout=1))), lambda: Retry(Breaker(Sql(timeout=1)))),
+    ("LS039", lambda: Cached(Sql()), lambda: Cached(Sql(), ttl_jitter=0.1)),
+    ("LS040", lambda: Cached(Cached(Sql())), lambda: Cached(Sql())),
+    ("LS041", lambda: Redis(), lambda: WriteThrough(Redis(), origin=Sql())),
+    ("LS042", lambda: Redis(ttl=60), lambda: WriteThrough(Redis(ttl=60), origin=Sql())),
+]
+
+
+@pytest.mark.parametrize(("rule", "wrong", "right"), WRONG_AND_RIGHT)
+def test_rule_tells_wrong_from_right(
+    rule: str, wrong: Callable[[], StateStore], right: Callable[[], StateStore]
+) -> None:
+    """The rule finds the wrong stack, says why and where, and is silent about the right one."""
+    (finding,) = [finding for finding in lint(wrong()) if finding.rule == rule][:1]
+    assert finding.severity is RULES[rule].severity
+    assert len(finding.reason) > 30
+    assert "(" in finding.place
+    assert rule not in rules(right())
+
+
+def test_every_rule_is_tested_and_documented() -> None:
+    """No rule without a pair above and a place in the docs."""
+    tested = {rule for rule, _, _ in WRONG_AND_RIGHT} | {"LS034"}
+    assert tested == set(RULES)
+    page = (Path(__file__).parents[3] / "docs" / "config.md").read_text()
+    assert [rule for rule in RULES if f"### {rule}" not in page] == []
+
+
+def test_max_staleness() -> None:
+    """LS034 compares what the caches may answer with the age that is stated as acceptable."""
+    stack = Cached(Sql(), ttl=60, stale_if_error=300)
+    assert "LS034" in rules(stack, max_staleness=100)
+    assert "LS034" not in rules(stack, max_staleness=360)
+    assert "LS034" not in rules(stack)
+
+
+def test_two_stacks_on_one_redis() -> None:
+    """LS013 also compares several stacks."""
+    one, two = Redis(url="redis://a", prefix="p"), Redis(url="redis://a", prefix="p")
+    assert "LS013" in rules(one, two)
+    assert "LS013" not in rules(one, Redis(url="redis://b", prefix="p"))
+
+
+def test_errors_come_first() -> None:
+    """Findings are ordered by severity."""
+    found = [finding.severity for finding in lint(Cached(Cached(Retry(_Backend()))))]
+    assert found == sorted(found, key=list(Severity).index)
+    assert found[0] is Severity.ERROR
+
+
+CONFIG: dict[str, Any] = {"store": {"use": "memory", "layers": [{"use": "cached"}, {"use": "cached"}]}}
+
+
+def test_loading_warns() -> None:
+    """A warning of the linter is a LintWarning at load_stack, unless the file allows the rule."""
+    with pytest.warns(LintWarning, match="LS040"):
+        load_stack(CONFIG)
+    for allow in (["LS040"], {"LS040": "measured, and it is fine"}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_stack({**CONFIG, "lint": {"allow": allow}})
+
+
+def test_loading_refuses_errors_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error refuses to build, with the rule's id; allowing the id builds it."""
+    monkeypatch.setattr(Cached, "injects_faults", True, raising=False)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    config = {"store": {"use": "memory", "layers": [{"use": "cached"}]}}
+    with pytest.raises(ConfigError, match="LS028"):
+        load_stack(config)
+    assert load_stack({**config, "lint": {"allow": ["LS028", "LS022"]}})
+
+
+def test_rules_for_tests_are_silent_in_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory as the system of record warns outside pytest, unless it was put there on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_stack({"use": "memory"})
+        monkeypatch.delenv("PYTEST_CURRENT_TEST")
+        load_stack({"use": "memory", "id": "db"}, overrides={"db": MemoryStore()})
+    with pytest.warns(LintWarning, match="LS022"):
+        load_stack({"use": "memory"})
+
+
+# The harm that some rules warn of, seen.
+
+
+async def test_harm_of_a_layer_that_does_not_forward() -> None:
+    """LS017: the history is there, and the layer hides it behind the interface's default."""
+    inner = MemoryStore()
+    await inner.upsert_latest(StateSnapshot("u-1"))
+    assert await Swallows(inner).get_history("u-1", 5) == []
+    assert len(await Layer(inner).get_history("u-1", 5)) == 1
+
+
+async def test_harm_of_a_cache_without_a_channel() -> None:
+    """LS011: what another process wrote does not show until the TTL is over."""
+    shared = MemoryStore()
+    mine, other = Cached(shared), Cached(shared)
+    await mine.upsert_latest(StateSnapshot("u-1", axes={"a": 0.1}))
+    await mine.get_latest("u-1")
+    await other.upsert_latest(StateSnapshot("u-1", axes={"a": 0.9}))
+    seen = await mine.get_latest("u-1")
+    assert seen is not None
+    assert seen.get_axis("a") == 0.1
+
+
+async def test_harm_of_two_caches() -> None:
+    """LS040: lifetimes add up to more than either."""
+    from layered_store.testing.clock import FakeClock
+
+    clock, shared = FakeClock(), MemoryStore()
+    below = Cached(shared, ttl=10, clock=clock)
+    stack = Cached(below, ttl=10, clock=clock)
+    await shared.upsert_latest(StateSnapshot("u-1", axes={"a": 0.1}))
+    await below.get_latest("u-1")
+    await shared.upsert_latest(StateSnapshot("u-1", axes={"a": 0.9}))
+    await clock.advance(9)
+    await stack.get_latest("u-1")
+    await clock.advance(9)
+    seen = await stack.get_latest("u-1")
+    assert seen is not None
+    assert seen.get_axis("a") == 0.1
