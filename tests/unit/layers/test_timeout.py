@@ -1,0 +1,187 @@
+"""Timeout: its own expiry, and everybody else's."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from layered_store.errors import ConfigError, StoreTimeoutError
+from layered_store.interface import Op
+from layered_store.layers.cached import Cached
+from layered_store.layers.timeout import Timeout
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import FakeClock
+from layered_store.testing.scripted import Gate, Scripted, Takes
+
+STATE = StateSnapshot("u-1", 1, axes={"warmth": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seconds", 0),
+        ("seconds", -1),
+        ("seconds", None),
+        ("seconds", "50ms"),
+        ("seconds", True),
+        ("seconds", float("nan")),
+        ("seconds", float("inf")),
+        ("clock", "now"),
+        ("inner", None),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
+    """Each wrong value is a ConfigError that names class and option."""
+    arguments: dict[str, Any] = {"inner": Scripted(), "seconds": 1.0, option: value}
+    with pytest.raises(ConfigError, match=f"Timeout.{option}") as caught:
+        Timeout(**arguments)
+    assert caught.value.option == option
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "unknown"),
+    [
+        ("get_latest", ("u-1",), False),
+        ("get_history", ("u-1", 3), False),
+        ("get_latest_many", (["u-1"],), False),
+        ("upsert_latest", (STATE,), True),
+        ("upsert_latest_many", ([STATE],), True),
+        ("delete", ("u-1",), True),
+    ],
+)
+async def test_a_slow_call_ends_at_the_limit(
+    method: str, args: tuple[object, ...], unknown: bool
+) -> None:
+    """At the limit, not before, the call is cancelled; a write says its outcome is unknown."""
+    clock = FakeClock()
+    gate = Gate()
+    timeout = Timeout(Scripted(gate), seconds=timedelta(seconds=2), clock=clock)
+    task = asyncio.create_task(getattr(timeout, method)(*args))
+    await clock.advance(1.99)
+    assert not task.done()
+    await clock.advance(0.02)
+    error = task.exception()
+    assert isinstance(error, StoreTimeoutError)
+    assert (error.operation, error.layer) == (Op(method), "Timeout")
+    assert error.outcome_unknown is unknown
+    assert error.retryable
+    assert "u-1" not in str(error)
+    assert gate.cancelled
+    assert clock.pending == 0
+
+
+async def test_a_quick_call_leaves_no_timer() -> None:
+    """An answer within the limit comes through, and nothing waits for later."""
+    clock = FakeClock()
+    timeout = Timeout(Scripted(Takes(clock, 0.5, STATE)), seconds=1, clock=clock)
+    task = asyncio.create_task(timeout.get_latest("u-1"))
+    await clock.advance(0.5)
+    assert await task == STATE
+    assert clock.pending == 0
+
+
+async def test_an_error_below_comes_through() -> None:
+    """Whatever the store raises in time is not changed."""
+    error = ValueError("bug")
+    with pytest.raises(ValueError, match="bug") as caught:
+        await Timeout(Scripted(error), seconds=1, clock=FakeClock()).get_latest("u-1")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [TimeoutError("inner"), StoreTimeoutError("inner")])
+async def test_a_timeout_of_the_store_is_not_taken_for_its_own(error: Exception) -> None:
+    """A TimeoutError from below before the limit is the store's."""
+    with pytest.raises(TimeoutError) as caught:
+        await Timeout(Scripted(error), seconds=1, clock=FakeClock()).upsert_latest(STATE)
+    assert caught.value is error
+
+
+async def test_what_the_store_makes_of_the_expiry_is_kept_when_it_says_more() -> None:
+    """A store that answers its cancellation with a StoreError of its own is believed."""
+    told = StoreTimeoutError("told by the backend")
+
+    class Telling(Scripted):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise told from None
+
+    clock = FakeClock()
+    task = asyncio.create_task(Timeout(Telling(), seconds=1, clock=clock).get_latest("u-1"))
+    await clock.advance(1)
+    assert task.exception() is told
+
+
+async def test_the_callers_cancellation_stays_one() -> None:
+    """A cancelled caller sees CancelledError, not a time limit."""
+    clock = FakeClock()
+    gate = Gate()
+    task = asyncio.create_task(Timeout(Scripted(gate), seconds=1, clock=clock).get_latest("u-1"))
+    await gate.entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert gate.cancelled
+    assert clock.pending == 0
+
+
+async def test_cancellation_wins_over_expiry() -> None:
+    """A caller cancelled while the expired call still ends: its wish is not lost."""
+    caller: list[asyncio.Task[Any]] = []
+
+    class Late(Scripted):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+            try:
+                await asyncio.Event().wait()
+            finally:
+                caller[0].cancel()
+
+    clock = FakeClock()
+    task = asyncio.create_task(Timeout(Late(), seconds=1, clock=clock).get_latest("u-1"))
+    caller.append(task)
+    await clock.advance(1)
+    assert task.cancelled()
+
+
+@pytest.mark.parametrize(("inner", "outer", "layer"), [(1, 2, "inside"), (2, 1, "outside")])
+async def test_nested_limits_keep_apart(inner: float, outer: float, layer: str) -> None:
+    """The shorter limit ends the call and is the one named, whichever it is."""
+
+    class Inside(Timeout):
+        pass
+
+    clock = FakeClock()
+    stack = Timeout(
+        Inside(Scripted(Gate()), seconds=inner, clock=clock), seconds=outer, clock=clock
+    )
+    task = asyncio.create_task(stack.get_latest("u-1"))
+    await clock.advance(1)
+    error = task.exception()
+    assert isinstance(error, StoreTimeoutError)
+    assert error.layer == ("Inside" if layer == "inside" else "Timeout")
+    assert clock.pending == 0
+
+
+async def test_it_works_on_the_real_clock() -> None:
+    """The machine's clock ends a hung call as well."""
+    with pytest.raises(StoreTimeoutError):
+        await Timeout(Scripted(Gate()), seconds=0.001).get_latest("u-1")
+
+
+async def test_health_is_not_limited() -> None:
+    """Probes have a limit of their own and do not pass through this layer."""
+    timeout = Timeout(Scripted(healthy=False), seconds=1)
+    assert not await timeout.health_check()
+
+
+async def test_a_hit_below_passes_without_the_layer() -> None:
+    """The hot path of a cache below is offered unchanged; without one there is none."""
+    cached = Cached(MemoryStore())
+    await cached.upsert_latest(STATE)
+    timeout = Timeout(cached, seconds=1)
+    assert timeout.hot_path() == cached.hot_path()
+    assert await timeout.get_latest("u-1") == STATE
+    assert Timeout(MemoryStore(), seconds=1).hot_path() is None
