@@ -1,0 +1,196 @@
+"""The blocking facade."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from layered_store.errors import (
+    ClosedError,
+    ConfigError,
+    StoreTimeoutError,
+    UnsupportedError,
+    ValidationError,
+)
+from layered_store.interface import StateStore
+from layered_store.layer import Layer
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.sync import SyncStore
+
+
+class Hangs(MemoryStore):
+    """Never answers a read, and says when one was cancelled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cancelled = threading.Event()
+        self.begun = threading.Event()
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+        import asyncio
+
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return None
+
+
+def test_every_operation() -> None:
+    """Each operation answers as the awaited one does."""
+    with SyncStore(MemoryStore()) as store:
+        first = StateSnapshot("u-1", axes={"a": 0.1})
+        second = StateSnapshot("u-1", axes={"a": 0.2})
+        store.upsert_latest(first)
+        store.upsert_latest_many(iter([second, StateSnapshot("u-2")]))
+        assert store.get_latest("u-1") == second
+        assert store.get_history("u-1", 5) == [second, first]
+        assert set(store.get_latest_many(iter(["u-1", "u-2", "u-3"]))) == {"u-1", "u-2"}
+        store.delete("u-1")
+        assert store.get_latest("u-1") is None
+        assert store.health_check()
+        assert store.health_report().name == "MemoryStore"
+
+
+def test_errors_come_through() -> None:
+    """What the stack raises is raised in the calling thread."""
+    with SyncStore(MemoryStore()) as store, pytest.raises(ValidationError):
+        store.get_latest("not an id")
+
+
+def test_many_threads() -> None:
+    """Calls of many threads at once all take effect."""
+    with SyncStore(MemoryStore()) as store, ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: store.upsert_latest(StateSnapshot(f"u-{i % 7}")), range(300)))
+        assert sum(len(store.get_history(f"u-{i}", 100)) for i in range(7)) == 300
+
+
+def test_timeout_cancels_the_call_below() -> None:
+    """After the limit the caller has its error and the stack's call is cancelled."""
+    stack = Hangs()
+    with SyncStore(stack, timeout=0.05) as store:
+        with pytest.raises(StoreTimeoutError):
+            store.get_latest("u-1")
+        assert stack.cancelled.wait(5)
+
+
+def test_close_ends_what_still_runs() -> None:
+    """Closing while a call hangs ends that call with an error, and leaves no thread."""
+    stack = Hangs()
+    store = SyncStore(stack)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(store.get_latest, "u-1")
+        assert stack.begun.wait(5)
+        store.close()
+        with pytest.raises(ClosedError):
+            hanging.result(5)
+    assert not [t for t in threading.enumerate() if t.name == "layered_store-sync"]
+
+
+def test_closed_stays_closed() -> None:
+    """After close, which may be repeated, every call is a ClosedError; the stack is closed too."""
+    stack = MemoryStore()
+    store = SyncStore(stack)
+    store.close()
+    store.close()
+    with pytest.raises(ClosedError):
+        store.get_latest("u-1")
+    assert stack._closed
+
+
+def test_refuses_its_own_loop() -> None:
+    """A call from the loop that would have to answer it is refused instead of hanging."""
+
+    class Inside(Layer):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return store.get_latest(user_id)
+
+    store = SyncStore(Inside(MemoryStore()))
+    with store, pytest.raises(UnsupportedError):
+        store.get_latest("u-1")
+
+
+@pytest.mark.parametrize("wrong", [None, MemoryStore, 5, "memory"])
+def test_refuses_what_is_no_stack(wrong: object) -> None:
+    """Anything but a store or a function is a ConfigError."""
+    with pytest.raises(ConfigError):
+        SyncStore(wrong)  # type: ignore[arg-type]
+
+
+def test_exit_without_close_does_not_hang() -> None:
+    """A process that forgets to close ends at once, and its stack is closed."""
+    code = """
+from layered_store.stores.memory import MemoryStore
+from layered_store.sync import SyncStore
+class Loud(MemoryStore):
+    async def aclose(self):
+        print("closed")
+store = SyncStore(Loud())
+store.get_latest("u-1")
+"""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("closed", "")
+
+
+FORK = """
+import os, sys
+from layered_store.errors import ClosedError
+from layered_store.stores.memory import MemoryStore
+from layered_store.sync import SyncStore
+given = {given}
+store = SyncStore(given)
+if {used}:
+    store.get_latest("u-1")
+pid = os.fork()
+if pid == 0:
+    try:
+        store.get_latest("u-1")
+        code = 10
+    except ClosedError:
+        code = 20
+    store.close()
+    sys.exit(code)
+store.get_latest("u-1")
+_, status = os.waitpid(pid, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("given", "used", "answer"),
+    [("MemoryStore", False, None), ("lambda: MemoryStore()", True, "10"), ("MemoryStore()", True, "20"), ("MemoryStore()", False, "10")],
+)
+def test_fork(given: str, used: bool, answer: str | None) -> None:  # noqa: FBT001
+    """A forked child builds its own stack from a function, or is told; neither side hangs."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", FORK.format(given=given, used=used)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    if answer is None:
+        assert "ConfigError" in done.stderr
+    else:
+        assert done.stdout.strip() == answer
+
+
+def test_repr_names_the_stack() -> None:
+    """Its repr shows what it wraps."""
+    store: StateStore = MemoryStore()
+    assert repr(SyncStore(store)) == "SyncStore(MemoryStore())"
