@@ -1,0 +1,383 @@
+"""RedisStore against a real server: what it keeps, and what it makes of foreign data."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis_servers import BINARY, Sentinel, Server, running
+
+from layered_store.call import call_begins
+from layered_store.errors import ClosedError, ConfigError, ValidationError
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.redis import RedisScript, RedisStore
+from layered_store.stores.redis.record import MAX_VERSION, STATE, TOKEN, TOMBSTONE, pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+pytestmark = pytest.mark.skipif(BINARY is None, reason="redis-server is not installed")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running() as own:
+        yield own
+
+
+@pytest.fixture
+async def store(server: Server) -> AsyncIterator[RedisStore]:
+    async with RedisStore(server.url, history_limit=3) as own:
+        await own.command("FLUSHALL")
+        yield own
+
+
+def state(user_id: str = "u-1", **axes: float) -> StateSnapshot:
+    return StateSnapshot(user_id, axes=axes)
+
+
+async def test_latest_and_history(store: RedisStore) -> None:
+    """The last upsert is the latest state; history is newest first and of limited length."""
+    for n in range(5):
+        await store.upsert_latest(state(a=n / 10))
+    latest = await store.get_latest("u-1")
+    assert latest is not None
+    assert latest.axes == {"a": 0.4}
+    history = await store.get_history("u-1", 10)
+    assert [entry.axes["a"] for entry in history] == [0.4, 0.3, 0.2]
+    assert await store.get_history("u-1", 1) == history[:1]
+    assert await store.get_history("u-1", 0) == []
+
+
+async def test_delete_removes_all(store: RedisStore) -> None:
+    """After delete no key holds the user's data; a later upsert begins anew."""
+    await store.upsert_latest(state("marked-user", a=0.5))
+    await store.delete("marked-user")
+    await store.delete("never-there")
+    assert await store.get_latest("marked-user") is None
+    assert await store.get_history("marked-user", 5) == []
+    for key in await store.command("KEYS", "*"):
+        assert b"marked-user" not in await store.command("GET", key)
+    await store.upsert_latest(state("marked-user", a=0.7))
+    assert len(await store.get_history("marked-user", 5)) == 1
+
+
+async def test_write_from_before_an_erasure_is_dropped(store: RedisStore) -> None:
+    """A write that began before the erasure does not bring the user back."""
+    with call_begins() as call:
+        await store.delete("u-1")
+        await store.upsert_latest(state())
+    assert call.superseded
+    assert await store.get_latest("u-1") is None
+
+
+async def test_repeated_write_takes_effect_once(store: RedisStore) -> None:
+    """A write that is repeated appends once, and does not replace what came after it."""
+    with call_begins() as call:
+        await store.upsert_latest(state(a=0.1))
+        await store.upsert_latest(state(a=0.1))
+        assert not call.superseded
+    assert len(await store.get_history("u-1", 9)) == 1
+    with call_begins() as call:
+        await store.upsert_latest(state(a=0.2))
+        await _elsewhere(store.upsert_latest(state(a=0.3)))
+        await store.upsert_latest(state(a=0.2))
+        assert call.superseded
+    assert [entry.axes["a"] for entry in await store.get_history("u-1", 9)] == [0.3, 0.2, 0.1]
+
+
+async def _elsewhere(work: Any) -> None:
+    import contextvars
+
+    await asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+
+
+async def test_many(store: RedisStore) -> None:
+    """Batches keep the order of one user's snapshots and leave absent users out."""
+    await store.command("SCRIPT", "FLUSH")
+    await store.upsert_latest_many(state(f"m-{n % 400}", a=n / 1000) for n in range(1000))
+    found = await store.get_latest_many([*(f"m-{n}" for n in range(500)), "m-1"])
+    assert len(found) == 400
+    assert found["m-0"].axes == {"a": 0.8}
+    assert found["m-399"].axes == {"a": 0.799}
+    assert await store.get_latest_many([]) == {}
+    await store.upsert_latest_many([])
+    with pytest.raises(ValidationError):
+        await store.upsert_latest_many([state("fine"), StateSnapshot("not fine!")])
+    assert await store.get_latest("fine") is None
+
+
+async def test_ttl_covers_record_and_history(server: Server) -> None:
+    """With a ttl both keys expire; without one neither does, whatever stood there."""
+    async with RedisStore(server.url, ttl=50, history_limit=2, prefix="ttl:") as store:
+        await store.upsert_latest(state())
+        digest = store.digest("u-1")
+        for kind in "sh":
+            assert 0 < await store.command("PTTL", store.key(digest, kind)) <= 50_000
+    async with RedisStore(server.url, history_limit=2, prefix="ttl:") as store:
+        await store.upsert_latest(state())
+        for kind in "sh":
+            assert await store.command("PTTL", store.key(digest, kind)) == -1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"LS", b"LS\x01S", b"LS\x02S" + bytes(60), b"{}", bytes(100), b"LS\x01S" + b"\xff" * 60]
+    + [pack(STATE, 3), pack(STATE, 3, b"\x01\x80"), pack(STATE, 3, b"\x09abc")],
+)
+async def test_foreign_value_is_a_miss_and_overwritten(store: RedisStore, value: bytes) -> None:
+    """Truncated, newer and foreign values are counted misses, replaced by the next upsert."""
+    key = store.key(store.digest("u-1"))
+    await store.command("SET", key, value)
+    before = store.corrupt_records
+    assert await store.get_latest("u-1") is None
+    assert await store.get_latest_many(["u-1"]) == {}
+    assert store.corrupt_records == before + 2
+    await store.upsert_latest(state(a=0.5))
+    assert await store.get_latest("u-1") is not None
+
+
+async def test_foreign_type_is_a_miss_and_overwritten(store: RedisStore) -> None:
+    """Keys of another Redis type are counted misses, replaced by the next upsert."""
+    digest = store.digest("u-1")
+    await store.command("RPUSH", store.key(digest), "x")
+    await store.command("SET", store.key(digest, "h"), "x")
+    assert await store.get_latest("u-1") is None
+    assert await store.get_history("u-1", 3) == []
+    assert store.corrupt_records == 2
+    await store.upsert_latest(state(a=0.5))
+    assert await store.get_latest("u-1") is not None
+    assert len(await store.get_history("u-1", 3)) == 1
+    await store.command("DEL", store.key(digest))
+    await store.command("RPUSH", store.key(digest), "x")
+    await store.delete("u-1")
+    assert await store.get_latest("u-1") is None
+
+
+async def test_record_of_another_user_is_never_returned(store: RedisStore) -> None:
+    """A record copied under another user's key is a counted miss, in the history too."""
+    await store.upsert_latest(state("owner", a=0.9))
+    for kind, command in (("s", "COPY"), ("h", "COPY")):
+        await store.command(
+            command,
+            store.key(store.digest("owner"), kind),
+            store.key(store.digest("thief"), kind),
+        )
+    assert await store.get_latest("thief") is None
+    assert await store.get_latest_many(["thief"]) == {}
+    assert await store.get_history("thief", 3) == []
+    assert store.corrupt_records == 3
+
+
+def test_record_form() -> None:
+    """Packing and unpacking agree; anything else is recognised as none."""
+    ids = (bytes(range(16)), bytes(16))
+    whole = pack(STATE, MAX_VERSION, b"body", generation=b"g" * 16, write_ids=ids)
+    record = unpack(whole)
+    assert record == (STATE, MAX_VERSION, b"g" * 16, ids, b"body")
+    assert unpack(pack(TOKEN, 0)) == (TOKEN, 0, bytes(16), (), b"")
+    assert unpack(pack(TOMBSTONE, 7)[:28]) == (TOMBSTONE, 7, bytes(16), (), b"")
+    for end in range(len(whole) - 4):
+        assert unpack(whole[:end]) is None
+    for wrong in (None, 3, [b"x"], b"LS\x01X" + whole[4:], pack(STATE, MAX_VERSION + 1, b"x")):
+        assert unpack(wrong) is None
+
+
+async def test_scripts_survive_a_flush(store: RedisStore) -> None:
+    """A script that the server forgot is sent whole; replies and arguments are binary safe."""
+    script = RedisScript("return {KEYS[1], ARGV[1], 7}")
+    raw = bytes(range(256))
+    key = store.bucket_key("0", "x")
+    for _ in range(2):
+        await store.command("SCRIPT", "FLUSH")
+        assert await store.run_script(script, [key], [raw]) == [key, raw, 7]
+        assert await store.run_script(script, [key], [raw]) == [key, raw, 7]
+
+
+async def test_several_event_loops(server: Server) -> None:
+    """One store serves several event loops in turn and at once."""
+    store = RedisStore(server.url)
+
+    async def use() -> None:
+        await store.upsert_latest(state("loops"))
+        assert await store.get_latest("loops") is not None
+
+    await use()
+    for _ in range(3):
+        await asyncio.to_thread(asyncio.run, use())
+    await asyncio.gather(use(), *(asyncio.to_thread(asyncio.run, use()) for _ in range(4)))
+    await store.aclose()
+    await store.aclose()
+    with pytest.raises(ClosedError):
+        await store.get_latest("loops")
+
+
+async def test_client_stays_the_callers(server: Server) -> None:
+    """A client that was passed in works afterwards; one that decodes is refused by name."""
+    import redis.asyncio
+
+    client = redis.asyncio.Redis(port=server.port)
+    async with RedisStore(client=client, prefix="client:") as store:
+        await store.upsert_latest(state())
+        assert await store.get_latest("u-1") is not None
+    assert await client.ping()
+    await client.aclose()
+    decoding = redis.asyncio.Redis(port=server.port, decode_responses=True)
+    with pytest.raises(ConfigError, match="decode_responses=False"):
+        RedisStore(client=decoding)
+
+
+class _Wrapped:
+    """A client of a class that the store does not know."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def execute_command(self, *args: Any) -> Any:
+        return await self._client.execute_command(*args)
+
+
+async def test_unknown_client_is_called(server: Server) -> None:
+    """A client whose connections are not the driver's is called, with all operations working."""
+    import redis.asyncio
+
+    client = redis.asyncio.Redis(port=server.port)
+    async with RedisStore(client=_Wrapped(client), prefix="odd:", history_limit=2) as store:
+        await store.command("SCRIPT", "FLUSH")
+        await store.upsert_latest_many([state(a=0.1), state(a=0.2), state("u-2")])
+        assert set(await store.get_latest_many(["u-1", "u-2", "u-3"])) == {"u-1", "u-2"}
+        assert [entry.axes["a"] for entry in await store.get_history("u-1", 5)] == [0.2, 0.1]
+        await store.command("RPUSH", store.key(store.digest("u-9")), "x")
+        assert await store.get_latest("u-9") is None
+        assert await store.health_check()
+    assert await client.ping()
+    await client.aclose()
+
+
+async def test_database_and_login_of_the_url(server: Server) -> None:
+    """Database, user and password of a URL are used, and the password is shown nowhere."""
+    async with RedisStore(server.url) as admin:
+        await admin.command(
+            "ACL", "SETUSER", "eva", "on", ">s3cr:t", "~*", "&*", "+@all", write=True
+        )
+    url = f"redis://eva:s3cr%3At@127.0.0.1:{server.port}/5"
+    async with RedisStore(url) as store:
+        await store.upsert_latest(state())
+        assert await store.command("DBSIZE") == 1
+        assert "s3cr" not in repr(store)
+    async with RedisStore(f"{url}?protocol=3") as store:
+        assert await store.get_latest("u-1") is not None
+
+
+def test_unix_socket_url(tmp_path: Any) -> None:
+    """A unix:// URL works."""
+    path = f"{tmp_path}/r.sock"
+    with running("--unixsocket", path):
+
+        async def use() -> None:
+            async with RedisStore(f"unix://{path}?db=2") as store:
+                await store.upsert_latest(state())
+                assert await store.get_latest("u-1") is not None
+
+        asyncio.run(use())
+
+
+async def test_sentinel_url(server: Server) -> None:
+    """A redis+sentinel:// URL finds the primary, past a Sentinel that is down."""
+    sentinel = Sentinel(server)
+    try:
+        url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel.port}/mymaster/3"
+        async with RedisStore(url) as store:
+            await store.upsert_latest(state("by-sentinel"))
+            assert await store.get_latest("by-sentinel") is not None
+            assert await store.command("DBSIZE") == 1
+    finally:
+        sentinel.remove()
+
+
+async def test_cluster_url() -> None:
+    """All operations work on a cluster, users spread over buckets, a user's keys in one slot."""
+    with running("--cluster-enabled", "yes") as node:
+        async with RedisStore(node.url) as single:
+            await single.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            while b"cluster_state:ok" not in await single.command("CLUSTER", "INFO"):
+                await asyncio.sleep(0.01)
+        url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{node.port}"
+        async with RedisStore(url, history_limit=3) as store:
+            users = [f"c-{n}" for n in range(100)]
+            assert len({store.bucket_of(store.digest(user)) for user in users}) == 16
+            await store.upsert_latest_many([state(user, a=0.5) for user in users])
+            await store.upsert_latest(state("c-1", a=0.6))
+            assert set(await store.get_latest_many(users)) == set(users)
+            assert [e.axes["a"] for e in await store.get_history("c-1", 5)] == [0.6, 0.5]
+            await store.delete("c-1")
+            assert await store.get_latest("c-1") is None
+            assert await store.health_check()
+            assert len({await store.server_id(bucket) for bucket in store.buckets}) == 1
+            connection = await store.new_connection("f")
+            await connection.disconnect()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1",
+        "redis+sentinel://127.0.0.1",
+        "redis+sentinel:///service",
+        "ftp+cluster://x",
+        "redis://127.0.0.1:port",
+        "redis://127.0.0.1/0?socket_timeout=s3cret",
+        "redis://127.0.0.1/0?s3cret=1",
+        "",
+    ],
+)
+def test_bad_url(url: str) -> None:
+    """A URL that cannot be read is refused when the store is built, without showing it."""
+    with pytest.raises(ConfigError) as caught:
+        RedisStore(url)
+    assert "s3cret" not in f"{caught.value!r}{caught.value.__cause__!r}"
+    assert caught.value.option == "url"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ttl": 0},
+        {"timeout": 0},
+        {"connect_timeout": -1},
+        {"max_connections": 0},
+        {"history_limit": -1},
+        {"prefix": "a{b}"},
+        {"digest_key": b"x" * 65},
+        {"probe_seconds": float("inf")},
+        {"client": object()},
+    ],
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    """Options out of range are refused by name."""
+    with pytest.raises(ConfigError) as caught:
+        RedisStore("redis://127.0.0.1", **options)
+    assert caught.value.option in {*options, "url"}
+    with pytest.raises(ConfigError):
+        RedisStore()
+
+
+def test_exit_without_closing_is_silent(server: Server) -> None:
+    """A process that never closes the store ends without a warning, also with warnings on."""
+    program = f"""
+import asyncio
+from layered_store.stores.redis import RedisStore
+from layered_store.snapshot import StateSnapshot
+async def main():
+    store = RedisStore("{server.url}")
+    await store.upsert_latest(StateSnapshot("u-1"))
+asyncio.run(main())
+"""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "always", "-c", program], capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == b""
