@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def command(
         server_header=False,
     )
     server = uvicorn.Server(config)
+    # The server drains on SIGTERM and then raises it again, for whoever handled it before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         server.run()
     except KeyboardInterrupt:

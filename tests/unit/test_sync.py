@@ -173,7 +173,12 @@ print(os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
     ("given", "used", "answer"),
-    [("MemoryStore", False, None), ("lambda: MemoryStore()", True, "10"), ("MemoryStore()", True, "20"), ("MemoryStore()", False, "10")],
+    [
+        ("MemoryStore", False, None),
+        ("lambda: MemoryStore()", True, "10"),
+        ("MemoryStore()", True, "20"),
+        ("MemoryStore()", False, "10"),
+    ],
 )
 def test_fork(given: str, used: bool, answer: str | None) -> None:  # noqa: FBT001
     """A forked child builds its own stack from a function, or is told; neither side hangs."""

@@ -94,6 +94,7 @@ class Statements:
     now: Any = field(init=False)
     horizon: Any = field(init=False)
     changes: Any = field(init=False)
+    users: Any = field(init=False)
     purgeable: Any = field(init=False)
     purge: Any = field(init=False)
 
@@ -230,6 +231,15 @@ class Statements:
                 latest.c.position > 0,
             )
             .order_by(latest.c.position, latest.c.digest)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        self.users = (
+            select(latest.c.digest, latest.c.user_id)
+            .where(
+                latest.c.digest > bindparam("after_digest", type_=latest.c.digest.type),
+                latest.c.user_id.is_not(None),
+            )
+            .order_by(latest.c.digest)
             .limit(bindparam("max_rows", type_=BigInteger))
         )
         due = bindparam("due", type_=BigInteger)

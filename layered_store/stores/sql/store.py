@@ -13,6 +13,7 @@ from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import (
     ClosedError,
     ConfigError,
@@ -60,7 +61,7 @@ _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmat
 
 
 @dataclass(eq=False, repr=False)
-class SQLStore(StateStore, Authority):
+class SQLStore(StateStore, Authority, Enumerable):
     """Keeps states in a database: SQLite, PostgreSQL, MariaDB or MySQL.
 
     A full system of record: a write is acknowledged when it is committed, versions and erasures
@@ -408,6 +409,18 @@ class SQLStore(StateStore, Authority):
         horizon, now_us = await self._run("covers", self._horizon)
         # A position from the future is another database's, or this one was restored.
         return position < horizon and now_us - issued < _COVERED_US
+
+    async def users(self, cursor: str, limit: int) -> UserPage:
+        self._check_open("users")
+        # By digest, the primary key: a page costs the same wherever it begins.
+        values = {"after_digest": bytes.fromhex(cursor), "max_rows": limit}
+
+        async def work(session: Session) -> Sequence[Any]:
+            return await session.rows(self._statements.users, values)
+
+        rows = await self._run("users", work)
+        end = bytes(rows[-1].digest).hex() if len(rows) == limit else None
+        return UserPage([row.user_id for row in rows], end)
 
     # One operation: a connection, a time limit, our errors.
 

@@ -30,7 +30,20 @@ def run(*arguments: str, **options: str) -> Result:
 def test_help_names_every_command() -> None:
     """The help lists all commands, each with a sentence."""
     text = run("--help").output
-    for name in ("serve", "show", "check", "lint", "schema", "get", "put", "erase", "history", "export", "copy", "bench"):
+    for name in (
+        "serve",
+        "show",
+        "check",
+        "lint",
+        "schema",
+        "get",
+        "put",
+        "erase",
+        "history",
+        "export",
+        "copy",
+        "bench",
+    ):
         assert f"\n  {name} " in text
         assert run(name, "--help").exit_code == 0
 

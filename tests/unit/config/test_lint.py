@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class _Around(AroundLayer):
-    async def around(self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kw: Any) -> Any:  # noqa: ARG002
+    async def around(
+        self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kw: Any
+    ) -> Any:  # noqa: ARG002
         return await method(*args, **kw)
 
 
@@ -157,7 +159,11 @@ def _driver(retries: int) -> StateStore:
 WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateStore]]] = [
     ("LS001", lambda: Retry(_Backend()), lambda: Retry(Timeout(_Backend()))),
     ("LS001", lambda: Retry(_Backend()), lambda: Retry(_Backend(time_limit=2.0))),
-    ("LS002", lambda: Timeout(Retry(Sql(timeout=1))), lambda: Timeout(Retry(Timeout(Sql())), seconds=9)),
+    (
+        "LS002",
+        lambda: Timeout(Retry(Sql(timeout=1))),
+        lambda: Timeout(Retry(Timeout(Sql())), seconds=9),
+    ),
     (
         "LS003",
         lambda: Retry(Fallback(Sql(timeout=1), secondary=Sql(timeout=1))),
@@ -179,8 +185,12 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
     ("LS011", lambda: Cached(Coherent(), invalidation="off"), lambda: Cached(Sql())),
     (
         "LS013",
-        lambda: WriteThrough(Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="p")),
-        lambda: WriteThrough(Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="q")),
+        lambda: WriteThrough(
+            Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="p")
+        ),
+        lambda: WriteThrough(
+            Redis(url="redis://a", prefix="p"), origin=Redis(url="redis://a", prefix="q")
+        ),
     ),
     ("LS017", lambda: Swallows(Sql()), lambda: Layer(Sql())),
     ("LS022", lambda: Cached(MemoryStore()), lambda: WriteThrough(MemoryStore(), origin=Sql())),
@@ -246,7 +256,9 @@ def test_errors_come_first() -> None:
     assert found[0] is Severity.ERROR
 
 
-CONFIG: dict[str, Any] = {"store": {"use": "memory", "layers": [{"use": "cached"}, {"use": "cached"}]}}
+CONFIG: dict[str, Any] = {
+    "store": {"use": "memory", "layers": [{"use": "cached"}, {"use": "cached"}]}
+}
 
 
 def test_loading_warns() -> None:

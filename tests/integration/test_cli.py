@@ -1,0 +1,110 @@
+"""The command line on real files, as processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.sql import SQLStore
+
+pytest.importorskip("aiosqlite")
+
+
+def run(*arguments: str, cwd: Path, code: int = 0) -> str:
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "layered_store", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def fill(path: Path, users: int, states: int) -> None:
+    async def work() -> None:
+        async with SQLStore(f"sqlite+aiosqlite:///{path}") as store:
+            for state in range(states):
+                await store.upsert_latest_many(
+                    StateSnapshot(f"u-{user}", axes={"a": state / 100}) for user in range(users)
+                )
+
+    asyncio.run(work())
+
+
+async def read(path: Path, users: int) -> list[list[StateSnapshot]]:
+    async with SQLStore(f"sqlite+aiosqlite:///{path}") as store:
+        return [await store.get_history(f"u-{user}", 99) for user in range(users)]
+
+
+def test_one_user(tmp_path: Path) -> None:
+    """What is put is there for the next process, until it is erased."""
+    url = "sqlite+aiosqlite:///states.db"
+    run("put", url, "u-1", "--axis", "warmth=0.5", cwd=tmp_path)
+    run("put", url, "u-1", "--axis", "warmth=0.7", "--source", "mixed", cwd=tmp_path)
+    assert json.loads(run("get", url, "u-1", cwd=tmp_path))["axes"] == {"warmth": 0.7}
+    assert "warmth=0.7" in run("history", url, "u-1", cwd=tmp_path)
+    assert len(json.loads(run("history", url, "u-1", "--json", cwd=tmp_path))) == 2
+    exported = json.loads(run("export", url, "u-1", cwd=tmp_path))
+    assert (exported["latest"]["source"], len(exported["history"])) == ("mixed", 2)
+    run("erase", url, "u-1", "--yes", cwd=tmp_path)
+    run("get", url, "u-1", cwd=tmp_path, code=1)
+    assert "SQLStore healthy" in run("check", url, cwd=tmp_path)
+
+
+def test_export_everything(tmp_path: Path) -> None:
+    """``export --all`` gives one line for each user."""
+    fill(tmp_path / "a.db", 30, 2)
+    lines = run("export", "sqlite+aiosqlite:///a.db", "--all", cwd=tmp_path).splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["user_id"] for record in records} == {f"u-{user}" for user in range(30)}
+    assert all(len(record["history"]) == 2 for record in records)
+
+
+def test_copy(tmp_path: Path) -> None:
+    """``copy`` moves users with histories, counts both sides, and repeated writes nothing."""
+    fill(tmp_path / "a.db", 50, 3)
+    pair = ("sqlite+aiosqlite:///a.db", "sqlite+aiosqlite:///b.db")
+    result = json.loads(run("copy", *pair, "--json", "--page", "20", cwd=tmp_path))
+    assert result == {
+        "users": 50,
+        "states": 150,
+        "conflicts": 0,
+        "users_in_source": 50,
+        "users_in_target": 50,
+    }
+    assert asyncio.run(read(tmp_path / "a.db", 50)) == asyncio.run(read(tmp_path / "b.db", 50))
+    assert json.loads(run("copy", *pair, "--json", cwd=tmp_path))["states"] == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
+def test_copy_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """A copy that was killed goes on where it was, and both sides are equal in the end."""
+    fill(tmp_path / "a.db", 300, 2)
+    pair = ("sqlite+aiosqlite:///a.db", "sqlite+aiosqlite:///b.db")
+    state = tmp_path / ".layered-store-copy.json"
+    killed = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "layered_store", "copy", *pair, "--page", "5"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not state.exists() and killed.poll() is None:
+        os.sched_yield()
+    killed.kill()
+    killed.wait()
+    result = json.loads(run("copy", *pair, "--json", cwd=tmp_path))
+    assert (result["users_in_target"], result["conflicts"]) == (300, 0)
+    assert not state.exists()
+    assert asyncio.run(read(tmp_path / "a.db", 300)) == asyncio.run(read(tmp_path / "b.db", 300))

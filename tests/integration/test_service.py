@@ -1,0 +1,295 @@
+"""The service as a real process, asked by the published client and by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from layered_store.service import create_app
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+
+KEY = "a-key-for-tests"
+
+
+class Service:
+    """One running process."""
+
+    def __init__(self, tmp_path: Path, *arguments: str, key: str | None = None) -> None:
+        stack = tmp_path / "stack.toml"
+        stack.write_text('[store]\nuse = "memory"\nlayers = [{ use = "cached" }]\n')
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        env.pop("LAYERED_STORE_API_KEY", None)
+        if key:
+            env["LAYERED_STORE_API_KEY"] = key
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "layered_store", "serve", str(stack), "--port", "0", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        self.lines: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"running on (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError("".join(self.lines))
+
+    def stop(self) -> tuple[int, str]:
+        """Ask it to end; return its exit code and what it wrote."""
+        self.process.send_signal(signal.SIGTERM)
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, "".join(self.lines) + out + err
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    running = Service(tmp_path, "--max-body", "5000", key=KEY)
+    yield running
+    running.process.kill()
+    running.process.communicate()
+
+
+def test_published_client(service: Service) -> None:
+    """The ``attuned`` client stores, reads, deletes and asks for health, unchanged."""
+    attuned = pytest.importorskip("attuned")
+    client = attuned.AttunedClient(service.url, api_key=KEY)
+    snapshot = attuned.StateSnapshot.builder().user_id("u-1").axis("warmth", 0.7).build()
+    assert client.health()
+    assert client.get_state("u-1") is None
+    client.upsert_state(snapshot)
+    found = client.get_state("u-1")
+    assert found.user_id == "u-1"
+    # The client itself keeps single precision.
+    assert found.get_axis("warmth") == pytest.approx(0.7)
+    assert found.updated_at_unix_ms == snapshot.updated_at_unix_ms
+    assert client.delete_state("u-1")
+    assert client.get_state("u-1") is None
+    with pytest.raises(RuntimeError):
+        attuned.AttunedClient(service.url, api_key="wrong").get_state("u-1")
+
+
+def test_graceful_end_and_silent_logs(service: Service) -> None:
+    """SIGTERM ends it cleanly; no user id, state or key stands in what it wrote."""
+    marked = "marked-user-4711"
+    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        body = StateSnapshot(marked, axes={"marked_axis": 0.123456}).to_json()
+        assert client.post("/v1/state", content=body).status_code == 204
+        assert client.get(f"/v1/state/{marked}").status_code == 200
+        client.post("/v1/state", content=body[:-5])
+    code, text = service.stop()
+    assert code == 0
+    assert "Traceback" not in text
+    for secret in (marked, "marked_axis", "0.123456", KEY):
+        assert secret not in text
+
+
+def test_body_limit_without_a_length(service: Service) -> None:
+    """A body whose length is not told is cut off at the limit too."""
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 1000
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{service.url}/v1/state", content=endless(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "PAYLOAD_TOO_LARGE"
+
+
+# The application itself, without a process.
+
+
+def _client(stack: Any, **options: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(stack, **options))
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+async def test_routes() -> None:
+    """Each route answers as documented."""
+    first, second = StateSnapshot("u-1", axes={"a": 0.1}), StateSnapshot("u-1", axes={"a": 0.2})
+    async with _client(MemoryStore()) as client:
+        for snapshot in (first, second):
+            assert (await client.post("/v1/state", content=snapshot.to_json())).status_code == 204
+        found = await client.get("/v1/state/u-1")
+        assert StateSnapshot.from_json(found.content) == second
+        assert found.headers["content-type"] == "application/json"
+        assert found.headers["cache-control"] == "no-store"
+        history = (await client.get("/v1/state/u-1/history", params={"limit": 1})).json()
+        assert [state["axes"] for state in history] == [{"a": 0.2}]
+        assert len((await client.get("/v1/state/u-1/history")).json()) == 2
+        assert (await client.delete("/v1/state/u-1")).status_code == 204
+        assert (await client.delete("/v1/state/u-1")).status_code == 204
+        assert (await client.get("/v1/state/u-1")).status_code == 404
+        assert (await client.get("/v1/state/u-1/history")).json() == []
+        assert (await client.get("/health")).json()["status"] == "healthy"
+        assert (await client.get("/live")).status_code == 200
+        assert (await client.get("/ready")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+        assert "/v1/state" in (await client.get("/openapi.json")).json()["paths"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "code"),
+    [
+        ("POST", "/v1/state", b"{", 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b"", 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"a b"}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","confidence":2}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b"[" * 60_000, 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b"x" * 70_000, 413, "PAYLOAD_TOO_LARGE"),
+        ("GET", "/v1/state/u-1", b"", 404, "USER_NOT_FOUND"),
+        ("GET", "/v1/state/a%20b", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/%ff", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=-1", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=1e3", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=99999999999999999999", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/nowhere", b"", 404, "NOT_FOUND"),
+        ("PUT", "/v1/state", b"", 405, "METHOD_NOT_ALLOWED"),
+    ],
+)
+async def test_errors(method: str, path: str, content: bytes, status: int, code: str) -> None:
+    """Every error has the one shape, its code, and the request id of the header."""
+    async with _client(MemoryStore()) as client:
+        answer = await client.request(
+            method, path, content=content, headers={"X-Request-ID": "req-7"}
+        )
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message", "request_id"}
+    assert (error["code"], error["request_id"]) == (code, "req-7")
+    assert answer.headers["x-request-id"] == "req-7"
+
+
+class Broken(MemoryStore):
+    """Fails as it is told."""
+
+    error: Exception
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+        raise self.error
+
+    async def health_check(self) -> bool:
+        return False
+
+
+def _broken(error: Exception) -> Broken:
+    store = Broken()
+    store.error = error
+    return store
+
+
+async def test_store_errors() -> None:
+    """Unavailable and refused are 503 with a time to wait; the rest is 500 and tells no text."""
+    from layered_store.errors import (
+        CircuitOpenError,
+        CorruptDataError,
+        OverloadedError,
+        StoreTimeoutError,
+        UnavailableError,
+    )
+
+    for error, status, code in (
+        (UnavailableError("down"), 503, "UNAVAILABLE"),
+        (StoreTimeoutError("slow"), 503, "UNAVAILABLE"),
+        (CircuitOpenError(retry_after=7.0), 503, "UNAVAILABLE"),
+        (OverloadedError("full"), 503, "UNAVAILABLE"),
+        (CorruptDataError("bad"), 500, "STORE_ERROR"),
+        (RuntimeError("secret-in-a-bug"), 500, "STORE_ERROR"),
+    ):
+        async with _client(_broken(error)) as client:
+            answer = await client.get("/v1/state/u-1")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert "secret-in-a-bug" not in answer.text
+        if isinstance(error, CircuitOpenError):
+            assert answer.headers["retry-after"] == "7"
+
+
+async def test_unhealthy() -> None:
+    """An unhealthy store is 503 for /health and /ready; the process is live all the same."""
+    async with _client(_broken(RuntimeError())) as client:
+        assert (await client.get("/health")).status_code == 503
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/live")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        (f"Basic {KEY}", 401),
+        ("Bearer", 401),
+        (f"bearer {KEY}", 404),
+        (f"Bearer {KEY}", 404),
+    ],
+)
+async def test_key(header: str | None, status: int) -> None:
+    """States and metrics need the key; probes do not."""
+    headers = {} if header is None else {"Authorization": header}
+    async with _client(MemoryStore(), api_key=KEY) as client:
+        assert (await client.get("/v1/state/u-1", headers=headers)).status_code == status
+        assert (await client.get("/metrics", headers=headers)).status_code in (status, 200)
+        for path in ("/live", "/ready", "/health"):
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_mounted_in_another_application() -> None:
+    """The application works below a path of a user's own, key included."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    app = Starlette(routes=[Mount("/states", create_app(MemoryStore(), api_key=KEY))])
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        assert (await client.get("/states/live")).status_code == 200
+        assert (await client.get("/states/v1/state/u-1")).status_code == 401
+        headers = {"Authorization": f"Bearer {KEY}"}
+        assert (await client.get("/states/v1/state/u-1", headers=headers)).status_code == 404
+
+
+def test_refuses_a_public_address_without_a_key(tmp_path: Path) -> None:
+    """A public address needs a key, unless it is said by name that none is wanted."""
+    arguments = [sys.executable, "-m", "layered_store", "serve", "--host", "0.0.0.0"]  # noqa: S104
+    env = {k: v for k, v in os.environ.items() if k != "LAYERED_STORE_API_KEY"}
+    done = subprocess.run(  # noqa: S603
+        arguments, capture_output=True, text=True, timeout=20, check=False, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 2
+    assert "--public-without-key" in done.stderr
+
+
+def test_fuzz() -> None:
+    """No request that the OpenAPI document allows, or nearly, is a 500 or a traceback."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, given, settings
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(MemoryStore()))
+    asked = 0
+
+    def ask(case: Any) -> None:
+        nonlocal asked
+        asked += 1
+        answer = case.call()
+        assert answer.status_code < 500, answer.text
+
+    few = settings(
+        max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    for operation in schema.get_all_operations():
+        few(given(case=operation.ok().as_strategy())(ask))()
+    assert asked > 100
