@@ -36,6 +36,11 @@ class Gate:
         """Let the call return ``result``, or raise it when it is an exception."""
         self._result.set_result(result)
 
+    @property
+    def opened(self) -> bool:
+        """Whether the call may go on."""
+        return self._result.done()
+
     async def pass_through(self) -> Any:
         """Wait for :meth:`open`."""
         self.entered.set()

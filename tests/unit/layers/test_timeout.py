@@ -103,14 +103,14 @@ async def test_what_the_store_makes_of_the_expiry_is_kept_when_it_says_more() ->
     told = StoreTimeoutError("told by the backend")
 
     class Telling(Scripted):
-        async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
             try:
-                await asyncio.Event().wait()
+                return await super().get_latest(user_id)
             except asyncio.CancelledError:
                 raise told from None
 
     clock = FakeClock()
-    task = asyncio.create_task(Timeout(Telling(), seconds=1, clock=clock).get_latest("u-1"))
+    task = asyncio.create_task(Timeout(Telling(Gate()), seconds=1, clock=clock).get_latest("u-1"))
     await clock.advance(1)
     assert task.exception() is told
 
@@ -133,14 +133,14 @@ async def test_cancellation_wins_over_expiry() -> None:
     caller: list[asyncio.Task[Any]] = []
 
     class Late(Scripted):
-        async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
             try:
-                await asyncio.Event().wait()
+                return await super().get_latest(user_id)
             finally:
                 caller[0].cancel()
 
     clock = FakeClock()
-    task = asyncio.create_task(Timeout(Late(), seconds=1, clock=clock).get_latest("u-1"))
+    task = asyncio.create_task(Timeout(Late(Gate()), seconds=1, clock=clock).get_latest("u-1"))
     caller.append(task)
     await clock.advance(1)
     assert task.cancelled()
