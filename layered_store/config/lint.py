@@ -492,7 +492,7 @@ def _pool(at: _At) -> str | None:
     if not at.is_a("bulkhead") or places is None:
         return None
     for end in at.ends():
-        pool = _number(end, "max_connections", "pool_size")
+        pool = _number(end, "pool_size")
         if pool is not None and pool < places:
             return (
                 f"{places:g} calls are let in but {type(end).__name__} has {pool:g} connections; the"

@@ -195,6 +195,7 @@ def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         field = fields.get(parameter.name)
+        mask = None if field is None else field.metadata.get("mask")
         default = MISSING if parameter.default is parameter.empty else parameter.default
         if field is not None and field.default_factory is not MISSING:
             default = field.default_factory()
@@ -204,8 +205,8 @@ def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
                 default=default,
                 doc=docs.get(parameter.name, ""),
                 secret=field is not None and not field.repr,
-                mask=None if field is None else field.metadata.get("mask"),
-                **_typing(_resolve(parameter.annotation, cls)),
+                mask=mask,
+                **_typing(_resolve(parameter.annotation, cls), masked=mask is not None),
             )
         )
     return tuple(found)
@@ -224,7 +225,7 @@ def _resolve(annotation: Any, cls: type) -> Any:
     return object
 
 
-def _typing(hint: Any) -> dict[str, Any]:
+def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
     """Return what the annotation of an option says about the values that a file may hold."""
     accepts: set[type] = set()
     facts: dict[str, Any] = {}
@@ -232,8 +233,8 @@ def _typing(hint: Any) -> dict[str, Any]:
         origin = typing.get_origin(part) or part
         if part is type(None) or part is None:
             facts["nullable"] = True
-        elif part is Any:
-            accepts |= {str, int, float, bool}
+        elif part is Any and masked:
+            accepts.add(str)  # a URL as text, or as the driver's object
         elif origin is Literal:
             facts["choices"] = typing.get_args(part)
             accepts |= {type(choice) for choice in typing.get_args(part)}
