@@ -56,6 +56,7 @@ class Lane(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._buffer: list[bytes] = []
         self._unsent = 0
+        self._deadline = 0.0
         self._scheduled = False
         self._paused = False
         self._timer: TimerHandle | None = None
@@ -82,12 +83,14 @@ class Lane(asyncio.Protocol):
         if not self.open:
             future.set_result(_not_sent(ConnectionLostError()))
             return future
-        self.pending.append((future, self._clock.monotonic() + self._limit))
+        if not self._scheduled:
+            # What one turn of the event loop sends also has one deadline.
+            self._scheduled = True
+            self._deadline = self._clock.monotonic() + self._limit
+            self._loop.call_soon(self._flush)
+        self.pending.append((future, self._deadline))
         self._buffer.append(data)
         self._unsent += 1
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
         if self._timer is None:
             self._timer = self._clock.call_later(self._limit, self._watch)
         return future
@@ -158,21 +161,19 @@ class Lane(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         gets = self._reader.gets
-        pending = self.pending
+        take = self.pending.popleft
         try:
             self._reader.feed(data)
             while (reply := gets()) is not _MORE:
                 if type(reply) is hiredis.PushNotification:
                     continue
-                if not pending:
-                    # Nobody asked: the two sides no longer agree on what answers what.
-                    self._end(GarbageError())
-                    return
-                future = pending.popleft()[0]
+                future = take()[0]
                 if not future.done():
                     future.set_result(reply)
-        except GarbageError as exc:
-            self._end(exc)
+        except (GarbageError, IndexError):
+            # No reply of Redis, or one that nobody asked for: the two sides no longer agree on what
+            # answers what.
+            self._end(GarbageError())
             return
         self._changed(self)
 

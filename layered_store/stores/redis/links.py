@@ -76,6 +76,11 @@ class LaneLink:
                 return lane
         return None
 
+    def send_now(self, packed: bytes) -> asyncio.Future[Any] | None:
+        """Queue a packed command, or return None when there is no place on a lane now."""
+        lane = self.ready()
+        return None if lane is None else lane.send(packed)
+
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""
         lane = self.ready() or await self.acquire()
@@ -317,6 +322,9 @@ class ClientLink:
             connection._close()  # noqa: SLF001
             raise
         return connection
+
+    def send_now(self, packed: bytes) -> None:  # noqa: ARG002
+        """Return None: a client takes no packed commands."""
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""

@@ -24,7 +24,7 @@ import asyncio
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
@@ -38,8 +38,8 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Sample
 from layered_store.stores.redis.failures import ReplyError, translate
-from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
-from layered_store.stores.redis.record import FILLED, STATE, unpack
+from layered_store.stores.redis.links import ClientLink, LaneLink, Limits, pack_command
+from layered_store.stores.redis.record import FILLED, MAGIC, STATE, unpack
 from layered_store.stores.redis.scripts import ERASE, UPSERT, RedisScript
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisStore"]
 
+C = TypeVar("C")
+
 _TOMBSTONE_MS: Final = 7 * 86_400_000
 _CLUSTER_BUCKETS: Final = 16
 _MGET_KEYS: Final = 256
-_HELD: Final = frozenset({STATE, FILLED})
+_STATE_HEAD: Final = MAGIC + STATE
 
 _SERVER_ID: Final = RedisScript(
     "return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') or ''"
@@ -141,6 +143,7 @@ class RedisStore(StateStore):
             bucket: f"{self._checked_prefix()}{{{bucket}}}:".encode() for bucket in self.buckets
         }
         self._state_head = self._key_heads["0"] + b"s:"
+        self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
         self._codec = SnapshotCodec(self.snapshot_type)
         self._link: LaneLink | ClientLink | None = None
         # By event loop, weakly: a loop that ended takes its link along.
@@ -163,7 +166,12 @@ class RedisStore(StateStore):
         link = self._link
         if link is None or link.loop is not asyncio.get_running_loop():
             link = self._link_here(Op.GET_LATEST)
-        reply = await link.call(("GET", self.key(self.digest(user_id))))
+        digest = self.digest(user_id)
+        future = link.send_now(self._get_head + digest.hex().encode() + b"\r\n")
+        if future is not None:
+            reply = await future
+        else:
+            reply = await link.call(("GET", self.key(digest)))
         if isinstance(reply, Exception):
             if not _is_foreign(reply):
                 self._errors += 1
@@ -283,6 +291,34 @@ class RedisStore(StateStore):
         """How many reads met something that is no record of the user asked for."""
         return self._corrupt
 
+    @property
+    def is_cluster(self) -> bool:
+        """Whether users are spread over the nodes of a cluster."""
+        return self._cluster
+
+    @property
+    def buckets(self) -> Sequence[str]:
+        """The hash tags of all buckets."""
+        return tuple(self._key_heads) if self._cluster else ("0",)
+
+    @property
+    def codec(self) -> SnapshotCodec[StateSnapshot]:
+        """What turns snapshots into bytes and back."""
+        return self._codec
+
+    @property
+    def ttl_ms(self) -> int:
+        """Life of a record in milliseconds; 0 for ever."""
+        return self._ttl_ms
+
+    def capability(self, kind: type[C]) -> C | None:
+        from layered_store.coherence.contract import CacheTier  # noqa: PLC0415
+        from layered_store.coherence.redis_tier import RedisTier  # noqa: PLC0415
+
+        if kind is CacheTier:
+            return cast("C", RedisTier(self))
+        return super().capability(kind)
+
     def bucket_of(self, digest: bytes) -> str:
         """Return the hash tag that all keys of this user share."""
         return f"{digest[0] & 15:x}" if self._cluster else "0"
@@ -371,7 +407,10 @@ class RedisStore(StateStore):
         return reply
 
     def _read(self, data: Any, user_id: str) -> StateSnapshot | None:
-        snapshot = None if data is None else self._decode(data, user_id)
+        if data is None:
+            self._misses += 1
+            return None
+        snapshot = self._decode(data, user_id)
         if snapshot is None:
             self._misses += 1
         else:
@@ -379,14 +418,14 @@ class RedisStore(StateStore):
         return snapshot
 
     def _decode(self, data: Any, user_id: str) -> StateSnapshot | None:
-        record = unpack(data)
-        if record is not None:
-            if record.kind not in _HELD:
-                return None
-            try:
-                return self._codec.decode(record.body, user_id)
-            except CodecError:
-                pass
+        try:
+            if data[:4] == _STATE_HEAD:  # by far the most; a truncated one has no snapshot
+                return self._codec.decode(data[29 + 16 * data[28] :], user_id)
+            record = unpack(data)
+            if record is not None:
+                return self._codec.decode(record.body, user_id) if record.kind == FILLED else None
+        except (CodecError, IndexError, TypeError):
+            pass
         self._corrupt += 1
         return None
 
