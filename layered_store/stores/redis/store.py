@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
-from layered_store.errors import ClosedError, ConfigError
+from layered_store.enumerable import Enumerable, UserPage
+from layered_store.errors import ClosedError, ConfigError, UnsupportedError
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import Op, StateStore, check_limit, check_snapshot
@@ -63,7 +64,7 @@ _SERVER_ID: Final = RedisScript(
 
 
 @dataclass(eq=False, repr=False)
-class RedisStore(StateStore):
+class RedisStore(StateStore, Enumerable):
     """Keeps states in Redis: one server, Sentinel or a cluster.
 
     Calls of one turn of the event loop share one round trip. Nothing is repeated behind the
@@ -138,9 +139,10 @@ class RedisStore(StateStore):
         self.digest = digest_function(self.digest_key)
         self._address = self._find_address()
         self._cluster = self._address_is_cluster()
-        self.buckets = tuple(f"{n:x}" for n in range(_CLUSTER_BUCKETS if self._cluster else 1))
+        prefix = self._checked_prefix()
         self._key_heads = {
-            bucket: f"{self._checked_prefix()}{{{bucket}}}:".encode() for bucket in self.buckets
+            f"{n:x}": f"{prefix}{{{n:x}}}:".encode()
+            for n in range(_CLUSTER_BUCKETS if self._cluster else 1)
         }
         self._state_head = self._key_heads["0"] + b"s:"
         self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
@@ -256,6 +258,17 @@ class RedisStore(StateStore):
         if any(replies[index] == 0 for index in last.values()):
             call.superseded = True
 
+    async def users(self, cursor: str, limit: int) -> UserPage:
+        from layered_store.stores.redis.listing import list_users  # noqa: PLC0415
+
+        if self._cluster:
+            raise UnsupportedError(
+                "the users of a cluster cannot be listed; list them at the system of record",
+                operation="users",
+                layer=self.name,
+            )
+        return await list_users(self, self._state_head, cursor, limit)
+
     async def health_check(self) -> bool:
         return (await self.health_report()).status is not HealthStatus.UNHEALTHY
 
@@ -295,11 +308,6 @@ class RedisStore(StateStore):
     def is_cluster(self) -> bool:
         """Whether users are spread over the nodes of a cluster."""
         return self._cluster
-
-    @property
-    def buckets(self) -> Sequence[str]:
-        """The hash tags of all buckets."""
-        return tuple(self._key_heads) if self._cluster else ("0",)
 
     @property
     def codec(self) -> SnapshotCodec[StateSnapshot]:
