@@ -141,12 +141,14 @@ class Pass(NamedTuple):
         generation: the generation that is being repaired.
         cursor: up to where the authority's changes are known to be in the tier.
         fresh: whether the generation is new, so that no copy of an earlier one counts.
+        owner: the process that began it.
     """
 
     began: float
     generation: bytes
     cursor: str
     fresh: bool
+    owner: str
 
 
 class Notice(NamedTuple):

@@ -161,6 +161,8 @@ class GuardedCopies(Invalidations):
         if missing:
             records = await self._authority.read_many(missing)
             for user_id in missing:
+                if user_id not in records:
+                    continue  # what stands there cannot be read; asked for alone, it raises
                 record = answers[user_id] = records[user_id]
                 self._raise_floor(user_id, record.version)
                 if user_id in tickets:
@@ -168,7 +170,7 @@ class GuardedCopies(Invalidations):
         return {
             user_id: snapshot
             for user_id in user_ids
-            if (snapshot := answers[user_id].snapshot) is not None
+            if user_id in answers and (snapshot := answers[user_id].snapshot) is not None
         }
 
     async def _fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
