@@ -144,6 +144,7 @@ class RedisStore(StateStore, Enumerable):
             f"{n:x}": f"{prefix}{{{n:x}}}:".encode()
             for n in range(_CLUSTER_BUCKETS if self._cluster else 1)
         }
+        self.buckets = tuple(self._key_heads)
         self._state_head = self._key_heads["0"] + b"s:"
         self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
         self._codec = SnapshotCodec(self.snapshot_type)
