@@ -11,7 +11,7 @@ from layered_store.enumerable import enumerable_of, pages
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.sql import SQLStore
-from tests.integration.redis_servers import BINARY, Server
+from redis_servers import BINARY, Server
 
 
 @pytest.mark.skipif(BINARY is None, reason="no redis-server here")

@@ -365,6 +365,28 @@ stores = st.recursive(
             ),
         )
         | st.builds(
+            lambda inner, layers: (
+                {"use": "write_through", "inner": inner, "origin": MEMORY} | {"layers": layers}
+            ),
+            inner,
+            st.lists(
+                st.sampled_from(
+                    [
+                        {"use": "retry", "attempts": 2, "base_delay": "10ms", "time_limit": None},
+                        {"use": "timeout", "seconds": "2s"},
+                        {"use": "circuit_breaker", "open_for": "7s"},
+                        {"use": "bulkhead", "max_in_flight": 3},
+                    ]
+                ),
+                max_size=3,
+            ),
+        )
+        | st.builds(
+            lambda inner, other: {"use": "fallback", "inner": inner, "secondary": other},
+            inner,
+            inner,
+        )
+        | st.builds(
             lambda inner, origin: {"use": "write_through", "inner": inner, "origin": origin},
             inner,
             inner,
