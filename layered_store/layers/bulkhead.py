@@ -167,7 +167,6 @@ class Bulkhead(AroundLayer):
     def hot_path(self) -> HotPath | None:
         path = hot_path_of(self.inner)
         if path is not None:
-            # Asked once for each fused path above, always about the same cache.
+            # Asked when this layer is built and by each one above, always about one cache.
             self._trust = path.trust
-            self._guard_hits()
         return path

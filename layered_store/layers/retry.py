@@ -160,7 +160,7 @@ class Retry(AroundLayer):
         while True:
             if op.is_write and not isinstance(error, NOT_HAPPENED):
                 doubt = error if doubt is None or not doubt.outcome_unknown else doubt
-            delay = self.random.uniform(0.0, min(longest, self._max_delay))
+            delay = self.random.uniform(0.0, longest)
             longest = min(longest * 2.0, self._max_delay)
             if not self._may_repeat(op, error, made, delay, self._left(started)):
                 break

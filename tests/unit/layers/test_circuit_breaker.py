@@ -245,10 +245,11 @@ async def test_late_results_change_nothing(late: object) -> None:
     await gates[2].entered.wait()
     await call(breaker, 2)
     assert breaker.state is OPEN
+    await clock.advance(2)
     gates[0].open(late)
     await asyncio.wait(tasks[:1])
     assert breaker.state is OPEN
-    await clock.advance(4.9)
+    await clock.advance(2.9)
     assert await call(breaker) == [CircuitOpenError]
     await clock.advance(0.1)
     trial = asyncio.create_task(breaker.get_latest("u-1"))

@@ -219,6 +219,33 @@ async def test_no_wait_goes_past_the_time_limit() -> None:
     assert clock.pending == 0
 
 
+async def test_no_attempt_begins_after_the_time_limit() -> None:
+    """When the event loop comes back late from a wait, the call ends without another attempt."""
+
+    class Late(FakeClock):
+        async def _sleep(self, seconds: float) -> None:
+            self.set(self.monotonic() + seconds + 100)
+
+    inner = Scripted(error := down())
+    retry = Retry(inner, base_delay=1, time_limit=5, clock=Late())
+    with pytest.raises(UnavailableError) as caught:
+        await retry.upsert_latest(STATE)
+    assert caught.value is error
+    assert len(inner.calls) == 1
+    assert list(retry.samples()) == [Sample("retries", 1, ("upsert_latest", "exhausted"))]
+
+
+async def test_a_cancelled_repeat_is_counted_as_such() -> None:
+    """It is load like any other, but no failure."""
+    gate = Gate()
+    retry = at_once(Scripted(down(), gate))
+    task = asyncio.create_task(retry.get_latest("u-1"))
+    await gate.entered.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert list(retry.samples()) == [Sample("retries", 1, ("get_latest", "cancelled"))]
+
+
 async def test_a_retry_is_cut_off_at_the_time_limit() -> None:
     """A retry that hangs ends at the limit; for a write the outcome is then unknown."""
     clock = FakeClock()
