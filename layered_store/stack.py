@@ -124,11 +124,9 @@ def expression(store: StateStore) -> str:
     roles = children_of(store)
     for role, child in roles.items():
         parts.append(expression(child) if role == "inner" else f"{role}={expression(child)}")
-    positional = {
-        field.name
-        for field in (dataclasses.fields(store) if dataclasses.is_dataclass(store) else ())
-        if not field.kw_only
-    }
+    positional: set[str] = set()
+    if dataclasses.is_dataclass(store):
+        positional = {field.name for field in dataclasses.fields(store) if not field.kw_only}
     for name, value in shown.items():
         parts.append(_show(value) if name in positional else f"{name}={_show(value)}")
     return f"{type(store).__name__}({', '.join(parts)})"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from redis_servers import BINARY, Server
 
 from layered_store.copying import Progress, copy_users
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.sql import SQLStore
-from redis_servers import BINARY, Server
 
 
 @pytest.mark.skipif(BINARY is None, reason="no redis-server here")
