@@ -8,10 +8,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from redis_servers import BINARY, Sentinel, Server, running
+from redis_servers import BINARY, Sentinel, Server, free_port, running
 
 from layered_store.call import call_begins
-from layered_store.errors import ClosedError, ConfigError, ValidationError
+from layered_store.errors import ClosedError, ConfigError, UnavailableError, ValidationError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
 from layered_store.stores.redis.record import MAX_VERSION, STATE, TOKEN, TOMBSTONE, pack, unpack
@@ -209,6 +209,8 @@ async def test_several_event_loops(server: Server) -> None:
     for _ in range(3):
         await asyncio.to_thread(asyncio.run, use())
     await asyncio.gather(use(), *(asyncio.to_thread(asyncio.run, use()) for _ in range(4)))
+    await asyncio.to_thread(asyncio.run, use())
+    assert len(store._links) <= 2, "event loops that ended are forgotten"
     await store.aclose()
     await store.aclose()
     with pytest.raises(ClosedError):
@@ -296,6 +298,31 @@ async def test_sentinel_url(server: Server) -> None:
             assert await store.command("DBSIZE") == 1
     finally:
         sentinel.remove()
+
+
+async def test_tls_url(tmp_path: Any) -> None:
+    """A rediss:// URL speaks TLS, checks the certificate and takes the driver's options."""
+    key, certificate = f"{tmp_path}/key.pem", f"{tmp_path}/cert.pem"
+    subprocess.run(  # noqa: ASYNC221, S603
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]  # noqa: S607
+        + ["-keyout", key, "-out", certificate, "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True,
+        capture_output=True,
+    )
+    port = free_port()
+    tls = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key)
+    with running(*tls, "--tls-ca-cert-file", certificate, "--tls-auth-clients", "no"):
+        url = f"rediss://127.0.0.1:{port}/1"
+        async with RedisStore(f"{url}?ssl_ca_certs={certificate}") as store:
+            big = {f"axis_{n}": n / 20_000 for n in range(20_000)}
+            await store.upsert_latest_many([state(f"u-{n}", **big) for n in range(8)])
+            found = await asyncio.gather(*(store.get_latest(f"u-{n}") for n in range(8)))
+            assert all(snapshot is not None and snapshot.axes == big for snapshot in found)
+        store = RedisStore(url)
+        with pytest.raises(UnavailableError):
+            await store.get_latest("u-1")
+        await store.aclose()
 
 
 async def test_cluster_url() -> None:

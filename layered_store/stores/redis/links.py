@@ -78,8 +78,10 @@ class LaneLink:
 
     def send_now(self, packed: bytes) -> asyncio.Future[Any] | None:
         """Queue a packed command, or return None when there is no place on a lane now."""
-        lane = self.ready()
-        return None if lane is None else lane.send(packed)
+        for lane in self._lanes:
+            if len(lane.pending) < _PENDING and lane.open:
+                return lane.send(packed)
+        return None
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""

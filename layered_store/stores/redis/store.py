@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
@@ -149,9 +148,7 @@ class RedisStore(StateStore, Enumerable):
         self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
         self._codec = SnapshotCodec(self.snapshot_type)
         self._link: LaneLink | ClientLink | None = None
-        # By event loop, weakly: a loop that ended takes its link along.
-        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LaneLink | ClientLink]
-        self._links = weakref.WeakKeyDictionary()
+        self._links: dict[asyncio.AbstractEventLoop, LaneLink | ClientLink] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._hits = self._misses = self._errors = self._corrupt = 0
@@ -175,15 +172,14 @@ class RedisStore(StateStore, Enumerable):
             reply = await future
         else:
             reply = await link.call(("GET", self.key(digest)))
-        if isinstance(reply, Exception):
-            if not _is_foreign(reply):
-                self._errors += 1
-                raise translate(
-                    reply, operation=Op.GET_LATEST, layer=self.name, write=False
-                ) from reply
-            self._corrupt += 1
-            reply = None
-        return self._read(reply, user_id)
+        if type(reply) is bytes or reply is None:
+            return self._read(reply, user_id)
+        if isinstance(reply, Exception) and not _is_foreign(reply):
+            self._errors += 1
+            raise translate(reply, operation=Op.GET_LATEST, layer=self.name, write=False) from reply
+        self._corrupt += 1
+        self._misses += 1
+        return None
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
@@ -455,6 +451,8 @@ class RedisStore(StateStore, Enumerable):
         with self._lock:
             link = self._links.get(loop)
             if link is None:
+                for other in [other for other in self._links if other.is_closed()]:
+                    del self._links[other]
                 address = self._address()
                 kind = ClientLink if address.connection is None else LaneLink
                 link = self._links[loop] = kind(address, self._limits)
