@@ -32,7 +32,7 @@ STATE = StateSnapshot("u-1", 1, axes={"warmth": 0.5})
 OLD = StateSnapshot("u-1", 0, axes={"warmth": 0.1})
 
 
-class Other(StateSnapshot):
+class Other(StateSnapshot, frozen=True):
     """Another class of snapshots."""
 
 
