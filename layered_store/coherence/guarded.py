@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["GuardedCopies"]
+
+_log = logging.getLogger("layered_store")
 
 REPAIR_SECONDS: Final = 0.25
 """Pause between repair passes."""
@@ -332,6 +335,8 @@ class GuardedCopies(Invalidations):
                         self._receive(notice)
             except StoreError:
                 pass
+            except Exception as exc:  # noqa: BLE001  a third party's store: listening must go on
+                _log.warning("the invalidation channel failed: %s", type(exc).__name__)
             finally:
                 self._distrust()
                 if pings is not None:
@@ -398,6 +403,9 @@ class GuardedCopies(Invalidations):
                 self._well()
             except StoreError:
                 self.errors += 1
+            except Exception as exc:  # noqa: BLE001  a third party's store: repair must go on
+                self.errors += 1
+                _log.warning("a repair pass of the cache tier failed: %s", type(exc).__name__)
             self._ready.set()
             await self._wait(self._repair_now, REPAIR_SECONDS)
 
