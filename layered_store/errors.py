@@ -15,8 +15,8 @@
         ├── CircuitOpenError      .retry_after in seconds; never retried
         └── OverloadedError       a limit was reached; may be repeated later
 
-Whether a call may be repeated is data on the error (``retryable``), so that no layer keeps a list of
-classes. User ids are attributes (``user_id``), never message text: messages end in logs.
+Whether a call may be repeated is data on the error (``retryable``), so that no layer keeps a list
+of classes. User ids are attributes (``user_id``), never message text: messages end in logs.
 """
 
 from __future__ import annotations

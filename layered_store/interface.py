@@ -176,8 +176,9 @@ class StateStore(ABC):
     def capability(self, kind: type[C]) -> C | None:
         """Return an object with the abilities of ``kind``, or None when this store lacks them.
 
-        Abilities beyond the interface, such as versions (:class:`layered_store.coherence.Authority`),
-        are asked for here and never by looking at what a layer wraps.
+        Abilities beyond the interface, such as versions
+        (:class:`layered_store.coherence.Authority`), are asked for here and never by looking at
+        what a layer wraps.
         """
         return self if isinstance(self, kind) else None
 

@@ -1,4 +1,6 @@
-"""Looking at a built stack: walk it, print it, find blocks in it, build it again with one swapped."""
+"""Looking at a built stack: walk it, print it, find blocks in it, build it again with one
+swapped.
+"""
 
 from __future__ import annotations
 

@@ -285,7 +285,9 @@ class Authority(Capability):
 
     @abstractmethod
     async def changes(self, cursor: str, limit: int) -> Changes:
-        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never skips."""
+        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never
+        skips.
+        """
 
     @abstractmethod
     async def covers(self, cursor: str) -> bool:
@@ -333,7 +335,9 @@ class CacheTier(Capability):
 
     @abstractmethod
     async def ticket(self, user_id: str) -> Ticket | None:
-        """TICKET: what a fill or put needs, taken before the authority is asked; None: untrusted."""
+        """TICKET: what a fill or put needs, taken before the authority is asked; None:
+        untrusted.
+        """
 
     @abstractmethod
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
@@ -341,7 +345,9 @@ class CacheTier(Capability):
 
     @abstractmethod
     async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
-        """PUT: after a commit, raise the copy to ``record`` or remove it, and tell all processes."""
+        """PUT: after a commit, raise the copy to ``record`` or remove it, and tell all
+        processes.
+        """
 
     @abstractmethod
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
@@ -383,7 +389,9 @@ class CacheTier(Capability):
 
     @abstractmethod
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
-        """Subscribe; the block begins when the subscription stands, the iterator ends by raising."""
+        """Subscribe; the block begins when the subscription stands, the iterator ends by
+        raising.
+        """
 
 
 class LeasedCache(Protocol):

@@ -36,7 +36,9 @@ _MAX_DOUBTFUL: Final = 100_000
 """How many users' copies may be doubtful before the whole tier is passed by."""
 
 QUARANTINE_SECONDS: Final = 5.0
-"""How long a write whose outcome is unknown may still take effect: longer than any backend's limit."""
+"""How long a write whose outcome is unknown may still take effect: longer than any backend's
+limit.
+"""
 
 NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
 """Errors after which a write surely did not take effect, now or later."""

@@ -193,7 +193,9 @@ redis.call('SET', KEYS[1], ARGV[2] .. ARGV[4], 'PX', text(left))
 return 1
 """
 )
-"""Keys: guard, repair, lock. Arguments: process, generation, cursor, server id, end of trust in ms."""
+"""Keys: guard, repair, lock. Arguments: process, generation, cursor, server id, end of trust in
+ms.
+"""
 
 PING: Final = (
     _LIBRARY

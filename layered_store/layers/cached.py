@@ -155,8 +155,8 @@ class Cached(Layer):
             is off.
         ttl_jitter: each entry's TTL is shortened by a random share up to this, so that entries
             stored together do not expire together.
-        invalidation: ``"auto"`` uses the channel of the tier below when there is one, ``"required"``
-            refuses a stack without, ``"off"`` never does.
+        invalidation: ``"auto"`` uses the channel of the tier below when there is one,
+            ``"required"`` refuses a stack without, ``"off"`` never does.
         cache: any ``cachetools`` cache to keep the entries in, instead of S3-FIFO with
             ``max_entries``. Its hits are slower.
         random: source of the jitter.

@@ -64,9 +64,10 @@ class Metrics(AroundLayer):
     """Count and time what passes here, and export what all blocks below it count.
 
     Nothing is registered until it is built, and then with one collector per registry; any number
-    of stacks share a registry, told apart by ``name``; stacks of one name are added up. Counting is plain integers; the work is done
-    when somebody scrapes. With ``PROMETHEUS_MULTIPROC_DIR`` set, what was counted is handed to the
-    client's own metric objects at each scrape, every 5 s and at the end of the process.
+    of stacks share a registry, told apart by ``name``; stacks of one name are added up. Counting
+    is plain integers; the work is done when somebody scrapes. With ``PROMETHEUS_MULTIPROC_DIR``
+    set, what was counted is handed to the client's own metric objects at each scrape, every 5 s
+    and at the end of the process.
 
     Args:
         inner: the store below.

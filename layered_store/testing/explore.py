@@ -24,8 +24,8 @@ __all__ = ["Explored", "LoopClock", "Schedule", "ScheduleError", "Step", "explor
 _WALL: Final = 1_700_000_000.0
 _SHOWN_STEPS: Final = 30
 _WANDERING: Final = (0.0, 0.1, 0.3, 1.0, 1.0)
-"""How often a schedule leaves the order of arrival. Bugs of few steps show best when all is shuffled,
-those of many steps when the order is almost the usual one."""
+"""How often a schedule leaves the order of arrival. Bugs of few steps show best when all is
+shuffled, those of many steps when the order is almost the usual one."""
 
 
 def _loop_time() -> float:

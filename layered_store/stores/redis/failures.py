@@ -1,4 +1,6 @@
-"""Failures of Redis and of the driver become ours; their texts are never copied, their codes are."""
+"""Failures of Redis and of the driver become ours; their texts are never copied, their codes
+are.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 redis-py establishes the connection (URL, TLS, login, database); then the lane takes over its
 transport. Commands of one turn of the event loop leave in one write, replies come back in their
-order, and each call waits on a future of its own. A cancelled call leaves its place in the queue, and
-its reply is dropped there: no caller can be given another's.
+order, and each call waits on a future of its own. A cancelled call leaves its place in the queue,
+and its reply is dropped there: no caller can be given another's.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ end
 return 1
 """
 )
-"""Keys: record, history. Arguments: write id, age of the call in microseconds, life in ms (0: for ever), states
-of history (0: none), snapshot. Returns 1 when the snapshot is the latest state, 0 when a later write
-or erasure won.
+"""Keys: record, history. Arguments: write id, age of the call in microseconds, life in ms (0: for
+ever), states of history (0: none), snapshot. Returns 1 when the snapshot is the latest state, 0
+when a later write or erasure won.
 """
 
 ERASE: Final = RedisScript(
@@ -96,6 +96,6 @@ redis.call('DEL', KEYS[2])
 return 1
 """
 )
-"""Keys: record, history. Arguments: life of the tombstone in ms. A tombstone holds the version and the
-time of the erasure, so that a write that began before it cannot bring the user back.
+"""Keys: record, history. Arguments: life of the tombstone in ms. A tombstone holds the version and
+the time of the erasure, so that a write that began before it cannot bring the user back.
 """

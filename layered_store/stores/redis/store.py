@@ -1,16 +1,16 @@
 """The backend that keeps states in Redis.
 
-Keys are ``prefix{bucket}:s:digest``: all keys of one user share a hash tag, so that a script may touch
-several of them in a cluster too. There is one bucket (``0``) on one server and 16 in a cluster, chosen
-by the digest. ``s`` is the record of :mod:`layered_store.stores.redis.record`, ``h`` the list of
-earlier ones, newest first.
+Keys are ``prefix{bucket}:s:digest``: all keys of one user share a hash tag, so that a script may
+touch several of them in a cluster too. There is one bucket (``0``) on one server and 16 in a
+cluster, chosen by the digest. ``s`` is the record of :mod:`layered_store.stores.redis.record`,
+``h`` the list of earlier ones, newest first.
 
 For modules that keep more in the same Redis:
 
-* ``digest(user_id)``, ``bucket_of(digest)``, ``key(digest, kind)``, ``bucket_key(bucket, name)`` and
-  ``buckets`` name keys;
-* ``await run_script(script, keys, args)`` runs a :class:`RedisScript` and returns its reply as bytes,
-  ints, lists and None; it is sent whole when the server does not know it;
+* ``digest(user_id)``, ``bucket_of(digest)``, ``key(digest, kind)``, ``bucket_key(bucket, name)``
+  and ``buckets`` name keys;
+* ``await run_script(script, keys, args)`` runs a :class:`RedisScript` and returns its reply as
+  bytes, ints, lists and None; it is sent whole when the server does not know it;
 * ``await command(*args)`` sends any one command;
 * ``await server_id(bucket)`` tells which server run answers for a bucket;
 * ``await new_connection(bucket)`` gives a connection of the driver of one's own, for subscriptions.
@@ -75,8 +75,8 @@ class RedisStore(StateStore, Enumerable):
 
     Args:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host1,host2``,
-            ``redis+sentinel://host1,host2/service`` (and the ``rediss+`` forms). It goes to the driver
-            whole, so its query options (TLS, database, user) work. ``sentinel_username`` and
+            ``redis+sentinel://host1,host2/service`` (and the ``rediss+`` forms). It goes to the
+            driver whole, so its query options (TLS, database, user) work. ``sentinel_username`` and
             ``sentinel_password`` there log in to the Sentinels.
         client: a ``redis.asyncio`` client instead of a URL. It stays the caller's; connections are
             made as its pool makes them.
@@ -94,7 +94,8 @@ class RedisStore(StateStore, Enumerable):
         clock: source of time.
 
     Raises:
-        ConfigError: an option is out of range, or neither or both of ``url`` and ``client`` are given.
+        ConfigError: an option is out of range, or neither or both of ``url`` and ``client`` are
+        given.
         UnavailableError: from any operation when Redis cannot be reached, is loading, full, or a
             replica; ``retryable`` is False when it refuses the login.
         StoreTimeoutError: from any operation after ``timeout`` (or ``connect_timeout``).
