@@ -46,7 +46,7 @@ def enumerable_of(stack: StateStore) -> Enumerable | None:
     """Return what lists the users of a stack: its system of record, when that can."""
     store: StateStore | None = stack
     while store is not None:
-        found = store.capability(Enumerable)  # type: ignore[type-abstract]
+        found = store.capability(Enumerable)
         if found is not None:
             return found
         below = store.children()

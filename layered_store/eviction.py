@@ -118,9 +118,9 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
             self._main = deque(n for n in self._main if n.queue == _MAIN)
 
     def _evict(self) -> None:
-        if self._small_live >= self._small_limit or not self._main:
-            if self._evict_small():
-                return
+        small_first = self._small_live >= self._small_limit or not self._main
+        if small_first and self._evict_small():
+            return
         self._evict_main()
 
     def _evict_small(self) -> bool:

@@ -138,10 +138,10 @@ class StateStore(ABC):
             probe = self.__dict__["_shared_probe"] = SharedProbe(self.name)
         return await probe.run(self.health_check)
 
-    async def open(self) -> None:
+    async def open(self) -> None:  # noqa: B027  a store without a connection has nothing to do
         """Connect now what would connect on first use; safe to call again."""
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027
         """Finish what is under way and close what this store opened; safe to call again.
 
         Clients and engines that were passed in stay open: they are the caller's.

@@ -46,7 +46,7 @@ def _as_float(value: object) -> object:
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         return value
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         return value
 
@@ -85,7 +85,7 @@ class _SnapshotMeta(msgspec.StructMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__call__(*args, **kwargs)
-        for field, slot in cls._containers.items():
+        for slot in cls._containers.values():
             if isinstance(value := slot.__get__(self), _COPIED):
                 slot.__set__(self, copy.deepcopy(value))
         axes = _raw_axes(self)
@@ -176,7 +176,8 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
             if type(name) is not str or not _is_axis_name(name):
                 raise self._refuse(
                     "axes",
-                    "has a name that is not 1 to 64 of a-z, 0-9 and '_' (with no '_' at either end)",
+                    "has a name that is not 1 to 64 of a-z, 0-9 and '_' "
+                    "(with no '_' at either end)",
                 )
             if not _is_share(value):
                 raise self._refuse("axes", "has a value that is not a finite number from 0 to 1")

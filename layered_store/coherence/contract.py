@@ -169,7 +169,7 @@ class Notice(NamedTuple):
     echo: str = ""
 
 
-class Capability(ABC):
+class Capability(ABC):  # noqa: B024  its parts are
     """A set of abilities that a store may offer beyond :class:`StateStore`.
 
     An :class:`AroundLayer` hands it on with each method wrapped as the operation it stands for.
@@ -285,9 +285,7 @@ class Authority(Capability):
 
     @abstractmethod
     async def changes(self, cursor: str, limit: int) -> Changes:
-        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never
-        skips.
-        """
+        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never skip."""
 
     @abstractmethod
     async def covers(self, cursor: str) -> bool:

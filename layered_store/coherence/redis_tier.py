@@ -12,6 +12,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from layered_store.codec import CodecError
 from layered_store.coherence import scripts
 from layered_store.coherence.contract import (
     CacheTier,
@@ -22,7 +23,6 @@ from layered_store.coherence.contract import (
     TierRead,
     Versioned,
 )
-from layered_store.codec import CodecError
 from layered_store.errors import StoreError, UnavailableError
 from layered_store.stores.redis.record import (
     FILLED,

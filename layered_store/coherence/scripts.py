@@ -46,7 +46,8 @@ local function now()
 end
 local function text(n) return string.format('%.0f', n) end
 local function tell(channel, version, erased, digest)
-  redis.call('PUBLISH', channel, 'i|' .. text(now()) .. '|' .. version .. '|' .. erased .. '|' .. digest)
+  local notice = 'i|' .. text(now()) .. '|' .. version .. '|' .. erased .. '|' .. digest
+  redis.call('PUBLISH', channel, notice)
 end
 local function register(key, t)
   redis.call('HSETNX', key, 'born', text(t))

@@ -308,7 +308,8 @@ def _retry_without_limit(at: _At) -> str | None:
     if not at.is_a("retry") or at.over("timeout") or all(map(_limited, at.ends())):
         return None
     return (
-        "a call that hangs is never repeated, since nothing below ends it; put Timeout(..., seconds=)"
+        "a call that hangs is never repeated, since nothing below ends it; "
+        "put Timeout(..., seconds=)"
         " inside Retry"
     )
 
@@ -320,7 +321,8 @@ def _limit_only_outside(at: _At) -> str | None:
     if all(_is_a(end, "memory") for end in at.ends()):
         return None
     return (
-        "the first attempt that hangs uses up the whole Timeout outside, so nothing is repeated; put"
+        "the first attempt that hangs uses up the whole Timeout outside, so nothing is repeated;"
+        " put"
         " a shorter Timeout inside Retry as well"
     )
 
@@ -425,7 +427,7 @@ def _no_channel(at: _At) -> str | None:
 
 def _channel_below(store: StateStore) -> bool:
     inner = store.children().get("inner")
-    return inner is not None and inner.capability(Invalidations) is not None  # type: ignore[type-abstract]
+    return inner is not None and inner.capability(Invalidations) is not None
 
 
 @_rule("LS017", Severity.ERROR, "a layer that does not forward")
@@ -495,7 +497,8 @@ def _pool(at: _At) -> str | None:
         pool = _number(end, "pool_size")
         if pool is not None and pool < places:
             return (
-                f"{places:g} calls are let in but {type(end).__name__} has {pool:g} connections; the"
+                f"{places:g} calls are let in but {type(end).__name__} has {pool:g} connections;"
+                " the"
                 " rest queue there unseen; make the pool at least as large"
             )
     return None

@@ -191,7 +191,7 @@ class Cached(Layer):
 
     kind: ClassVar[str] = "cached"
 
-    def __post_init__(self, fallback: StateStore | None) -> None:  # type: ignore[override]
+    def __post_init__(self, fallback: StateStore | None) -> None:
         if isinstance(fallback, StateStore):
             from layered_store.layers.write_through import WriteThrough  # noqa: PLC0415
 

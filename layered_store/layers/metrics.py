@@ -83,7 +83,7 @@ class Metrics(AroundLayer):
         Outermost, so that it sees what callers see.
     """
 
-    name: str = field(kw_only=True)  # type: ignore[assignment]
+    name: str = field(kw_only=True)
     registry: Any = field(default=None, kw_only=True, repr=False)
     time_hits: str = field(default="sampled", kw_only=True)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)

@@ -192,7 +192,8 @@ class WriteThrough(Layer):
     async def health_report(self) -> HealthReport:
         tier, origin = await asyncio.gather(self.inner.health_report(), self.origin.health_report())
         if origin.status is HealthStatus.UNHEALTHY:
-            status, message = origin.status, "the system of record is down"
+            status: HealthStatus = origin.status
+            message = "the system of record is down"
         elif tier.status is HealthStatus.UNHEALTHY:
             status, message = HealthStatus.DEGRADED, "the cache tier is down"
         else:

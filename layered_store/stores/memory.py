@@ -43,11 +43,11 @@ class MemoryStore(StateStore, Authority, Enumerable):
     """
 
     history_limit: int | None = field(default=100, kw_only=True)
-    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)  # type: ignore[assignment]
+    snapshot_type: type[StateSnapshot] = field(default=StateSnapshot, kw_only=True)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 
     kind: ClassVar[str] = "memory"
-    digest: ClassVar[digest_function] = digest_function()  # type: ignore[assignment]
+    digest: ClassVar[digest_function] = digest_function()
 
     def __post_init__(self) -> None:
         check_count(self.history_limit, "history_limit", self, minimum=0, optional=True)

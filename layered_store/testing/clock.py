@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class FakeClock:
             await asyncio.sleep(0)
             return
         done = asyncio.get_running_loop().create_future()
-        timer = self.call_later(seconds, lambda: done.done() or done.set_result(None))
+        timer = self.call_later(seconds, partial(_wake, done))
         try:
             await done
         finally:
@@ -122,3 +123,8 @@ async def settle() -> None:
     """Let other tasks run until they wait for something outside, as far as can be told."""
     for _ in range(_SETTLE_TURNS):
         await asyncio.sleep(0)
+
+
+def _wake(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

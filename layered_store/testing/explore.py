@@ -181,7 +181,7 @@ def _explore(
     unheard: list[tuple[Schedule, dict[str, Any]]] = []
     for seed in seeds:
         schedule = Schedule(seed, _random.Random(f"scenario {seed}"))  # noqa: S311
-        loop = _ExploringLoop(schedule, max_steps, unheard)
+        loop = _ExploringLoop(schedule, max_steps, unheard)  # type: ignore[abstract]
         try:
             loop.run(scenario(schedule) if takes_schedule else scenario())
         except Exception as exc:
@@ -337,7 +337,7 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
 
     def _finalize(self, generator: AsyncGenerator[Any, Any]) -> None:
         if not self._closed:
-            self.create_task(generator.aclose())  # type: ignore[arg-type]
+            self.create_task(generator.aclose())
 
     # What asyncio needs of a loop
 

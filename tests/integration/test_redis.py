@@ -330,7 +330,7 @@ async def test_cluster_url() -> None:
     with running("--cluster-enabled", "yes") as node:
         async with RedisStore(node.url) as single:
             await single.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while b"cluster_state:ok" not in await single.command("CLUSTER", "INFO"):
+            while b"cluster_state:ok" not in await single.command("CLUSTER", "INFO"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{node.port}"
         async with RedisStore(url, history_limit=3) as store:

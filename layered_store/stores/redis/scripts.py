@@ -26,7 +26,7 @@ class RedisScript:
         return f"RedisScript({self.sha.decode()})"
 
 
-# A number of more than 14 digits is only exact as text with '%.0f'. What is no record of ours, or is
+# A number of more than 14 digits is exact only as text with '%.0f'. What is no record of ours or is
 # of a newer form, counts as nothing: the write that follows replaces it.
 _LIBRARY: Final = """
 local function parse(key)
@@ -70,7 +70,11 @@ local ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 ids = string.sub(ARGV[1] .. ids, 1, 64)
 local value = 'LS\\1S' .. wide(version + 1) .. string.rep('\\0', 16)
   .. string.char(#ids / 16) .. ids .. ARGV[5]
-if ttl > 0 then redis.call('SET', KEYS[1], value, 'PX', ttl) else redis.call('SET', KEYS[1], value) end
+if ttl > 0 then
+  redis.call('SET', KEYS[1], value, 'PX', ttl)
+else
+  redis.call('SET', KEYS[1], value)
+end
 if limit > 0 then
   local held = redis.call('TYPE', KEYS[2]).ok
   if held ~= 'list' and held ~= 'none' then redis.call('DEL', KEYS[2]) end

@@ -274,7 +274,7 @@ async def test_no_place_is_lost_under_any_mixture() -> None:
         gates = [Gate() for _ in range(30)]
         inner.steps[:] = gates
         tasks = []
-        for gate in gates:
+        for _gate in gates:
             tasks.append(read(bulkhead))
             for _ in range(rng.randrange(3)):
                 await asyncio.sleep(0)
