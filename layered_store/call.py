@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Final
 
 from layered_store.clock import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock
+    from layered_store.snapshot import StateSnapshot
 
-__all__ = ["Call", "call_begins", "current_call"]
+__all__ = ["Call", "call_begins", "current_call", "next_order"]
+
+next_order: Final = count(1).__next__
+"""The order in which writes begin and erasures end in this process, whatever its clocks say."""
 
 
 @dataclass(slots=True)
@@ -22,17 +27,54 @@ class Call:
     Args:
         write_id: 16 random bytes; a backend that finds them on a stored entry of the user knows
             that an earlier attempt of this write took effect.
-        started: when the caller began, on the clock that the backend measures with. An erasure
-            after this moment wins over the write.
+        started: when the caller began, on ``clock``.
+        clock: the clock of the layer that the caller called.
+        order: place of the beginning among the writes and erasures of this process.
         version: the version the write was given, once known; 0 where nobody numbers writes.
         superseded: set when the write did not become the latest state, since an erasure or a newer
             snapshot won; what it wrote must then not be cached.
+        ended: set when the caller was answered; a task that was left behind begins calls of its
+            own.
     """
 
     write_id: bytes
     started: float
+    clock: Clock = SYSTEM_CLOCK
+    order: int = field(default_factory=next_order)
+    system_started: float = field(default_factory=SYSTEM_CLOCK.monotonic)
     version: int = 0
     superseded: bool = False
+    ended: bool = False
+    _stored: list[StateSnapshot] = field(default_factory=list)
+
+    def began(self, clock: Clock) -> float:
+        """Return when the caller began, as ``clock`` read then.
+
+        A clock that stands still in a test tells nothing of another one: the call then counts as
+        begun now.
+        """
+        if clock is self.clock:
+            return self.started
+        return self.system_started if clock is SYSTEM_CLOCK else clock.monotonic()
+
+    def id_of(self, snapshot: StateSnapshot) -> bytes:
+        """Return the write id of ``snapshot``: the same for each attempt to store it.
+
+        A layer may store more than what it was called with; each different snapshot is a write of
+        its own.
+        """
+        stored = self._stored
+        if not stored:
+            stored.append(snapshot)
+            return self.write_id
+        if stored[0] is snapshot:
+            return self.write_id
+        try:
+            index = stored.index(snapshot)
+        except ValueError:
+            index = len(stored)
+            stored.append(snapshot)
+        return self.part(2**31 + index) if index else self.write_id
 
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
@@ -49,24 +91,29 @@ class call_begins:  # noqa: N801  used like a function: with call_begins():
         clock: source of time.
     """
 
-    __slots__ = ("_clock", "_token")
+    __slots__ = ("_call", "_clock", "_token")
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
         self._token: Token[Call | None] | None = None
+        self._call: Call | None = None
 
     def __enter__(self) -> Call:
         call = _current.get()
-        if call is None:
-            call = Call(os.urandom(16), self._clock.monotonic())
+        if call is None or call.ended:
+            call = self._call = Call(os.urandom(16), self._clock.monotonic(), self._clock)
             self._token = _current.set(call)
         return call
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._token is not None:
+        if self._token is not None and self._call is not None:
+            self._call.ended = True
             _current.reset(self._token)
 
 
 def current_call(clock: Clock = SYSTEM_CLOCK) -> Call:
     """Return the write that is travelling down, or a new one for a store used on its own."""
-    return _current.get() or Call(os.urandom(16), clock.monotonic())
+    call = _current.get()
+    if call is None or call.ended:
+        call = Call(os.urandom(16), clock.monotonic(), clock)
+    return call

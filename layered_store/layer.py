@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
+from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import ClosedError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
@@ -165,7 +166,7 @@ class AroundLayer(Layer):
         """
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        with call_begins():
+        with call_begins(self._call_clock()):
             await self.around(Op.UPSERT_LATEST, self.inner.upsert_latest, snapshot)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
@@ -182,8 +183,12 @@ class AroundLayer(Layer):
         return await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, list(user_ids))
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        with call_begins():
+        with call_begins(self._call_clock()):
             await self.around(Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, list(snapshots))
+
+    def _call_clock(self) -> Clock:
+        clock = getattr(self, "clock", SYSTEM_CLOCK)
+        return clock if isinstance(clock, Clock) else SYSTEM_CLOCK
 
     def capability(self, kind: type[C]) -> C | None:
         if isinstance(self, kind):

@@ -324,9 +324,9 @@ class Cached(Layer):
         return value
 
     def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Flight:
+        check_user_id(user_id, Op.GET_LATEST)
         flight = self._flights[user_id] = _Flight(loop)
-        if self._channel is not None and isinstance(user_id, str):
-            check_user_id(user_id, Op.GET_LATEST)
+        if self._channel is not None:
             self._by_digest[self._channel.key_of(user_id)] = user_id
         return flight
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from layered_store.call import current_call
+from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
 from layered_store.enumerable import Enumerable, UserPage
@@ -39,7 +39,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
     Args:
         history_limit: how many states per user ``get_history`` can give; None keeps all, 0 none.
         snapshot_type: the class of the snapshots it keeps.
-        clock: source of time; tells writes that began before an erasure.
+        clock: source of time; tells when tombstones may be forgotten.
     """
 
     history_limit: int | None = field(default=100, kw_only=True)
@@ -117,7 +117,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         with self._lock:
-            record = self._write(snapshot, call.started, call.write_id)
+            record = self._write(snapshot, call.order, call.id_of(snapshot))
         if record.snapshot is not snapshot:
             call.superseded = True
         return record
@@ -129,7 +129,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
         call = current_call(self.clock)
         with self._lock:
             records = {
-                snapshot.user_id: self._write(snapshot, call.started, call.part(index))
+                snapshot.user_id: self._write(snapshot, call.order, call.part(index))
                 for index, snapshot in enumerate(snapshots)
             }
         last = {snapshot.user_id: snapshot for snapshot in snapshots}
@@ -147,6 +147,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
             row.history.clear()
             row.write_ids.clear()
             row.erased_at = self.clock.monotonic()
+            row.erased_order = next_order()
             row.debts |= set(tiers)
             self._tombstones.append((row.erased_at, user_id))
             self._note(user_id)
@@ -200,12 +201,12 @@ class MemoryStore(StateStore, Authority, Enumerable):
         page = listed[start : start + limit]
         return UserPage(page, page[-1] if start + limit < len(listed) else None)
 
-    def _write(self, snapshot: StateSnapshot, started: float, write_id: bytes) -> Versioned:
+    def _write(self, snapshot: StateSnapshot, order: int, write_id: bytes) -> Versioned:
         user_id = snapshot.user_id
         row = self._users.get(user_id)
         if row is None:
             row = self._users[user_id] = _Row()
-        if started < row.erased_at or write_id in row.write_ids:
+        if order < row.erased_order or write_id in row.write_ids:
             return Versioned(row.version, row.snapshot)
         row.version += 1
         row.snapshot = snapshot
@@ -242,7 +243,15 @@ class MemoryStore(StateStore, Authority, Enumerable):
 
 
 class _Row:
-    __slots__ = ("debts", "erased_at", "history", "snapshot", "version", "write_ids")
+    __slots__ = (
+        "debts",
+        "erased_at",
+        "erased_order",
+        "history",
+        "snapshot",
+        "version",
+        "write_ids",
+    )
 
     def __init__(self) -> None:
         self.version = 0
@@ -250,4 +259,5 @@ class _Row:
         self.history: deque[StateSnapshot] = deque()
         self.write_ids: deque[bytes] = deque(maxlen=_WRITE_IDS)
         self.erased_at = float("-inf")
+        self.erased_order = 0
         self.debts: set[str] = set()

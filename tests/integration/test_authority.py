@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from layered_store.call import Call, _current
+from layered_store.call import Call, _current, next_order
 from layered_store.coherence.contract import ABSENT
 from layered_store.errors import ClosedError, CorruptDataError, ValidationError
 from layered_store.snapshot import StateSnapshot
@@ -83,9 +83,11 @@ def sql(bench: Bench) -> Bench:
 
 
 @asynccontextmanager
-async def writing(write_id: bytes, started: float) -> AsyncIterator[None]:
-    """Make writes inside attempts of one call."""
-    token = _current.set(Call(write_id, started))
+async def writing(
+    write_id: bytes, started: float, order: int | None = None
+) -> AsyncIterator[None]:
+    """Make writes inside attempts of one call, which began at ``order`` (None: now)."""
+    token = _current.set(Call(write_id, started, order=order or next_order()))
     try:
         yield
     finally:
@@ -141,13 +143,13 @@ async def test_erasing_an_absent_user_leaves_a_tombstone(bench: Bench) -> None:
 async def test_a_repeated_write_counts_once_also_after_another_write(bench: Bench) -> None:
     """The second attempt finds the first in the history and leaves the later write in place."""
     store = bench.build()
-    started = store.clock.monotonic()
+    started, snapshot = store.clock.monotonic(), state("u", 0.1)
     async with writing(b"w" * 16, started):
-        first = await store.write(state("u", 0.1))
-        assert await store.write(state("u", 0.1)) == first
+        first = await store.write(snapshot)
+        assert await store.write(snapshot) == first
     between = await store.write(state("u", 0.2))
     async with writing(b"w" * 16, started):
-        again = await store.write(state("u", 0.1))
+        again = await store.write(snapshot)
     assert again == between
     assert [s.get_axis("a") for s in await store.get_history("u", 10)] == [0.2, 0.1]
 
@@ -176,23 +178,24 @@ async def test_history_is_bounded(bench: Bench, limit: int | None) -> None:
     assert values == [index / 100 for index in range(19, -1, -1)][:kept]
     assert await store.get_history("u", 0) == []
     async with writing(b"w" * 16, store.clock.monotonic()):
-        first = await store.write(state("u", 1.0))
+        snapshot = state("u", 1.0)
+        first = await store.write(snapshot)
         await asyncio.sleep(0)
-        assert (await store.write(state("u", 1.0))).version == first.version
+        assert (await store.write(snapshot)).version == first.version
 
 
 async def test_a_late_writer_loses_to_an_erasure(bench: Bench) -> None:
     """A write that began before the erasure is dropped, also when the user was written again."""
     store = bench.build()
-    started = store.clock.monotonic()
+    started, order = store.clock.monotonic(), next_order()
     await store.write(state("u", 0.1))
     version = await store.erase("u")
-    async with writing(b"l" * 16, started):
+    async with writing(b"l" * 16, started, order):
         record = await store.write(state("u", 0.2))
     assert (record.version, record.snapshot) == (version, None)
     fresh = await store.write(state("u", 0.3))
     assert fresh.snapshot is not None
-    async with writing(b"m" * 16, started):
+    async with writing(b"m" * 16, started, order):
         assert await store.write(state("u", 0.4)) == fresh
     assert len(await store.get_history("u", 9)) == 1
 

@@ -76,15 +76,16 @@ async def test_write_from_before_an_erasure_is_dropped(store: RedisStore) -> Non
 
 async def test_repeated_write_takes_effect_once(store: RedisStore) -> None:
     """A write that is repeated appends once, and does not replace what came after it."""
+    first, second = state(a=0.1), state(a=0.2)
     with call_begins() as call:
-        await store.upsert_latest(state(a=0.1))
-        await store.upsert_latest(state(a=0.1))
+        await store.upsert_latest(first)
+        await store.upsert_latest(first)
         assert not call.superseded
     assert len(await store.get_history("u-1", 9)) == 1
     with call_begins() as call:
-        await store.upsert_latest(state(a=0.2))
+        await store.upsert_latest(second)
         await _elsewhere(store.upsert_latest(state(a=0.3)))
-        await store.upsert_latest(state(a=0.2))
+        await store.upsert_latest(second)
         assert call.superseded
     assert [entry.axes["a"] for entry in await store.get_history("u-1", 9)] == [0.3, 0.2, 0.1]
 

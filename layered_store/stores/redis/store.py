@@ -157,7 +157,7 @@ class RedisStore(StateStore, Enumerable):
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
         call = current_call(self.clock)
-        command = self._upsert(snapshot, call.write_id, call.started)
+        command = self._upsert(snapshot, call.id_of(snapshot), call.began(self.clock))
         reply = await self._call(command, Op.UPSERT_LATEST, write=True, script=UPSERT)
         if reply == 0:
             call.superseded = True
@@ -240,7 +240,7 @@ class RedisStore(StateStore, Enumerable):
             return
         call = current_call(self.clock)
         commands = [
-            self._upsert(snapshot, call.part(index), call.started)
+            self._upsert(snapshot, call.part(index), call.began(self.clock))
             for index, snapshot in enumerate(batch)
         ]
         # The first goes alone, so that the script is known and the rest keep their order.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
-from layered_store.call import current_call
+from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from layered_store.call import Call
     from layered_store.health import HealthReport
     from layered_store.stores.sql.engines import Home
     from layered_store.stores.sql.transactions import Row, Session, Write
@@ -147,8 +148,8 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._rules = _rules(self.history_limit, max_age_us, self.order == "snapshot_time")
         self._codec = SnapshotCodec(self.snapshot_type)
         self._homes: dict[asyncio.AbstractEventLoop, Home] = {}
-        # Erasures of this process by digest: the version, and when the call returned.
-        self._own_erasures: dict[bytes, tuple[int, float]] = {}
+        # Erasures of this process by digest: the version, when the call returned, and its order.
+        self._own_erasures: dict[bytes, tuple[int, float, int]] = {}
         self._probe = SharedProbe(self.name, self._probe_limit, self.clock)
         self._writes = 0
         self._too_old = 0
@@ -315,7 +316,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         check_snapshot(snapshot, self.snapshot_type)
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
-        item = self._prepare(snapshot, call.write_id, call.started)
+        item = self._prepare(snapshot, call.id_of(snapshot), call)
         row = (await self._write([item], Op.UPSERT_LATEST))[0]
         return self._after(snapshot, item, row)
 
@@ -325,7 +326,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         items = [
-            self._prepare(snapshot, call.part(index), call.started)
+            self._prepare(snapshot, call.part(index), call)
             for index, snapshot in enumerate(snapshots)
         ]
         records = {}
@@ -609,7 +610,7 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     # Rows and snapshots.
 
-    def _prepare(self, snapshot: StateSnapshot, write_id: bytes, started: float) -> Write:
+    def _prepare(self, snapshot: StateSnapshot, write_id: bytes, call: Call) -> Write:
         from layered_store.stores.sql.transactions import Write as NewWrite  # noqa: PLC0415
 
         return NewWrite(
@@ -617,7 +618,8 @@ class SQLStore(StateStore, Authority, Enumerable):
             snapshot.user_id,
             self._codec.encode(snapshot),
             write_id,
-            started,
+            call.began(self.clock),
+            call.order,
             snapshot.updated_at_unix_ms,
         )
 
@@ -650,7 +652,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         now = self.clock.monotonic()
         erasures = self._own_erasures
         erasures.pop(digest, None)
-        erasures[digest] = (version, now)
+        erasures[digest] = (version, now, next_order())
         for oldest in list(erasures)[:2]:
             if len(erasures) > _OWN_ERASURES or erasures[oldest][1] < now - _OWN_ERASURE_SECONDS:
                 del erasures[oldest]
@@ -660,7 +662,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         own = self._own_erasures.get(item.digest)
         if own is None or own[0] != row.erased_version:
             return None
-        return item.started < own[1]
+        return item.order < own[2]
 
     def _check_open(self, operation: str) -> None:
         if self._closed:

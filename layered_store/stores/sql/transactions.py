@@ -50,6 +50,7 @@ class Write:
     payload: bytes
     write_id: bytes
     started: float
+    order: int
     updated: int
 
 
