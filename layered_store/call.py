@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from itertools import count
@@ -108,7 +109,9 @@ class call_begins:  # noqa: N801  used like a function: with call_begins():
     def __exit__(self, *exc_info: object) -> None:
         if self._token is not None and self._call is not None:
             self._call.ended = True
-            _current.reset(self._token)
+            # A coroutine that nobody awaited to its end is closed in a context of its collector.
+            with suppress(ValueError):
+                _current.reset(self._token)
 
 
 def current_call(clock: Clock = SYSTEM_CLOCK) -> Call:

@@ -96,9 +96,12 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
 
     def oldest(self) -> Iterator[Node]:
         """Yield the nodes that stand at the head of the queues."""
-        for queue in (self._small, self._main):
-            if queue:
-                yield queue[0]
+        with self._lock:
+            for queue, kind in ((self._small, _SMALL), (self._main, _MAIN)):
+                while queue and queue[0].queue != kind:
+                    queue.popleft()
+            heads = [queue[0] for queue in (self._small, self._main) if queue]
+        yield from heads
 
     def _enqueue(self, node: Node) -> None:
         if node.queue == _SMALL:

@@ -358,9 +358,9 @@ class Cached(Layer):
         return value
 
     async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
-        found: dict[str, StateSnapshot | None] = {}
         try:
             values = await self.inner.get_latest_many(list(led))
+            found = {user_id: values.get(user_id) for user_id in led}
         except Exception as exc:
             answers = {
                 user_id: self._failed(user_id, flight, exc) for user_id, flight in led.items()
@@ -376,7 +376,7 @@ class Cached(Layer):
             raise
         self._misses += len(led)
         for user_id, flight in led.items():
-            value = found[user_id] = values.get(user_id)
+            value = found[user_id]
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
                 self._keep(user_id, value)

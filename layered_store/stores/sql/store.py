@@ -318,7 +318,9 @@ class SQLStore(StateStore, Authority, Enumerable):
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call)
         row = (await self._write([item], Op.UPSERT_LATEST))[0]
-        return self._after(snapshot, item, row)
+        record = self._after(snapshot, item, row)
+        call.superseded = record.snapshot is not snapshot
+        return record
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
         for snapshot in snapshots:
@@ -334,6 +336,9 @@ class SQLStore(StateStore, Authority, Enumerable):
             rows = await self._write([item for _, item in chunk], Op.UPSERT_LATEST_MANY)
             for (snapshot, item), row in zip(chunk, rows, strict=True):
                 records[snapshot.user_id] = self._after(snapshot, item, row)
+        last = {snapshot.user_id: snapshot for snapshot in snapshots}
+        if any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items()):
+            call.superseded = True
         return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
