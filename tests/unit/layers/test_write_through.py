@@ -1,0 +1,334 @@
+"""WriteThrough without versions below: a tier that may fail, an origin that decides."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from layered_store.errors import (
+    ClosedError,
+    ConfigError,
+    ErasureIncompleteError,
+    OverloadedError,
+    StoreError,
+    StoreTimeoutError,
+    UnavailableError,
+    ValidationError,
+)
+from layered_store.health import HealthStatus
+from layered_store.interface import Op, StateStore
+from layered_store.layers.cached import Cached
+from layered_store.layers.write_through import WriteThrough
+from layered_store.snapshot import StateSnapshot
+from layered_store.stack import describe
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import FakeClock, settle
+from layered_store.testing.scripted import Gate, Scripted
+
+
+def state(value: float = 0.5, user_id: str = "u-1") -> StateSnapshot:
+    return StateSnapshot(user_id, 0, axes={"a": value})
+
+
+OLD, NEW = state(0.1), state(0.2)
+
+
+class Tier(StateStore):
+    """A cache tier of two methods and delete, that can be switched off."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, StateSnapshot] = {}
+        self.up = True
+        self.calls: list[Op] = []
+
+    def _check(self, op: Op) -> None:
+        self.calls.append(op)
+        if not self.up:
+            raise UnavailableError("the tier is down")
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        self._check(Op.UPSERT_LATEST)
+        self.states[snapshot.user_id] = snapshot
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self._check(Op.GET_LATEST)
+        return self.states.get(user_id)
+
+    async def delete(self, user_id: str) -> None:
+        self._check(Op.DELETE)
+        self.states.pop(user_id, None)
+
+
+class Other(StateSnapshot, frozen=True):
+    """Another class of snapshots."""
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("origin", None), ("origin", MemoryStore), ("inner", "redis")]
+)
+def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
+    """Each wrong value is a ConfigError that names class and option."""
+    arguments: dict[str, Any] = {"inner": Tier(), "origin": MemoryStore(), option: value}
+    with pytest.raises(ConfigError, match=f"WriteThrough.{option}"):
+        WriteThrough(**arguments)
+
+
+def test_both_must_keep_the_same_snapshots() -> None:
+    """A copy of another class is no copy."""
+    with pytest.raises(ConfigError, match="snapshot_type"):
+        WriteThrough(Tier(), origin=MemoryStore(snapshot_type=Other))
+
+
+async def test_reads_fill_the_tier_and_writes_go_to_both() -> None:
+    """The origin's state is copied on a miss, replaced by a write, removed by a delete."""
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=origin)
+    await origin.upsert_latest(OLD)
+    assert await store.get_latest("u-1") == OLD
+    assert tier.states == {"u-1": OLD}
+    await store.upsert_latest(NEW)
+    assert tier.states == {"u-1": NEW}
+    assert await origin.get_latest("u-1") == NEW
+    assert await store.get_history("u-1", 9) == [NEW, OLD]
+    await store.upsert_latest_many([state(0.3), state(0.4, "u-2"), state(0.5)])
+    assert tier.states == {"u-1": state(0.5), "u-2": state(0.4, "u-2")}
+    tier.states.clear()
+    assert set(await store.get_latest_many(["u-1", "u-2", "u-3"])) == {"u-1", "u-2"}
+    assert set(tier.states) == {"u-1", "u-2"}
+    await store.delete("u-1")
+    assert set(tier.states) == {"u-2"}
+    assert await store.get_history("u-1", 9) == []
+
+
+async def test_a_write_is_acknowledged_by_the_origin_alone() -> None:
+    """A failing origin fails the write; a failing tier does not, and is not read for that user."""
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=origin)
+    await store.upsert_latest(OLD)
+    tier.up = False
+    await store.upsert_latest(NEW)
+    assert await store.get_latest("u-1") == NEW
+    tier.up = True
+    assert tier.states == {"u-1": OLD}
+    assert await store.get_latest("u-1") == NEW
+    assert tier.states == {"u-1": NEW}
+    before = len(tier.calls)
+    assert await store.get_latest("u-1") == NEW
+    assert tier.calls[before:] == [Op.GET_LATEST]
+
+
+async def test_a_failing_write_of_the_origin_leaves_no_copy_to_be_read() -> None:
+    """Its outcome is unknown: until it must have ended, nobody reads or fills the copy."""
+    clock, tier = FakeClock(), Tier()
+    down = StoreTimeoutError(outcome_unknown=True)
+    origin = Scripted(None, down, OLD, NEW, NEW)
+    store = WriteThrough(tier, origin=origin, clock=clock)
+    await store.upsert_latest(OLD)
+    with pytest.raises(StoreTimeoutError):
+        await store.upsert_latest(NEW)
+    assert await store.get_latest("u-1") == OLD
+    assert await store.get_latest("u-1") == NEW
+    assert tier.states == {"u-1": OLD}
+    await clock.advance(5)
+    assert await store.get_latest("u-1") == NEW
+    assert tier.states == {"u-1": NEW}
+
+
+async def test_a_refused_write_leaves_the_copy_alone_for_no_longer_than_a_read() -> None:
+    """A refusal took no effect: the next read may fill again."""
+    tier = Tier()
+    store = WriteThrough(tier, origin=Scripted(None, OverloadedError(), OLD))
+    await store.upsert_latest(OLD)
+    with pytest.raises(OverloadedError):
+        await store.upsert_latest(NEW)
+    assert await store.get_latest("u-1") == OLD
+    assert store._copies.pending == 0
+
+
+@pytest.mark.parametrize("way", ["one", "many"])
+async def test_an_erasure_that_misses_the_tier_says_so_and_is_never_shown(way: str) -> None:
+    """The error names the tier, the copy is not read, and repeating the delete completes it."""
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=origin)
+    await store.upsert_latest(NEW)
+    tier.up = False
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await store.delete("u-1")
+    assert caught.value.pending == ("Tier",)
+    assert caught.value.retryable
+    assert "u-1" not in str(caught.value)
+    tier.up = True
+    assert tier.states == {"u-1": NEW}
+    if way == "one":
+        assert await store.get_latest("u-1") is None
+    else:
+        assert await store.get_latest_many(["u-1"]) == {}
+    await store.delete("u-1")
+    assert tier.states == {}
+
+
+async def test_an_erasure_that_misses_the_origin_fails_as_the_origin_did() -> None:
+    """Nothing was promised, and the copy is not believed any more."""
+    tier = Tier()
+    store = WriteThrough(tier, origin=Scripted(None, UnavailableError("origin"), None))
+    await store.upsert_latest(NEW)
+    with pytest.raises(UnavailableError, match="origin"):
+        await store.delete("u-1")
+    assert await store.get_latest("u-1") is None
+
+
+async def test_reads_go_on_while_the_tier_is_down() -> None:
+    """Alone and in bulk; the errors are counted as such and never as misses."""
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=origin)
+    await origin.upsert_latest(NEW)
+    tier.up = False
+    assert await store.get_latest("u-1") == NEW
+    assert await store.get_latest_many(["u-1", "u-2"]) == {"u-1": NEW}
+    reads = {s.labels[0]: s.value for s in store.samples() if s.metric == "reads"}
+    assert reads == {"hit": 0, "miss": 0, "error": 3}
+
+
+@pytest.mark.parametrize("write", ["upsert", "delete"])
+async def test_a_fill_that_began_before_a_write_never_lands_after_it(write: str) -> None:
+    """The reader gets what it read; the copy is the writer's."""
+    tier, gate = Tier(), Gate()
+    store = WriteThrough(tier, origin=Scripted(gate))
+    early = asyncio.create_task(store.get_latest("u-1"))
+    await gate.entered.wait()
+    await (store.upsert_latest(NEW) if write == "upsert" else store.delete("u-1"))
+    gate.open(OLD)
+    assert await early == OLD
+    assert tier.states == ({"u-1": NEW} if write == "upsert" else {})
+
+
+async def test_overlapping_writes_leave_origin_and_tier_with_one_winner() -> None:
+    """The second waits for the first, so both sides see one order."""
+    tier, gate = Tier(), Gate()
+    origin = Scripted(gate)
+    store = WriteThrough(tier, origin=origin)
+    first = asyncio.create_task(store.upsert_latest(OLD))
+    await gate.entered.wait()
+    second = asyncio.create_task(store.upsert_latest(NEW))
+    await settle()
+    assert origin.calls == [Op.UPSERT_LATEST]
+    gate.open()
+    await asyncio.gather(first, second)
+    assert tier.states == {"u-1": NEW}
+
+
+async def test_batches_of_the_same_users_never_wait_for_each_other() -> None:
+    """Turns are taken in one order, however the batches name their users."""
+    store = WriteThrough(Tier(), origin=MemoryStore())
+    users = [f"u-{index}" for index in range(20)]
+    batches = [[state(user_id=user) for user in users[::step]] for step in (1, -1)] * 10
+    await asyncio.wait_for(asyncio.gather(*map(store.upsert_latest_many, batches)), 5)
+    assert not store._copies._users
+
+
+async def test_a_cancelled_writer_lets_the_next_one_in() -> None:
+    """Waiting or writing: no turn is lost."""
+    gate = Gate()
+    store = WriteThrough(Tier(), origin=Scripted(gate))
+    tasks = [asyncio.create_task(store.upsert_latest(OLD)) for _ in range(3)]
+    await gate.entered.wait()
+    tasks[1].cancel()
+    await settle()
+    tasks[0].cancel()
+    await asyncio.wait_for(tasks[2], 1)
+    assert not store._copies._users
+
+
+async def test_doubts_are_bounded() -> None:
+    """More doubtful users than can be kept apart: the whole tier is passed by."""
+    tier = Tier()
+    store = WriteThrough(tier, origin=MemoryStore())
+    await store.upsert_latest(OLD)
+    for index in range(100_001):
+        store._copies.doubt(f"x-{index}")
+    assert store._copies.pending == 100_000
+    before = len(tier.calls)
+    assert await store.get_latest("u-1") == OLD
+    assert tier.calls[before:] == []
+
+
+@pytest.mark.parametrize(
+    ("tier", "origin", "status"),
+    [
+        (True, True, HealthStatus.HEALTHY),
+        (False, True, HealthStatus.DEGRADED),
+        (True, False, HealthStatus.UNHEALTHY),
+        (False, False, HealthStatus.UNHEALTHY),
+    ],
+)
+@pytest.mark.parametrize("form", ["write_through", "cached"])
+async def test_health(form: str, tier: bool, origin: bool, status: HealthStatus) -> None:
+    """Unhealthy when the origin is, degraded when only the tier is."""
+    inner, record = Scripted(healthy=tier), Scripted(healthy=origin)
+    store = (
+        WriteThrough(inner, origin=record)
+        if form == "write_through"
+        else Cached(inner, fallback=record)
+    )
+    report = await store.health_report()
+    assert report.status is status
+    assert await store.health_check() is (status is not HealthStatus.UNHEALTHY)
+
+
+async def test_bad_arguments_reach_neither_side() -> None:
+    """Validation comes first."""
+    tier, origin = Tier(), Scripted()
+    store = WriteThrough(tier, origin=origin)
+    for call in (
+        store.get_latest("a b"),
+        store.get_latest_many(["u-1", ""]),
+        store.delete(""),
+        store.upsert_latest(StateSnapshot("u-1", axes={"a": 7})),
+        store.upsert_latest_many([NEW, StateSnapshot("", axes={})]),
+        store.get_history("u-1", -1),
+    ):
+        with pytest.raises(ValidationError):
+            await call
+    assert (tier.calls, origin.calls) == ([], [])
+
+
+async def test_closing_closes_both_even_when_one_fails() -> None:
+    """And twice is fine."""
+
+    class Failing(Tier):
+        async def aclose(self) -> None:
+            raise UnavailableError("cannot close")
+
+    origin = MemoryStore()
+    store = WriteThrough(Failing(), origin=origin)
+    with pytest.raises(UnavailableError):
+        await store.aclose()
+    for closed in (store, origin):
+        with pytest.raises(ClosedError):
+            await closed.get_latest("u-1")
+
+
+async def test_opening_needs_the_origin_only() -> None:
+    """A tier that is away comes up later; a mistake is told at once."""
+
+    class Opening(Scripted):
+        def __init__(self, error: Exception | None) -> None:
+            super().__init__()
+            self.error = error
+
+        async def open(self) -> None:
+            if self.error is not None:
+                raise self.error
+
+    async with WriteThrough(Opening(UnavailableError()), origin=Opening(None)):
+        pass
+    for tier, origin in ((None, UnavailableError()), (ZeroDivisionError(), None)):
+        with pytest.raises((StoreError, ZeroDivisionError)):
+            await WriteThrough(Opening(tier), origin=Opening(origin)).open()
+
+
+def test_describe_says_how_far_it_holds() -> None:
+    """Without versions below, within this process only."""
+    assert "this process" in str(describe(WriteThrough(Tier(), origin=MemoryStore())))
