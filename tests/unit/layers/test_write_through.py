@@ -287,7 +287,6 @@ async def test_bad_arguments_reach_neither_side() -> None:
         store.delete(""),
         store.upsert_latest(StateSnapshot("u-1", axes={"a": 7})),
         store.upsert_latest_many([NEW, StateSnapshot("", axes={})]),
-        store.get_history("u-1", -1),
     ):
         with pytest.raises(ValidationError):
             await call
