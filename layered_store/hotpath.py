@@ -169,7 +169,8 @@ def _sampled(
     path: HotPath, slow: Callable[[str], Awaitable[Any]]
 ) -> tuple[Callable[[str], Awaitable[Any]], Callable[[], int]]:
     find, trust, monotonic, timers = path.entries.get, path.trust, path.monotonic, path.timers
-    hits = 0
+    # Counted from here, so that the first hit is one that is timed.
+    hits = before = _SAMPLE_EVERY - 1
 
     def sample(user_id: str) -> None:
         # One hit in 64 is looked up once more between two readings of the clock: the others
@@ -198,7 +199,7 @@ def _sampled(
                 return entry.value
         return await slow(user_id)
 
-    return get_latest, lambda: hits
+    return get_latest, lambda: hits - before
 
 
 def _timed(

@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from layered_store.call import current_call
@@ -27,6 +27,8 @@ from layered_store.errors import (
     StoreTimeoutError,
     ValidationError,
 )
+from layered_store.events import log_event
+from layered_store.stats import Reads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -64,6 +66,9 @@ FLOOR_SECONDS: Final = 30.0
 READY_SECONDS: Final = 1.0
 """How long the first call waits for the tier to be repaired before it goes on without."""
 
+MAX_UNREPAIRED: Final = 100_000
+"""How many users that are behind in the tier are counted; the repair does not depend on it."""
+
 PAGE: Final = 500
 """How many changes are repaired at once."""
 
@@ -100,13 +105,30 @@ class GuardedCopies(Invalidations):
         self._failures = 0
         self._listening = False
         self._closed = False
-        self.hits = self.misses = self.errors = self.repaired = 0
+        self.reads = Reads()
+        self.repaired = 0
+        # Steps on the tier that failed and that no caller was told of, by what was tried.
+        self.failures: Counter[str] = Counter()
+        self.channel_losses = 0
+        self._channel_lost = False
+        self._leased_until = float("-inf")
+        # Users whose copies may be behind, by digest, and since when; the repair removes them.
+        self._unrepaired: OrderedDict[bytes, float] = OrderedDict()
         self._behind = 0
 
     @property
     def pending(self) -> int:
-        """How many changes the last repair pass had still to apply."""
-        return self._behind
+        """How many users' copies are known to be behind: of this process's writes, or found by
+        the last repair pass.
+        """
+        return max(len(self._unrepaired), self._behind)
+
+    @property
+    def channel_up(self) -> bool | None:
+        """Whether the channel is known to work now; None while nobody listens to it."""
+        if not self._listening or not self.has_channel:
+            return None
+        return self._clock.monotonic() < self._leased_until
 
     @property
     def has_channel(self) -> bool:
@@ -116,35 +138,57 @@ class GuardedCopies(Invalidations):
     # Reading
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        try:
+            return await self._get_latest(user_id)
+        except Exception as exc:
+            self.reads.failed(exc)
+            raise
+
+    async def _get_latest(self, user_id: str) -> StateSnapshot | None:
         await self._started()
         ticket = None
-        if self._reachable:
+        failed = not self._reachable
+        if not failed:
             try:
                 read = await self._tier.read(user_id)
                 if (found := read.found) is not None and found.version >= self._floor(user_id):
-                    self.hits += 1
+                    if found.snapshot is None:
+                        self.reads.negative_hit += 1
+                    else:
+                        self.reads.hit += 1
                     return found.snapshot
                 ticket = read.ticket
                 if ticket is None and read.trusted and read.found is None:
                     ticket = await self._tier.ticket(user_id)
-                self.misses += 1
             except _CALLER_ERRORS:
                 raise
             except StoreError as exc:
-                self._trouble(exc)
-        else:
-            self.errors += 1
+                failed = True
+                self._trouble(exc, "read")
         record = await self._authority.read(user_id)
         self._raise_floor(user_id, record.version)
         if ticket is not None:
             await self._fill(user_id, record, ticket)
+        # The authority answered; the tier's failure to do so must not look like a miss.
+        if failed:
+            self.reads.error += 1
+        else:
+            self.reads.miss += 1
         return record.snapshot
 
     async def get_latest_many(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
+        try:
+            return await self._get_latest_many(user_ids)
+        except Exception as exc:
+            self.reads.failed(exc, len(user_ids))
+            raise
+
+    async def _get_latest_many(self, user_ids: Sequence[str]) -> dict[str, StateSnapshot]:
         await self._started()
         answers: dict[str, Versioned] = {}
         tickets: dict[str, Ticket] = {}
-        if self._reachable:
+        failed = not self._reachable
+        if not failed:
             try:
                 for user_id, read in (await self._tier.read_many(user_ids)).items():
                     found = read.found
@@ -154,12 +198,13 @@ class GuardedCopies(Invalidations):
                         ticket = read.ticket or await self._tier.ticket(user_id)
                         if ticket is not None:
                             tickets[user_id] = ticket
-                self.hits += len(answers)
-                self.misses += len(user_ids) - len(answers)
             except _CALLER_ERRORS:
                 raise
             except StoreError as exc:
-                self._trouble(exc)
+                failed = True
+                self._trouble(exc, "read")
+        absent = sum(found.snapshot is None for found in answers.values())
+        present = len(answers) - absent
         missing = [user_id for user_id in user_ids if user_id not in answers]
         if missing:
             records = await self._authority.read_many(missing)
@@ -170,6 +215,12 @@ class GuardedCopies(Invalidations):
                 self._raise_floor(user_id, record.version)
                 if user_id in tickets:
                     await self._fill(user_id, record, tickets[user_id])
+        self.reads.hit += present
+        self.reads.negative_hit += absent
+        if failed:
+            self.reads.error += len(missing)
+        else:
+            self.reads.miss += len(missing)
         return {
             user_id: snapshot
             for user_id in user_ids
@@ -184,7 +235,7 @@ class GuardedCopies(Invalidations):
         except _CALLER_ERRORS:
             raise
         except StoreError as exc:
-            self._trouble(exc)
+            self._trouble(exc, "write")
 
     # Writing
 
@@ -209,7 +260,7 @@ class GuardedCopies(Invalidations):
         except _CALLER_ERRORS:
             raise
         except StoreError as exc:
-            self._trouble(exc)
+            self._trouble(exc, "write")
             return None
 
     async def _committed(
@@ -222,17 +273,21 @@ class GuardedCopies(Invalidations):
             # Twice, since a lost connection is made anew at once and others wait for the message.
             for _ in range(2):
                 if not self._reachable:
+                    self._note_behind(user_id)
                     self._kick()
                     break
                 try:
                     await self._tier.put(user_id, record, tickets.get(user_id))
+                    self._note_even(user_id)
                     break
                 except _CALLER_ERRORS:
                     raise
                 except StoreError as exc:
-                    self._trouble(exc)
+                    self._note_behind(user_id)
+                    self._trouble(exc, "write")
                 except BaseException:
                     # Cancelled after the commit: the copy is behind, and nobody else knows it.
+                    self._note_behind(user_id)
                     self._kick()
                     raise
 
@@ -246,11 +301,13 @@ class GuardedCopies(Invalidations):
         self._tell(Notice(digest, version, erased=True))
         try:
             holders = await self._tier.bury(user_id, version, self._me)
+            self._note_even(user_id)
             await self._wait_for_leases(user_id, holders)
         except _CALLER_ERRORS:
             raise
         except StoreError as exc:
-            self._trouble(exc)
+            self._note_behind(user_id)
+            self._trouble(exc, "erase")
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached; it"
                 " is cleaned before it answers again; repeat the delete",
@@ -275,6 +332,24 @@ class GuardedCopies(Invalidations):
                 seen = holders.others.get(name, (0.0, 0.0))[1]
                 if seen >= buried or until <= holders.now:
                     del suspects[name]
+
+    # What is known to be behind in the tier
+
+    def _note_behind(self, user_id: str) -> None:
+        digest = self._authority.digest(user_id)
+        self._unrepaired.pop(digest, None)
+        self._unrepaired[digest] = self._clock.monotonic()
+        if len(self._unrepaired) > MAX_UNREPAIRED:
+            self._unrepaired.popitem(last=False)
+
+    def _note_even(self, user_id: str) -> None:
+        if self._unrepaired:
+            self._unrepaired.pop(self._authority.digest(user_id), None)
+
+    def _note_repaired(self, since: float) -> None:
+        """Forget what fell behind before ``since``: a pass that began then has repaired it."""
+        while self._unrepaired and next(iter(self._unrepaired.values())) < since:
+            self._unrepaired.popitem(last=False)
 
     # Floors: this process never shows less than it has seen
 
@@ -324,11 +399,16 @@ class GuardedCopies(Invalidations):
         pause = 0.05
         while True:
             pings: asyncio.Task[None] | None = None
+            stood = False
             try:
                 async with self._tier.listen() as notices:
                     # What was held before the subscription stood may have missed messages.
                     self._distrust()
                     self._pings.clear()
+                    stood = True
+                    if self._channel_lost:
+                        self._channel_lost = False
+                        log_event("channel_back", tier=self._tier.tier_name)
                     pings = self._spawn(self._ping_for_ever())
                     pause = 0.05
                     async for notice in notices:
@@ -339,6 +419,11 @@ class GuardedCopies(Invalidations):
                 _log.warning("the invalidation channel failed: %s", type(exc).__name__)
             finally:
                 self._distrust()
+                self._leased_until = float("-inf")
+                if stood and not self._closed:
+                    self._channel_lost = True
+                    self.channel_losses += 1
+                    log_event("channel_lost", tier=self._tier.tier_name)
                 if pings is not None:
                     pings.cancel()
                     with contextlib.suppress(asyncio.CancelledError, StoreError):
@@ -370,10 +455,13 @@ class GuardedCopies(Invalidations):
             try:
                 trusted = await self._tier.ping(self._me, LEASE_SECONDS, self._seen, number)
             except StoreError as exc:
-                self._trouble(exc)
+                self._trouble(exc, "ping")
             else:
                 self._well()
                 self._half(number, trusted=trusted)
+                if trusted:
+                    # The pass behind this trust began at most so long ago, maybe elsewhere.
+                    self._note_repaired(self._clock.monotonic() - TRUST_SECONDS)
             await self._wait(self._ping_now, PING_SECONDS)
 
     def _half(self, number: int, *, trusted: float = 0.0, echoed: bool = False) -> None:
@@ -389,8 +477,9 @@ class GuardedCopies(Invalidations):
         ping[2] = ping[2] or float(echoed)
         if ping[1] and ping[2]:
             del self._pings[number]
+            self._leased_until = ping[0] + min(LEASE_SECONDS, ping[1])
             for cache in self._caches:
-                cache.lease(ping[0] + min(LEASE_SECONDS, ping[1]))
+                cache.lease(self._leased_until)
 
     # Repair
 
@@ -402,15 +491,16 @@ class GuardedCopies(Invalidations):
                 await self._repair()
                 self._well()
             except StoreError:
-                self.errors += 1
+                self.failures["repair"] += 1
             except Exception as exc:  # noqa: BLE001  a third party's store: repair must go on
-                self.errors += 1
+                self.failures["repair"] += 1
                 _log.warning("a repair pass of the cache tier failed: %s", type(exc).__name__)
             self._ready.set()
             await self._wait(self._repair_now, REPAIR_SECONDS)
 
     async def _repair(self) -> None:
         """Replay what changed in the authority, then stamp the tier as trusted."""
+        started = self._clock.monotonic()
         head = await self._authority.head()
         begun = await self._tier.begin(self._me, head, TRUST_SECONDS)
         if begun is None:
@@ -421,6 +511,7 @@ class GuardedCopies(Invalidations):
             await self._tier.renew(begun.generation, head)
             return
         more = True
+        repaired = self.repaired
         while more:
             page = await self._authority.changes(cursor, PAGE)
             self._behind = len(page.items)
@@ -435,22 +526,28 @@ class GuardedCopies(Invalidations):
             cursor, more = page.cursor, page.more
         self._behind = 0
         await self._tier.stamp(begun, cursor, TRUST_SECONDS)
+        self._note_repaired(started)
+        if self.repaired > repaired:
+            log_event("tier_repaired", tier=self._tier.tier_name, users=self.repaired - repaired)
 
-    def _trouble(self, exc: StoreError) -> None:
+    def _trouble(self, exc: StoreError, step: str) -> None:
         """Note that the tier did not answer.
 
         One that hangs, or failed twice running, is passed by until a ping or a repair pass reaches
         it again: it must not cost every call its time limit.
         """
-        self.errors += 1
+        self.failures[step] += 1
         self._failures += 1
-        if isinstance(exc, StoreTimeoutError) or self._failures > 1:
+        if (isinstance(exc, StoreTimeoutError) or self._failures > 1) and self._reachable:
             self._reachable = False
+            log_event("tier_lost", tier=self._tier.tier_name, reason=type(exc).__name__)
         self._kick()
 
     def _well(self) -> None:
         self._failures = 0
-        self._reachable = True
+        if not self._reachable:
+            self._reachable = True
+            log_event("tier_back", tier=self._tier.tier_name)
 
     def _kick(self) -> None:
         if self._repair_now is not None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Final
+from collections import Counter, OrderedDict, deque
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from layered_store.errors import (
     ClosedError,
@@ -59,6 +59,34 @@ class _User:
         self.queue: deque[asyncio.Future[None]] = deque()
 
 
+class CopyRead(NamedTuple):
+    """What a tier had to say of one user.
+
+    Args:
+        snapshot: the copy; None when there is none that may be believed.
+        fillable: whether what the origin says may be stored now.
+        failed: whether the tier could not be read.
+    """
+
+    snapshot: StateSnapshot | None
+    fillable: bool
+    failed: bool = False
+
+
+class CopiesRead(NamedTuple):
+    """What a tier had to say of several users; see :class:`CopyRead`.
+
+    Args:
+        found: the copies by user id.
+        fillable: whether what the origin says of the others may be stored now.
+        failed: how many could not be read.
+    """
+
+    found: dict[str, StateSnapshot]
+    fillable: bool
+    failed: int = 0
+
+
 class LocalCopies:
     """Keeps the copies of users in ``tier``, one change of a user at a time.
 
@@ -78,7 +106,8 @@ class LocalCopies:
         # Doubtful copies, and until when nothing may be stored over them.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
         self._all_doubtful = False
-        self.hits = self.misses = self.errors = 0
+        # Steps on the tier that failed and that no caller was told of, by what was tried.
+        self.failures: Counter[str] = Counter()
 
     @property
     def pending(self) -> int:
@@ -94,37 +123,33 @@ class LocalCopies:
             and (user is None or not user.busy)
         )
 
-    async def read(self, user_id: str) -> tuple[StateSnapshot | None, bool]:
-        """Return the copy, and whether the tier answered, so that a miss may be filled."""
+    async def read(self, user_id: str) -> CopyRead:
+        """Return the copy, if there is one that may be believed."""
         if not self.usable(user_id):
-            return None, self._doubtful.get(user_id, math.inf) <= self._clock.monotonic()
+            settled = self._doubtful.get(user_id, math.inf) <= self._clock.monotonic()
+            return CopyRead(None, fillable=settled)
         try:
             snapshot = await self._tier.get_latest(user_id)
         except _CALLER_ERRORS:
             raise
         except StoreError:
-            self.errors += 1
-            return None, False
-        if snapshot is None:
-            self.misses += 1
-        else:
-            self.hits += 1
-        return snapshot, True
+            self.failures["read"] += 1
+            return CopyRead(None, fillable=False, failed=True)
+        return CopyRead(snapshot, fillable=True)
 
-    async def read_many(self, user_ids: Sequence[str]) -> tuple[dict[str, StateSnapshot], bool]:
-        """Return the copies that are there, and whether the tier answered."""
+    async def read_many(self, user_ids: Sequence[str]) -> CopiesRead:
+        """Return the copies that are there and may be believed."""
         asked = [user_id for user_id in user_ids if self.usable(user_id)]
         try:
             found = await self._tier.get_latest_many(asked)
         except _CALLER_ERRORS:
             raise
         except StoreError:
-            self.errors += len(asked)
-            return {}, False
-        self.hits += len(found)
-        self.misses += len(asked) - len(found)
+            self.failures["read"] += 1
+            return CopiesRead({}, fillable=False, failed=len(asked))
         # A write may have begun meanwhile; its reader goes to the origin.
-        return {key: value for key, value in found.items() if self.usable(key)}, True
+        usable = {key: value for key, value in found.items() if self.usable(key)}
+        return CopiesRead(usable, fillable=True)
 
     def watch(self, user_id: str) -> tuple[_User, int]:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""
@@ -208,7 +233,7 @@ class LocalCopies:
         except _CALLER_ERRORS:
             raise
         except StoreError as exc:
-            self.errors += 1
+            self.failures["erase"] += 1
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached;"
                 " repeat the delete",
@@ -238,7 +263,7 @@ class LocalCopies:
         try:
             await self._tier.upsert_latest(snapshot)
         except StoreError:
-            self.errors += 1
+            self.failures["write"] += 1
             raise
         self._clear(user_id)
 

@@ -100,9 +100,21 @@ class RedisTier(CacheTier):
 
     async def read(self, user_id: str) -> TierRead:
         digest, bucket = self._place(user_id)
-        server = (await self._bind(bucket)).server
-        keys = (self._guard(bucket), self._store.key(digest))
-        return self._read(user_id, server, await self._run(bucket, "READ", keys))
+        reads = self._store.reads
+        try:
+            server = (await self._bind(bucket)).server
+            keys = (self._guard(bucket), self._store.key(digest))
+            read = self._read(user_id, server, await self._run(bucket, "READ", keys))
+        except Exception as exc:
+            reads.failed(exc)
+            raise
+        if read.found is None:
+            reads.miss += 1
+        elif read.found.snapshot is None:
+            reads.negative_hit += 1
+        else:
+            reads.hit += 1
+        return read
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         # Calls of one turn of the loop share a round trip, so each is simply made.
@@ -119,6 +131,8 @@ class RedisTier(CacheTier):
         if guard is None or guard[16:] != server:
             return TierRead()
         record = unpack(value)
+        if record is None and value is not None:
+            self._store.note_corrupt()
         if record is None or record.generation != guard[:16] or record.kind == TOKEN:
             return TierRead(trusted=True)
         if record.kind == TOMBSTONE:
@@ -126,6 +140,7 @@ class RedisTier(CacheTier):
         try:
             snapshot = self._store.codec.decode(record.body, user_id)
         except CodecError:
+            self._store.note_corrupt()
             return TierRead(trusted=True)
         return TierRead(Versioned(record.version, snapshot), trusted=True)
 

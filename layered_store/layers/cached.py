@@ -25,7 +25,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import Op, StateStore, check_snapshot
 from layered_store.layer import Layer
 from layered_store.options import Seconds, check_choice, check_count, check_seconds, check_share
-from layered_store.stats import Sample
+from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -228,7 +228,7 @@ class Cached(Layer):
         self._refreshes: set[asyncio.Task[None]] = set()
         self._by_digest: dict[bytes, str] = {}
         self._hit_counts: list[HitCount] = []
-        self._hits = self._misses = self._negative_hits = self._stale = self._errors = 0
+        self._reads = Reads()
         self._waits = 0
         self._removals: Counter[tuple[str, str]] = Counter()
         own = S3FIFOCache(self.max_entries, self._on_evict) if self.cache is None else self.cache
@@ -290,20 +290,25 @@ class Cached(Layer):
             if flight is None:
                 led[user_id] = self._takeoff(user_id, loop)
             elif flight.loop is loop:
+                self._waits += 1
                 joined[user_id] = future = loop.create_future()
                 flight.passengers = [*(flight.passengers or ()), future]
             else:
                 led[user_id] = _Flight(loop)
+        left = len(joined)
         try:
             if led:
                 found.update(await self._lead_many(led))
             for user_id, future in joined.items():
-                self._waits += 1
                 result = await future
+                left -= 1
                 if result is _AGAIN:
                     found[user_id] = await self.get_latest(user_id)
                 else:
                     found[user_id] = self._received(result)
+        except Exception as exc:
+            self._reads.failed(exc, left)
+            raise
         finally:
             for future in joined.values():
                 future.cancel()
@@ -313,9 +318,9 @@ class Cached(Layer):
         """Count a hit and give what the entry holds, starting a refresh when it is due."""
         value: StateSnapshot | None = entry.value
         if value is None:
-            self._negative_hits += 1
+            self._reads.negative_hit += 1
             return None
-        self._hits += 1
+        self._reads.hit += 1
         if self._s3 is not None and entry.freq < 3:  # noqa: PLR2004  as the hot path does
             entry.freq += 1
         if entry.expires < entry.deadline and self._monotonic() >= entry.expires:
@@ -340,16 +345,16 @@ class Cached(Layer):
             answer = self._failed(user_id, flight, exc)
             if answer is None:
                 if counted:
-                    self._errors += 1
+                    self._reads.failed(exc)
                 raise
             if counted:
-                self._stale += 1
+                self._reads.stale += 1
             return answer
         except BaseException:
             self._abandoned(user_id, flight)
             raise
         if counted:
-            self._misses += 1
+            self._reads.miss += 1
         if self._flights.get(user_id) is flight:
             del self._flights[user_id]
             self._keep(user_id, value)
@@ -366,15 +371,15 @@ class Cached(Layer):
                 user_id: self._failed(user_id, flight, exc) for user_id, flight in led.items()
             }
             if None in answers.values():
-                self._errors += len(led)
+                self._reads.failed(exc, len(led))
                 raise
-            self._stale += len(led)
+            self._reads.stale += len(led)
             return answers
         except BaseException:
             for user_id, flight in led.items():
                 self._abandoned(user_id, flight)
             raise
-        self._misses += len(led)
+        self._reads.miss += len(led)
         for user_id, flight in led.items():
             value = found[user_id]
             if self._flights.get(user_id) is flight:
@@ -405,12 +410,12 @@ class Cached(Layer):
     def _received(self, result: Any) -> StateSnapshot | None:
         """Give what a flight landed with, to one of those who waited."""
         if type(result) is _Failure:
-            self._errors += 1
+            self._reads.failed(result.error)
             raise _fresh(result.error)
         if type(result) is _Stale:
-            self._stale += 1
+            self._reads.stale += 1
             return result.value
-        self._misses += 1
+        self._reads.miss += 1
         return result  # type: ignore[no-any-return]
 
     def _failed(self, user_id: str, flight: _Flight, exc: Exception) -> StateSnapshot | None:
@@ -644,12 +649,10 @@ class Cached(Layer):
         self._hit_counts.append(count)
 
     def samples(self) -> Iterable[Sample]:
-        hits = self._hits + sum(count.read() for count in self._hit_counts)
-        yield Sample("reads", hits, ("hit",))
-        yield Sample("reads", self._misses, ("miss",))
-        yield Sample("reads", self._negative_hits, ("negative_hit",))
-        yield Sample("reads", self._stale, ("stale",))
-        yield Sample("reads", self._errors, ("error",))
+        hits = sum(count.read() for count in self._hit_counts)
+        for sample in self._reads.samples():
+            extra = hits if sample.labels == ("hit",) else 0
+            yield Sample("reads", sample.value + extra, sample.labels)
         yield Sample("read_waits", self._waits)
         yield Sample("cache_entries", len(self._entries))
         for (metric, reason), value in list(self._removals.items()):

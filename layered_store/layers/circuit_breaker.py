@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, ParamSpec, TypeVar
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, UnavailableError
+from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HitCount, HotPath, Trust, hot_path_of
 from layered_store.layer import AroundLayer
@@ -36,6 +37,13 @@ class CircuitState(IntEnum):
     CLOSED = 0
     HALF_OPEN = 1
     OPEN = 2
+
+
+_EVENTS: Final = {
+    CircuitState.CLOSED: "circuit_closed",
+    CircuitState.HALF_OPEN: "circuit_half_open",
+    CircuitState.OPEN: "circuit_opened",
+}
 
 
 class _Window:
@@ -278,6 +286,7 @@ class CircuitBreaker(AroundLayer):
             monotonic=self.clock.monotonic,
             random=self.random,
         )
+        self._told = CircuitState.CLOSED
         self._trust: Trust | None = None
         self._shut = False
         self._hit_counts: list[HitCount] = []
@@ -295,6 +304,8 @@ class CircuitBreaker(AroundLayer):
                 operation=op,
                 layer=self.name,
             )
+        if self._circuit.state is not self._told:
+            self._tell()
         failed: bool | None = None
         try:
             result = await method(*args, **kwargs)
@@ -315,7 +326,16 @@ class CircuitBreaker(AroundLayer):
         hits = sum(count.read() for count in self._hit_counts) if self._hit_counts else 0
         self._circuit.settle(era, failed=failed, hits=hits - self._hits_seen)
         self._hits_seen = hits
+        if self._circuit.state is not self._told:
+            self._tell()
         self._guard_hits()
+
+    def _tell(self) -> None:
+        """Log the new state."""
+        self._told = self._circuit.state
+        after = round(self._circuit.retry_after, 3)
+        facts: dict[str, str | float] = {"retry_after": after} if after else {}
+        log_event(_EVENTS[self._told], layer=getattr(self, "block_id", None) or self.name, **facts)
 
     def _guard_hits(self) -> None:
         """Keep hits of a cache below on the way that is refused, as long as it is."""

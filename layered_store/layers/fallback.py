@@ -14,6 +14,7 @@ from layered_store.errors import (
     StoreError,
     UnavailableError,
 )
+from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
@@ -74,6 +75,8 @@ class Fallback(Layer):
     def __post_init__(self) -> None:
         check_store(self.secondary, "secondary", self)
         self._counts: Counter[Op] = Counter()
+        self._unfinished = 0
+        self._erasing_fails = False
         super().__post_init__()
         if self.inner.snapshot_type is not self.secondary.snapshot_type:
             raise ConfigError(
@@ -131,6 +134,10 @@ class Fallback(Layer):
                 nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
                 pending.extend(nested or (store.name,))
         if first is not None:
+            self._unfinished += 1
+            if not self._erasing_fails:
+                self._erasing_fails = True
+                log_event("erasure_incomplete", layer=self.name, pending=",".join(pending))
             raise ErasureIncompleteError(
                 "not every store has the user erased; repeat the delete",
                 pending=pending,
@@ -138,6 +145,9 @@ class Fallback(Layer):
                 layer=self.name,
                 user_id=user_id,
             ) from first
+        if self._erasing_fails:
+            self._erasing_fails = False
+            log_event("erasure_complete", layer=self.name)
 
     async def health_report(self) -> HealthReport:
         below = await asyncio.gather(self.inner.health_report(), self.secondary.health_report())
@@ -174,6 +184,7 @@ class Fallback(Layer):
     def samples(self) -> Iterable[Sample]:
         for op in _READS:
             yield Sample("fallbacks", self._counts[op], (op.value,))
+        yield Sample("erasures_incomplete", self._unfinished)
 
     def hot_path(self) -> HotPath | None:
         return hot_path_of(self.inner)

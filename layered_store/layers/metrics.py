@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from bisect import bisect_left
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
@@ -14,20 +12,20 @@ from layered_store.errors import (
     ConfigError,
     ErasureIncompleteError,
     RejectedError,
-    StoreTimeoutError,
     UnavailableError,
     ValidationError,
 )
 from layered_store.hotpath import HitCount, HotPath, hot_path_of
 from layered_store.interface import Op
 from layered_store.layer import AroundLayer
-from layered_store.metrics.catalogue import DURATION_BUCKETS, OUTCOMES
-from layered_store.options import check_choice
-from layered_store.stack import walk
+from layered_store.metrics.exemplars import Exemplar, ExemplarHook, checked
+from layered_store.metrics.timings import Durations, HitTimings, Timings, cumulative
+from layered_store.options import check_a, check_choice
+from layered_store.stack import children_of, walk
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from layered_store.health import HealthReport
     from layered_store.interface import StateStore
@@ -40,52 +38,44 @@ T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,99}").fullmatch
 
 
-class Timings:
-    """What was counted of one operation: outcomes, and how long it took."""
-
-    __slots__ = ("buckets", "outcomes", "sampled", "seconds")
-
-    def __init__(self) -> None:
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        self.buckets = [0] * (len(DURATION_BUCKETS) + 1)
-        self.seconds = 0.0
-        # Durations of hits, of which only some are timed; by bucket, and their sum.
-        self.sampled = [0] * (len(DURATION_BUCKETS) + 1)
-
-    def note(self, outcome: str, seconds: float) -> None:
-        """Count one operation that was timed."""
-        self.outcomes[outcome] += 1
-        self.buckets[bisect_left(DURATION_BUCKETS, seconds)] += 1
-        self.seconds += seconds
-
-
 @dataclass(eq=False, repr=False)
 class Metrics(AroundLayer):
     """Count and time what passes here, and export what all blocks below it count.
 
     Nothing is registered until it is built, and then with one collector per registry; any number
-    of stacks share a registry, told apart by ``name``; stacks of one name are added up. Counting
-    is plain integers; the work is done when somebody scrapes. With ``PROMETHEUS_MULTIPROC_DIR``
-    set, what was counted is handed to the client's own metric objects at each scrape, every 5 s
-    and at the end of the process.
+    of stacks share a registry, told apart by ``name``; stacks of one name are added up. It may
+    stand anywhere and several times in one stack, under names of their own. Counting is plain
+    integers; the work is done when somebody scrapes. A stack that is closed or gone takes its
+    series along.
+
+    With ``PROMETHEUS_MULTIPROC_DIR`` set, what was counted is handed to the client's own metric
+    objects at each scrape, every second, and at the end of the process.
 
     Args:
         inner: the store below.
         name: value of the ``stack`` label: letters, digits and ``_.:-``, up to 100.
         registry: a ``prometheus_client.CollectorRegistry``; None takes the client's default one.
         time_hits: ``"sampled"`` times one in-process hit in 64, weighted; ``"all"`` times each.
+        exemplar: called when a call (no hit) ends; the labels it returns, such as a trace id, are
+            kept with the bucket of the call and shown in OpenMetrics output. See
+            :func:`layered_store.metrics.exemplars.trace_exemplar`. It must name no user.
         clock: source of time.
 
     Raises:
         ConfigError: an option is out of range.
 
     Order:
-        Outermost, so that it sees what callers see.
+        Outermost, so that it sees what callers see; further ones where another view is wanted,
+        such as around one backend.
+
+    Cancellation:
+        A cancelled call counts with the outcome ``cancelled``.
     """
 
     name: str = field(kw_only=True)
     registry: Any = field(default=None, kw_only=True, repr=False)
     time_hits: str = field(default="sampled", kw_only=True)
+    exemplar: ExemplarHook | None = field(default=None, kw_only=True, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 
     kind: ClassVar[str] = "metrics"
@@ -98,12 +88,20 @@ class Metrics(AroundLayer):
                 layer="Metrics",
             )
         check_choice(self.time_hits, "time_hits", self, ("sampled", "all"))
+        if self.exemplar is not None and not callable(self.exemplar):
+            raise ConfigError(
+                "must be a function that returns a dict of labels, or None",
+                option="exemplar",
+                layer="Metrics",
+            )
+        check_a(self.clock, Clock, "clock", self)
         self._monotonic = self.clock.monotonic
         self._timings = {op: Timings() for op in Op}
-        self._hit_counts: list[HitCount] = []
-        self._hit_seconds = 0.0
+        self._hits = HitTimings()
         self._in_flight = 0
+        self._exemplars: dict[tuple[str, int], Exemplar] = {}
         self._health: dict[str, int] = {}
+        self._health_checked: float | None = None
         super().__post_init__()
         from layered_store.metrics.prometheus import export  # noqa: PLC0415  an optional driver
 
@@ -122,15 +120,25 @@ class Metrics(AroundLayer):
             raise
         finally:
             self._in_flight -= 1
-            self._timings[op].note(outcome, self._monotonic() - begun)
+            elapsed = self._monotonic() - begun
+            cell = self._timings[op].note(outcome, elapsed)
+            if self.exemplar is not None:
+                self._keep_exemplar(op, cell, elapsed)
+
+    def _keep_exemplar(self, op: Op, cell: int, elapsed: float) -> None:
+        assert self.exemplar is not None
+        try:
+            labels = checked(self.exemplar())
+        except Exception:  # noqa: BLE001  measuring must not fail a call
+            labels = None
+        if labels is not None:
+            self._exemplars[op.value, cell] = Exemplar(labels, elapsed, self.clock.time())
 
     async def health_report(self) -> HealthReport:
         report = await super().health_report()
-        # Both trees have the same shape, so their places are met in the same order.
-        levels = [each.status.level for each in _flat(report)]
-        labels = [place.label for place in walk(self)]
-        if len(levels) == len(labels):
-            self._health = dict(zip(labels, levels, strict=True))
+        labels = {place.path: place.label for place in walk(self)}
+        self._health = {labels[path]: level for path, level in _levels("", self, report)}
+        self._health_checked = self.clock.time()
         return report
 
     def hot_path(self) -> HotPath | None:
@@ -142,55 +150,51 @@ class Metrics(AroundLayer):
             path.trust,
             path.monotonic,
             (*path.observers, self),
-            (*path.timers, self._time_hit),
+            (*path.timers, self._hits.note),
             time_all=path.time_all or self.time_hits == "all",
         )
 
     def attach_hits(self, count: HitCount) -> None:
-        self._hit_counts.append(count)
-
-    def _time_hit(self, seconds: float) -> None:
-        self._timings[Op.GET_LATEST].sampled[bisect_left(DURATION_BUCKETS, seconds)] += 1
-        self._hit_seconds += seconds
+        self._hits.counts.append(count)
 
     def samples(self) -> Iterable[Sample]:
         """Return the figures of this layer; the exporter adds those of the blocks below."""
-        hits = sum(count.read() for count in self._hit_counts)
+        hits = self._hits.hits
         for op, timings in self._timings.items():
-            extra = hits if op is Op.GET_LATEST else 0
             for outcome, value in timings.outcomes.items():
-                total = value + (extra if outcome == "ok" else 0)
-                if total:
-                    yield Sample("operations", total, (op.value, outcome))
+                more = hits if op is Op.GET_LATEST and outcome == "ok" else 0
+                yield Sample("operations", value + more, (op.value, outcome))
         yield Sample("operations_in_flight", self._in_flight)
+        if self._health_checked is not None:
+            yield Sample("health_checked", self._health_checked)
 
-    def durations(self) -> Iterable[tuple[str, list[int], float]]:
-        """Return, by operation, how many took at most each bound, and the sum of seconds.
+    def durations(self) -> Iterable[tuple[str, Durations]]:
+        """Return, for each operation that was called, how many took at most each bound.
 
         Hits that were not timed are spread over the buckets as those that were, so that the count
         equals the number of operations.
         """
-        hits = sum(count.read() for count in self._hit_counts)
         for op, timings in self._timings.items():
-            buckets, seconds = list(timings.buckets), timings.seconds
-            if op is Op.GET_LATEST and hits:
-                timed = sum(timings.sampled)
-                spread = [share * hits // timed for share in timings.sampled] if timed else [0]
-                common = max(range(len(spread)), key=spread.__getitem__)
-                spread[common] += hits - sum(spread)
-                for index, value in enumerate(spread):
-                    buckets[index] += value
-                seconds += self._hit_seconds * hits / timed if timed else 0.0
-            if any(buckets):
-                yield op.value, list(accumulate(buckets)), seconds
+            hits = self._hits.spread() if op is Op.GET_LATEST else ([0] * len(timings.cells), 0.0)
+            counts, seconds = cumulative(timings.cells, timings.seconds, hits)
+            if counts[-1]:
+                yield op.value, (counts, seconds)
+
+    def exemplars(self, operation: str) -> dict[int, Exemplar]:
+        """Return what the hook said of the last call of each bucket of an operation."""
+        return {
+            cell: each for (op, cell), each in list(self._exemplars.items()) if op == operation
+        }
 
     def health_levels(self) -> dict[str, int]:
         """Return the health of each block at the last check, by its ``layer`` label."""
         return self._health
 
     async def aclose(self) -> None:
-        await super().aclose()
-        self._exporter.closed(self)
+        try:
+            await super().aclose()
+        finally:
+            self._exporter.closed(self)
 
 
 # An ordinary attribute in place of the property that names other blocks by their class.
@@ -201,7 +205,7 @@ def outcome_of(exc: BaseException) -> str:
     """Return the ``outcome`` label for what a call raised."""
     if isinstance(exc, ValidationError):
         return "invalid"
-    if isinstance(exc, StoreTimeoutError):
+    if isinstance(exc, TimeoutError):  # StoreTimeoutError is one; others are a third party's
         return "timeout"
     if isinstance(exc, UnavailableError | ErasureIncompleteError):
         return "unavailable"
@@ -212,10 +216,14 @@ def outcome_of(exc: BaseException) -> str:
     return "error"
 
 
-def _flat(report: HealthReport) -> Iterable[HealthReport]:
-    yield report
-    for child in report.children:
-        yield from _flat(child)
+def _levels(path: str, store: StateStore, report: HealthReport) -> Iterator[tuple[str, int]]:
+    """Yield the health of each block by its path, as far as the reports go."""
+    yield path, report.status.level
+    below = children_of(store)
+    if len(below) != len(report.children):
+        return  # a third party's layer that reports as one
+    for (role, child), each in zip(below.items(), report.children, strict=True):
+        yield from _levels(f"{path}.{role}" if path else role, child, each)
 
 
 def blocks_below(metrics: Metrics) -> Iterable[tuple[str, StateStore]]:

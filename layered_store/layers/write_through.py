@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
-from layered_store.errors import ConfigError, StoreError
+from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
+from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
 from layered_store.interface import Op, StateStore, check_snapshot
 from layered_store.layer import Layer
 from layered_store.options import check_store
-from layered_store.stats import Sample
+from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["WriteThrough"]
 
 C = TypeVar("C")
+
+TIER_STEPS: Final = ("read", "write", "erase", "ping", "repair")
+"""What can fail on the cache tier without any caller being told."""
 
 
 @dataclass(eq=False, repr=False)
@@ -71,6 +75,9 @@ class WriteThrough(Layer):
                 layer=self.name,
             )
         self._copies = LocalCopies(self.inner, self.clock)
+        self._reads = Reads()
+        self._unfinished = 0
+        self._erasing_fails = False
         self._authority = self.origin.capability(Authority)
         # With versions on both sides many processes agree; without, this one process does.
         self._guard: GuardedCopies | None = None
@@ -88,16 +95,27 @@ class WriteThrough(Layer):
         check_user_id(user_id, Op.GET_LATEST)
         if self._guard is not None:
             return await self._guard.get_latest(user_id)
-        snapshot, answered = await self._copies.read(user_id)
-        if snapshot is not None:
-            return snapshot
-        mark = self._copies.watch(user_id) if answered else None
         try:
-            snapshot = await self.origin.get_latest(user_id)
-        except BaseException:
-            self._copies.unwatch(user_id, mark)
+            copy = await self._copies.read(user_id)
+            snapshot = copy.snapshot
+            if snapshot is not None:
+                self._reads.hit += 1
+                return snapshot
+            mark = self._copies.watch(user_id) if copy.fillable else None
+            try:
+                snapshot = await self.origin.get_latest(user_id)
+            except BaseException:
+                self._copies.unwatch(user_id, mark)
+                raise
+            await self._copies.fill(user_id, snapshot, mark)
+        except Exception as exc:
+            self._reads.failed(exc)
             raise
-        await self._copies.fill(user_id, snapshot, mark)
+        # The origin answered; the tier's failure to do so must not look like a miss.
+        if copy.failed:
+            self._reads.error += 1
+        else:
+            self._reads.miss += 1
         return snapshot
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
@@ -106,11 +124,27 @@ class WriteThrough(Layer):
             check_user_id(user_id, Op.GET_LATEST_MANY)
         if self._guard is not None:
             return await self._guard.get_latest_many(wanted)
-        found, answered = await self._copies.read_many(wanted)
+        try:
+            found, missing, failed = await self._read_many(wanted)
+        except Exception as exc:
+            self._reads.failed(exc, len(wanted))
+            raise
+        self._reads.hit += len(wanted) - missing
+        self._reads.error += failed
+        self._reads.miss += missing - failed
+        return {user_id: found[user_id] for user_id in wanted if user_id in found}
+
+    async def _read_many(self, wanted: list[str]) -> tuple[dict[str, StateSnapshot], int, int]:
+        """Return what was found, how many the tier did not have, and how many it failed on."""
+        copies = await self._copies.read_many(wanted)
+        found = copies.found
         missing = [user_id for user_id in wanted if user_id not in found]
         if not missing:
-            return found
-        marks = {user_id: self._copies.watch(user_id) if answered else None for user_id in missing}
+            return found, 0, 0
+        marks = {
+            user_id: self._copies.watch(user_id) if copies.fillable else None
+            for user_id in missing
+        }
         try:
             loaded = await self.origin.get_latest_many(missing)
             found.update(loaded)
@@ -120,7 +154,7 @@ class WriteThrough(Layer):
         finally:
             for user_id, mark in marks.items():
                 self._copies.unwatch(user_id, mark)
-        return {user_id: found[user_id] for user_id in wanted if user_id in found}
+        return found, len(missing), copies.failed
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
@@ -171,9 +205,22 @@ class WriteThrough(Layer):
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
-        if self._guard is not None:
-            await self._guard.delete(user_id)
-            return
+        try:
+            if self._guard is not None:
+                await self._guard.delete(user_id)
+            else:
+                await self._delete(user_id)
+        except ErasureIncompleteError as exc:
+            self._unfinished += 1
+            if not self._erasing_fails:
+                self._erasing_fails = True
+                log_event("erasure_incomplete", layer=self.name, pending=",".join(exc.pending))
+            raise
+        if self._erasing_fails:
+            self._erasing_fails = False
+            log_event("erasure_complete", layer=self.name)
+
+    async def _delete(self, user_id: str) -> None:
         turn = await self._copies.begin(user_id)
         try:
             self._copies.doubt(user_id)
@@ -224,11 +271,18 @@ class WriteThrough(Layer):
         return super().capability(kind)
 
     def samples(self) -> Iterable[Sample]:
-        copies = self._copies if self._guard is None else self._guard
-        yield Sample("reads", copies.hits, ("hit",))
-        yield Sample("reads", copies.misses, ("miss",))
-        yield Sample("reads", copies.errors, ("error",))
+        guard = self._guard
+        yield from (self._reads if guard is None else guard.reads).samples()
+        copies = self._copies if guard is None else guard
         yield Sample("pending_repairs", copies.pending)
+        yield Sample("erasures_incomplete", self._unfinished)
+        for step in TIER_STEPS:
+            yield Sample("tier_failures", copies.failures[step], (step,))
+        if guard is not None:
+            yield Sample("repairs", guard.repaired)
+            yield Sample("channel_losses", guard.channel_losses)
+            if (up := guard.channel_up) is not None:
+                yield Sample("channel_up", int(up))
 
     def notes(self) -> tuple[str, ...]:
         """Return what ``describe`` says of this block: how processes agree."""

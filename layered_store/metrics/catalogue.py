@@ -58,6 +58,9 @@ class Metric:
         help: one sentence.
         labels: beyond ``stack`` (always) and ``layer`` (where ``per_layer``).
         per_layer: whether it belongs to one block of the stack.
+        over: how a gauge of several processes, or of several stacks of one name, becomes one.
+        at_rest: a gauge's value for a stack that is closed, in multiprocess mode, where a series
+            cannot be taken away: one that changes nothing over processes.
     """
 
     name: str
@@ -65,11 +68,22 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     per_layer: bool = True
+    over: Literal["sum", "max", "min"] = "sum"
+    at_rest: float = 0.0
 
     @property
     def all_labels(self) -> tuple[str, ...]:
         """All label names, in their order."""
         return ("stack", *(("layer",) if self.per_layer else ()), *self.labels)
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names of its series, as queries write them."""
+        if self.kind == "counter":
+            return (f"{self.name}_total",)
+        if self.kind == "histogram":
+            return (f"{self.name}_bucket", f"{self.name}_count", f"{self.name}_sum")
+        return (self.name,)
 
 
 CATALOGUE: Final[dict[str, Metric]] = {
@@ -94,7 +108,10 @@ CATALOGUE: Final[dict[str, Metric]] = {
         per_layer=False,
     ),
     "reads": Metric(
-        "layered_store_reads", "counter", "Reads of users a tier answered, by result.", ("result",)
+        "layered_store_reads",
+        "counter",
+        "Users that were read at a tier, by result; cancelled and refused reads count as none.",
+        ("result",),
     ),
     "read_waits": Metric(
         "layered_store_read_waits", "counter", "Reads that shared another caller's load."
@@ -117,20 +134,52 @@ CATALOGUE: Final[dict[str, Metric]] = {
     "retries": Metric(
         "layered_store_retries",
         "counter",
-        "Calls that were tried more than once, by how it ended.",
+        "Repeated attempts by how they ended (success, failure, cancelled), and failed calls that"
+        " were not repeated since attempts or time (exhausted) or the retry budget (budget) ran"
+        " out.",
         ("operation", "outcome"),
     ),
     "circuit_state": Metric(
-        "layered_store_circuit_state", "gauge", "Circuit breaker: 0 closed, 1 half open, 2 open."
+        "layered_store_circuit_state",
+        "gauge",
+        "Circuit breaker: 0 closed, 1 half open, 2 open.",
+        over="max",
     ),
     "fallbacks": Metric(
         "layered_store_fallbacks",
         "counter",
-        "Reads that the secondary store answered.",
+        "Reads that the secondary store was asked for.",
         ("operation",),
     ),
     "pending_repairs": Metric(
         "layered_store_pending_repairs", "gauge", "Users of the cache tier still to be repaired."
+    ),
+    "repairs": Metric(
+        "layered_store_repairs", "counter", "Users of the cache tier that were repaired."
+    ),
+    "tier_failures": Metric(
+        "layered_store_tier_failures",
+        "counter",
+        "Steps on the cache tier that failed while the system of record served the caller, by"
+        " step (read, write, erase, ping, repair).",
+        ("step",),
+    ),
+    "channel_up": Metric(
+        "layered_store_channel_up",
+        "gauge",
+        "Whether the invalidation channel works: its echo came back within the lease.",
+        over="min",
+        at_rest=1.0,
+    ),
+    "channel_losses": Metric(
+        "layered_store_channel_losses",
+        "counter",
+        "How often the invalidation channel broke.",
+    ),
+    "erasures_incomplete": Metric(
+        "layered_store_erasures_incomplete",
+        "counter",
+        "Deletes that could not finish in every tier.",
     ),
     "corrupt_records": Metric(
         "layered_store_corrupt_records",
@@ -142,9 +191,24 @@ CATALOGUE: Final[dict[str, Metric]] = {
         "counter",
         "Snapshots that were ignored since a newer one was stored (order by snapshot time).",
     ),
+    "time_limit": Metric(
+        "layered_store_time_limit_seconds",
+        "gauge",
+        "The time limit that a Timeout layer sets.",
+        over="max",
+    ),
     "health": Metric(
         "layered_store_health_status",
         "gauge",
         "Health at the last check: 0 unhealthy, 1 degraded, 2 healthy.",
+        over="min",
+        at_rest=2.0,
+    ),
+    "health_checked": Metric(
+        "layered_store_health_checked_timestamp_seconds",
+        "gauge",
+        "When the health was last checked, in seconds since 1970.",
+        per_layer=False,
+        over="max",
     ),
 }

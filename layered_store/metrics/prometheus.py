@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -10,23 +9,26 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import ConfigError
-from layered_store.layers.metrics import blocks_below
+from layered_store.layers.metrics import Metrics, blocks_below
 from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
+from layered_store.stack import walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from layered_store.layers.metrics import Metrics
+    from layered_store.metrics.timings import Durations
 
-__all__ = ["export"]
+__all__ = ["export", "exposition"]
 
 _log = logging.getLogger("layered_store")
 
-_FLUSH_SECONDS: Final = 5.0
 _BOUNDS: Final = (*(repr(bound) for bound in DURATION_BUCKETS), "+Inf")
 _exporters: weakref.WeakKeyDictionary[Any, Exporter] = weakref.WeakKeyDictionary()
-_STATES: Final = frozenset({"circuit_state", "health"})
 _lock: Final = threading.Lock()
+
+Labels = tuple[str, ...]
+Key = tuple[str, Labels]
+"""A key of the catalogue and the values of its labels."""
 
 
 def export(metrics: Metrics, registry: Any) -> Exporter:
@@ -41,12 +43,44 @@ def export(metrics: Metrics, registry: Any) -> Exporter:
     with _lock:
         exporter = _exporters.get(registry)
         if exporter is None:
-            multiprocess = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-            exporter = MultiprocessExporter() if multiprocess else Exporter()
+            if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+                from layered_store.metrics.multiprocess import (  # noqa: PLC0415  imports this one
+                    MultiprocessExporter,
+                )
+
+                exporter = MultiprocessExporter()
+            else:
+                exporter = Exporter()
             registry.register(exporter)
             _exporters[registry] = exporter
         exporter.add(metrics)
     return exporter
+
+
+def exposition(registry: Any = None, accept: str = "") -> tuple[bytes, str]:
+    """Return what a ``/metrics`` endpoint answers, and its content type.
+
+    In multiprocess mode it is that of all processes. OpenMetrics, with exemplars, when the caller
+    asks for it.
+
+    Args:
+        registry: the registry to read; None takes the client's default one.
+        accept: the request's ``Accept`` header.
+    """
+    import prometheus_client  # noqa: PLC0415  an optional driver
+    from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
+
+    registry = prometheus_client.REGISTRY if registry is None else registry
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
+
+        exporter = _exporters.get(registry)
+        if exporter is not None:
+            list(exporter.collect())  # hands over what this process counted
+        registry = prometheus_client.CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
 class Exporter:
@@ -54,10 +88,19 @@ class Exporter:
 
     def __init__(self) -> None:
         self._stacks: list[weakref.ref[Metrics]] = []
+        # A Metrics inside another one of the same name would count every call twice.
+        self._inside: weakref.WeakKeyDictionary[Metrics, weakref.ref[Metrics]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._warned: set[str] = set()
 
     def add(self, metrics: Metrics) -> None:
         """Export one more stack; those of one name are added up."""
+        for place in walk(metrics.inner):
+            inner = place.store
+            if isinstance(inner, Metrics) and inner.name == metrics.name:
+                self._warn(place.label, "a Metrics above has the same name; name them apart")
+                self._inside[inner] = weakref.ref(metrics)
         self._stacks = [ref for ref in self._stacks if ref() is not None]
         self._stacks.append(weakref.ref(metrics))
 
@@ -65,12 +108,24 @@ class Exporter:
         """Stop exporting a stack."""
         self._stacks = [ref for ref in self._stacks if ref() not in (None, metrics)]
 
+    def open_stacks(self) -> list[Metrics]:
+        """Return the stacks to export now."""
+        alive = [metrics for ref in list(self._stacks) if (metrics := ref()) is not None]
+        return [
+            metrics
+            for metrics in alive
+            if (above := self._inside.get(metrics)) is None or above() not in alive
+        ]
+
     def describe(self) -> Iterable[Any]:
         """Tell the registry nothing, so that it does not collect when this is registered."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield all families; what the client calls at a scrape."""
+        """Yield all families; what the client calls at a scrape. Nothing while no stack is open."""
+        stacks = self.open_stacks()
+        if not stacks:
+            return
         from prometheus_client.core import (  # noqa: PLC0415
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -86,57 +141,43 @@ class Exporter:
             key: classes[metric.kind](metric.name, metric.help, labels=metric.all_labels)
             for key, metric in CATALOGUE.items()
         }
-        for (key, labels), value in self.figures().items():
-            families[key].add_metric(labels, value)
-        for labels, (cumulative, seconds) in self.timings().items():
-            buckets = list(zip(_BOUNDS, cumulative, strict=True))
+        figures: dict[Key, float] = {}
+        durations: dict[Labels, Durations] = {}
+        exemplars: dict[Labels, dict[int, Any]] = {}
+        labels: Labels
+        for metrics in stacks:
+            for key, value in self.figures(metrics):
+                figures[key] = combined(key, figures.get(key), value)
+            for operation, each in metrics.durations():
+                labels = (metrics.name, operation)
+                durations[labels] = summed(durations.get(labels), each)
+                exemplars.setdefault(labels, {}).update(metrics.exemplars(operation))
+        for (name, labels), value in figures.items():
+            families[name].add_metric(labels, value)
+        for labels, (counts, seconds) in durations.items():
+            buckets = _buckets(counts, exemplars[labels])
             families["operation_duration"].add_metric(labels, buckets, seconds)
         yield from families.values()
 
-    def figures(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Return every counter and gauge of the open stacks, by key and label values."""
-        totals: dict[tuple[str, tuple[str, ...]], float] = {}
-        for key, labels, value in self._figures():
-            # A state is that of the stack built last; all else adds up.
-            known = 0.0 if key in _STATES else totals.get((key, labels), 0.0)
-            totals[key, labels] = known + value
-        return totals
-
-    def _figures(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        for metrics in self._open():
-            stack = metrics.name
-            for sample in metrics.samples():
-                yield sample.metric, (stack, *sample.labels), sample.value
-            for layer, level in metrics.health_levels().items():
-                yield "health", (stack, layer), level
-            for layer, store in blocks_below(metrics):
-                try:
-                    samples = list(store.samples())
-                except Exception as exc:  # noqa: BLE001  one block must not break the scrape
-                    self._warn(layer, type(exc).__name__)
+    def figures(self, metrics: Metrics) -> Iterator[tuple[Key, float]]:
+        """Yield every counter and gauge of one stack."""
+        stack = metrics.name
+        for sample in metrics.samples():
+            yield (sample.metric, (stack, *sample.labels)), sample.value
+        for layer, level in metrics.health_levels().items():
+            yield ("health", (stack, layer)), level
+        for layer, store in blocks_below(metrics):
+            try:
+                samples = list(store.samples())
+            except Exception as exc:  # noqa: BLE001  one block must not break the scrape
+                self._warn(layer, type(exc).__name__)
+                continue
+            for name, value, labels in samples:
+                metric = CATALOGUE.get(name)
+                if metric is None or not metric.per_layer or len(metric.labels) != len(labels):
+                    self._warn(layer, "a figure that is not in the catalogue")
                     continue
-                for sample in samples:
-                    metric = CATALOGUE.get(sample.metric)
-                    if metric is None or len(metric.labels) != len(sample.labels):
-                        self._warn(layer, "unknown metric")
-                        continue
-                    yield sample.metric, (stack, layer, *sample.labels), sample.value
-
-    def timings(self) -> dict[tuple[str, ...], tuple[list[int], float]]:
-        """Return the histograms of all operations: cumulative counts and seconds, by labels."""
-        totals: dict[tuple[str, ...], tuple[list[int], float]] = {}
-        for metrics in self._open():
-            for operation, cumulative, seconds in metrics.durations():
-                labels = (metrics.name, operation)
-                if labels in totals:
-                    counts, sum_before = totals[labels]
-                    cumulative = [a + b for a, b in zip(counts, cumulative, strict=True)]  # noqa: PLW2901
-                    seconds += sum_before  # noqa: PLW2901
-                totals[labels] = (cumulative, seconds)
-        return totals
-
-    def _open(self) -> list[Metrics]:
-        return [metrics for ref in list(self._stacks) if (metrics := ref()) is not None]
+                yield (name, (stack, layer, *labels)), value
 
     def _warn(self, layer: str, problem: str) -> None:
         if layer not in self._warned:
@@ -144,91 +185,34 @@ class Exporter:
             _log.warning("metrics of %s are left out: %s", layer, problem)
 
 
-class MultiprocessExporter(Exporter):
-    """Hands what was counted to the client's own metric objects, which its files are made of."""
+def combined(key: Key, known: float | None, value: float) -> float:
+    """Return one figure out of those of two stacks of one name."""
+    if known is None:
+        return value
+    over = CATALOGUE[key[0]].over
+    if over == "sum":
+        return known + value
+    return max(known, value) if over == "max" else min(known, value)
 
-    def __init__(self) -> None:
-        super().__init__()
-        import prometheus_client as client  # noqa: PLC0415
 
-        private = client.CollectorRegistry()
-        self._objects: dict[str, Any] = {}
-        for key, metric in CATALOGUE.items():
-            given: dict[str, Any] = {"registry": private}
-            if metric.kind == "gauge":
-                # Sums over live processes, except states, of which the worst one counts.
-                mode = {"health": "livemin", "circuit_state": "livemax"}.get(key, "livesum")
-                cls: Any = client.Gauge
-                given["multiprocess_mode"] = mode
-            elif metric.kind == "counter":
-                cls = client.Counter
-            else:
-                cls = client.Histogram
-                given["buckets"] = DURATION_BUCKETS
-            self._objects[key] = cls(metric.name, metric.help, metric.all_labels, **given)
-        self._handed: dict[tuple[str, tuple[str, ...]], float] = {}
-        self._handed_timings: dict[tuple[str, ...], tuple[list[int], float]] = {}
-        self._flushing = threading.Lock()
-        self._start()
-        os.register_at_fork(after_in_child=self._forked)
-        atexit.register(self.flush)
+def summed(known: Durations | None, value: Durations) -> Durations:
+    """Return one histogram out of those of two stacks of one name."""
+    if known is None:
+        return value
+    return [a + b for a, b in zip(known[0], value[0], strict=True)], known[1] + value[1]
 
-    def collect(self) -> Iterator[Any]:
-        """Hand over; the files are read by the client's ``MultiProcessCollector``."""
-        self.flush()
-        return iter(())
 
-    def closed(self, metrics: Metrics) -> None:
-        self.flush()
-        super().closed(metrics)
-        with self._flushing:
-            for key in [key for key in self._handed if key[1][0] == metrics.name]:
-                del self._handed[key]
-            for labels in [key for key in self._handed_timings if key[0] == metrics.name]:
-                del self._handed_timings[labels]
+def _buckets(counts: list[int], exemplars: dict[int, Any]) -> list[Any]:
+    if not exemplars:
+        return list(zip(_BOUNDS, counts, strict=True))
+    from prometheus_client.samples import Exemplar  # noqa: PLC0415
 
-    def flush(self) -> None:
-        """Hand over what was counted since the last time."""
-        with self._flushing:
-            for (key, labels), value in self.figures().items():
-                child = self._objects[key].labels(*labels)
-                if CATALOGUE[key].kind == "gauge":
-                    child.set(value)
-                    continue
-                delta = value - self._handed.get((key, labels), 0.0)
-                if delta > 0:
-                    child.inc(delta)
-                    self._handed[key, labels] = value
-            for labels, (cumulative, seconds) in self.timings().items():
-                counts = [
-                    upper - lower
-                    for upper, lower in zip(cumulative, [0, *cumulative], strict=False)
-                ]
-                before, before_seconds = self._handed_timings.get(labels, ([0] * len(counts), 0.0))
-                child = self._objects["operation_duration"].labels(*labels)
-                for cell, count, known in zip(child._buckets, counts, before, strict=True):  # noqa: SLF001  the client has no way to add many observations at once
-                    cell.inc(count - known)
-                child._sum.inc(seconds - before_seconds)  # noqa: SLF001
-                self._handed_timings[labels] = (counts, seconds)
-
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._flush_for_ever, daemon=True)
-        thread.name = "layered_store-metrics"
-        thread.start()
-
-    def _flush_for_ever(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(_FLUSH_SECONDS):
-            self.flush()
-
-    def _forked(self) -> None:
-        # The parent hands over what was counted before; the child begins from there.
-        self._flushing = threading.Lock()
-        for (key, labels), value in self.figures().items():
-            self._handed[key, labels] = value
-        for labels, (cumulative, seconds) in self.timings().items():
-            counts = [
-                upper - lower for upper, lower in zip(cumulative, [0, *cumulative], strict=False)
-            ]
-            self._handed_timings[labels] = (counts, seconds)
-        self._start()
+    buckets: list[Any] = []
+    for cell, (bound, count) in enumerate(zip(_BOUNDS, counts, strict=True)):
+        each = exemplars.get(cell)
+        if each is None:
+            buckets.append((bound, count))
+        else:
+            given = Exemplar(dict(each.labels), each.value, each.timestamp)
+            buckets.append((bound, count, given))
+    return buckets

@@ -18,6 +18,7 @@ from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import Op, StateStore, check_limit, check_snapshot
 from layered_store.options import check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
+from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._listed: tuple[int, list[str]] = (0, [])
         self._tombstones: deque[tuple[float, str]] = deque()
         self._lock = threading.Lock()
+        self._reads = Reads()
         self._closed = False
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
@@ -69,7 +71,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
         check_user_id(user_id, Op.GET_LATEST)
         self._check_open(Op.GET_LATEST)
         row = self._users.get(user_id)
-        return None if row is None else row.snapshot
+        snapshot = None if row is None else row.snapshot
+        self._reads.found(snapshot)
+        return snapshot
 
     async def delete(self, user_id: str) -> None:
         await self.erase(user_id)
@@ -93,6 +97,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         await self.write_many(list(snapshots))
 
+    def samples(self) -> Iterable[Sample]:
+        yield from self._reads.samples()
+
     async def aclose(self) -> None:
         self._closed = True
 
@@ -107,6 +114,8 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._check_open(Op.GET_LATEST_MANY)
         with self._lock:
             rows = {user_id: self._users.get(user_id) for user_id in user_ids}
+            for row in rows.values():
+                self._reads.found(None if row is None else row.snapshot)
             return {
                 user_id: ABSENT if row is None else Versioned(row.version, row.snapshot)
                 for user_id, row in rows.items()

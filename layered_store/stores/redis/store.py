@@ -36,7 +36,7 @@ from layered_store.interface import Op, StateStore, check_limit, check_snapshot
 from layered_store.options import Seconds, check_count, check_seconds, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
-from layered_store.stats import Sample
+from layered_store.stats import Reads, Sample
 from layered_store.stores.redis.failures import ReplyError, translate
 from layered_store.stores.redis.links import ClientLink, LaneLink, Limits, pack_command
 from layered_store.stores.redis.record import FILLED, MAGIC, STATE, unpack
@@ -152,7 +152,8 @@ class RedisStore(StateStore, Enumerable):
         self._links: dict[asyncio.AbstractEventLoop, LaneLink | ClientLink] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._hits = self._misses = self._errors = self._corrupt = 0
+        self.reads = Reads()
+        self._corrupt = 0
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
@@ -164,22 +165,29 @@ class RedisStore(StateStore, Enumerable):
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST)
-        link = self._link
-        if link is None or link.loop is not asyncio.get_running_loop():
-            link = self._link_here(Op.GET_LATEST)
-        digest = self.digest(user_id)
-        future = link.send_now(self._get_head + digest.hex().encode() + b"\r\n")
-        if future is not None:
-            reply = await future
-        else:
-            reply = await link.call(("GET", self.key(digest)))
-        if type(reply) is bytes or reply is None:
-            return self._read(reply, user_id)
-        if isinstance(reply, Exception) and not _is_foreign(reply):
-            self._errors += 1
-            raise translate(reply, operation=Op.GET_LATEST, layer=self.name, write=False) from reply
+        try:
+            link = self._link
+            if link is None or link.loop is not asyncio.get_running_loop():
+                link = self._link_here(Op.GET_LATEST)
+            digest = self.digest(user_id)
+            future = link.send_now(self._get_head + digest.hex().encode() + b"\r\n")
+            if future is not None:
+                reply = await future
+            else:
+                reply = await link.call(("GET", self.key(digest)))
+            if type(reply) is bytes or reply is None:
+                snapshot = self._read(reply, user_id)
+                self.reads.found(snapshot)
+                return snapshot
+            if isinstance(reply, Exception) and not _is_foreign(reply):
+                raise translate(
+                    reply, operation=Op.GET_LATEST, layer=self.name, write=False
+                ) from reply
+        except Exception as exc:
+            self.reads.failed(exc)
+            raise
         self._corrupt += 1
-        self._misses += 1
+        self.reads.miss += 1
         return None
 
     async def delete(self, user_id: str) -> None:
@@ -214,13 +222,26 @@ class RedisStore(StateStore, Enumerable):
             digest = self.digest(user_id)
             place = by_bucket.setdefault(self.bucket_of(digest), [])
             place.append((user_id, self.key(digest)))
-        link = self._link_here(Op.GET_LATEST_MANY)
         # In a cluster one MGET may only name keys of one slot.
         pages = [
             users[at : at + _MGET_KEYS]
             for users in by_bucket.values()
             for at in range(0, len(users), _MGET_KEYS)
         ]
+        asked = sum(map(len, pages))
+        try:
+            found = await self._read_pages(pages)
+        except Exception as exc:
+            self.reads.failed(exc, asked)
+            raise
+        self.reads.hit += len(found)
+        self.reads.miss += asked - len(found)
+        return found
+
+    async def _read_pages(
+        self, pages: Sequence[Sequence[tuple[str, bytes]]]
+    ) -> dict[str, StateSnapshot]:
+        link = self._link_here(Op.GET_LATEST_MANY)
         replies = await link.call_all([("MGET", *(key for _, key in page)) for page in pages])
         found = {}
         for page, reply in zip(pages, replies, strict=True):
@@ -290,17 +311,19 @@ class RedisStore(StateStore, Enumerable):
                 link.abandon()
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample("reads", self._hits, ("hit",))
-        yield Sample("reads", self._misses, ("miss",))
-        yield Sample("reads", self._errors, ("error",))
+        yield from self.reads.samples()
         yield Sample("corrupt_records", self._corrupt)
 
-    # What other modules that keep something in the same Redis use.
+    # What other modules that keep something in the same Redis use; ``reads`` counts theirs too.
 
     @property
     def corrupt_records(self) -> int:
         """How many reads met something that is no record of the user asked for."""
         return self._corrupt
+
+    def note_corrupt(self) -> None:
+        """Count one more of them."""
+        self._corrupt += 1
 
     @property
     def is_cluster(self) -> bool:
@@ -413,15 +436,7 @@ class RedisStore(StateStore, Enumerable):
         return reply
 
     def _read(self, data: Any, user_id: str) -> StateSnapshot | None:
-        if data is None:
-            self._misses += 1
-            return None
-        snapshot = self._decode(data, user_id)
-        if snapshot is None:
-            self._misses += 1
-        else:
-            self._hits += 1
-        return snapshot
+        return None if data is None else self._decode(data, user_id)
 
     def _decode(self, data: Any, user_id: str) -> StateSnapshot | None:
         try:

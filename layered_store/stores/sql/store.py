@@ -34,7 +34,7 @@ from layered_store.options import (
 )
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
-from layered_store.stats import Sample
+from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -154,6 +154,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._writes = 0
         self._too_old = 0
         self._corrupt = 0
+        self._reads = Reads()
         self._closed = False
 
     def _connect_to(self) -> None:
@@ -258,6 +259,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         return True
 
     def samples(self) -> Iterable[Sample]:
+        yield from self._reads.samples()
         yield Sample("stale_writes", self._too_old)
         yield Sample("corrupt_records", self._corrupt)
 
@@ -289,15 +291,26 @@ class SQLStore(StateStore, Authority, Enumerable):
         A user whose row is corrupt is left out (and counted), so that the others can be served;
         asked for alone, it raises.
         """
-        from layered_store.stores.sql.transactions import padded  # noqa: PLC0415
-
         for user_id in user_ids:
             check_user_id(user_id, Op.GET_LATEST_MANY)
-        self._check_open(Op.GET_LATEST_MANY)
         if len(user_ids) == 1:
             return {user_ids[0]: await self._read(user_ids[0], Op.GET_LATEST_MANY)}
         wanted = {self._digest(user_id): user_id for user_id in user_ids}
-        records = dict.fromkeys(user_ids, ABSENT)
+        try:
+            self._check_open(Op.GET_LATEST_MANY)
+            records = await self._records(wanted)
+        except Exception as exc:
+            self._reads.failed(exc, len(wanted))
+            raise
+        for record in records.values():
+            self._reads.found(record.snapshot)
+        self._reads.error += len(wanted) - len(records)
+        return records
+
+    async def _records(self, wanted: Mapping[bytes, str]) -> Mapping[str, Versioned]:
+        from layered_store.stores.sql.transactions import padded  # noqa: PLC0415
+
+        records = dict.fromkeys(wanted.values(), ABSENT)
         for digests in batched(wanted, _CHUNK):
             values = {"digests": padded(digests)}
 
@@ -432,14 +445,20 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     async def _read(self, user_id: str, op: Op) -> Versioned:
         check_user_id(user_id, op)
-        self._check_open(op)
         values = {"at_digest": self._digest(user_id)}
 
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.read, values)
 
-        found = await self._run(op, work)
-        return self._record(user_id, found[0], op) if found else ABSENT
+        try:
+            self._check_open(op)
+            found = await self._run(op, work)
+            record = self._record(user_id, found[0], op) if found else ABSENT
+        except Exception as exc:
+            self._reads.failed(exc)
+            raise
+        self._reads.found(record.snapshot)
+        return record
 
     async def _write(self, items: list[Write], op: Op) -> list[Row]:
         from layered_store.stores.sql import transactions  # noqa: PLC0415

@@ -85,6 +85,7 @@ async def test_reads_move_over(error: Exception) -> None:
         Sample("fallbacks", 1, ("get_latest",)),
         Sample("fallbacks", 1, ("get_latest_many",)),
         Sample("fallbacks", 1, ("get_history",)),
+        Sample("erasures_incomplete", 0),
     ]
 
 

@@ -1,0 +1,57 @@
+"""Log events: one line when the state of a stack changes, never one per call.
+
+They go to the logger ``layered_store`` as ``name key=value ...``; the record has the name as
+``record.event`` and the values as ``record.facts``, for structured logging. No user id, state value
+or secret is ever among them.
+
+==================== ======= =====================================================================
+event                level   when
+==================== ======= =====================================================================
+circuit_opened       WARNING a breaker refuses calls from now on
+circuit_half_open    INFO    it lets one call through to see
+circuit_closed       INFO    calls pass again
+tier_lost            WARNING the cache tier is passed by: it hangs or failed twice running
+tier_back            INFO    it answers again
+tier_repaired        INFO    a repair pass removed copies that were behind
+channel_lost         WARNING the invalidation channel broke: in-process caches stop answering
+channel_back         INFO    it stands again
+erasure_incomplete   WARNING a delete could not finish in every tier (the first of a row)
+erasure_complete     INFO    a delete finished everywhere again
+==================== ======= =====================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+__all__ = ["EVENTS", "log_event"]
+
+EVENTS: Final = {
+    "circuit_opened": logging.WARNING,
+    "circuit_half_open": logging.INFO,
+    "circuit_closed": logging.INFO,
+    "tier_lost": logging.WARNING,
+    "tier_back": logging.INFO,
+    "tier_repaired": logging.INFO,
+    "channel_lost": logging.WARNING,
+    "channel_back": logging.INFO,
+    "erasure_incomplete": logging.WARNING,
+    "erasure_complete": logging.INFO,
+}
+"""Every event and its level."""
+
+_log = logging.getLogger("layered_store")
+
+
+def log_event(event: str, **facts: str | float) -> None:
+    """Log that something changed.
+
+    Args:
+        event: one of :data:`EVENTS`.
+        facts: what a reader of the log needs: names of blocks, counts, seconds.
+    """
+    level = EVENTS[event]
+    if _log.isEnabledFor(level):
+        text = "".join(f" {key}={value}" for key, value in facts.items())
+        _log.log(level, "%s%s", event, text, extra={"event": event, "facts": facts})

@@ -1,0 +1,177 @@
+"""The adapter to the client's multiprocess mode, in which processes share files.
+
+Nothing is added to a call: what the layers counted is handed to the client's own metric objects,
+which write those files, at each scrape, every second, when a stack is closed and when the process
+ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
+from layered_store.metrics.prometheus import Exporter, Key, Labels, combined
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from layered_store.layers.metrics import Metrics
+
+__all__ = ["MultiprocessExporter"]
+
+_FLUSH_SECONDS: Final = 1.0
+"""A scrape sees other processes as they were at most so long ago."""
+
+
+class _Handed:
+    """What one stack has handed over so far."""
+
+    __slots__ = ("cells", "counters", "seconds")
+
+    def __init__(self) -> None:
+        self.counters: dict[Key, float] = {}
+        self.cells: dict[Labels, list[int]] = {}
+        self.seconds: dict[Labels, float] = {}
+
+
+class MultiprocessExporter(Exporter):
+    """Hands what was counted to the client's own metric objects, which its files are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import prometheus_client as client  # noqa: PLC0415  an optional driver
+
+        # Only their files are read, so they belong to no registry that is scraped.
+        private = client.CollectorRegistry()
+        self._objects: dict[str, Any] = {}
+        for key, metric in CATALOGUE.items():
+            given: dict[str, Any] = {"registry": private}
+            if metric.kind == "gauge":
+                cls: Any = client.Gauge
+                # "live": of the processes that are alive; counters stay when one dies.
+                given["multiprocess_mode"] = f"live{metric.over}"
+            elif metric.kind == "counter":
+                cls = client.Counter
+            else:
+                cls = client.Histogram
+                given["buckets"] = DURATION_BUCKETS
+            self._objects[key] = cls(metric.name, metric.help, metric.all_labels, **given)
+        self._handed: weakref.WeakKeyDictionary[Metrics, _Handed] = weakref.WeakKeyDictionary()
+        self._gauges: set[Key] = set()
+        self._flushing = threading.Lock()
+        self._start()
+        os.register_at_fork(after_in_child=self._forked)
+        atexit.register(self._end)
+
+    def collect(self) -> Iterator[Any]:
+        """Hand over; the files are read by the client's ``MultiProcessCollector``."""
+        self.flush()
+        return iter(())
+
+    def closed(self, metrics: Metrics) -> None:
+        with self._flushing:
+            self._hand_over(metrics)
+            super().closed(metrics)
+            self._set_gauges()
+
+    def flush(self) -> None:
+        """Hand over what was counted since the last time."""
+        with self._flushing:
+            for metrics in self.open_stacks():
+                self._hand_over(metrics)
+            self._set_gauges()
+        _forget_dead_processes()
+
+    def _hand_over(self, metrics: Metrics) -> None:
+        """Add what a stack counted since the last time to the counters and histograms."""
+        handed = self._handed.setdefault(metrics, _Handed())
+        for (name, labels), value in self.figures(metrics):
+            if CATALOGUE[name].kind != "counter":
+                continue
+            delta = value - handed.counters.get((name, labels), 0.0)
+            if delta > 0 or (name, labels) not in handed.counters:
+                self._objects[name].labels(*labels).inc(delta)
+                handed.counters[name, labels] = value
+        for operation, (counts, seconds) in metrics.durations():
+            labels = (metrics.name, operation)
+            cells = [upper - lower for upper, lower in zip(counts, [0, *counts], strict=False)]
+            before = handed.cells.get(labels, [0] * len(cells))
+            child = self._objects["operation_duration"].labels(*labels)
+            for bucket, now, known in zip(child._buckets, cells, before, strict=True):  # noqa: SLF001  the client has no way to add many observations at once
+                bucket.inc(now - known)
+            child._sum.inc(seconds - handed.seconds.get(labels, 0.0))  # noqa: SLF001
+            handed.cells[labels], handed.seconds[labels] = cells, seconds
+
+    def _set_gauges(self) -> None:
+        now: dict[Key, float] = {}
+        for metrics in self.open_stacks():
+            for key, value in self.figures(metrics):
+                if CATALOGUE[key[0]].kind == "gauge":
+                    now[key] = combined(key, now.get(key), value)
+        for key in self._gauges - now.keys():
+            # Files cannot forget a series, so it gets a value that changes nothing.
+            now[key] = CATALOGUE[key[0]].at_rest
+        for (name, labels), value in now.items():
+            self._objects[name].labels(*labels).set(value)
+        self._gauges = set(now)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._flush_for_ever, daemon=True)
+        thread.name = "layered_store-metrics"
+        thread.start()
+
+    def _flush_for_ever(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_FLUSH_SECONDS):
+            self.flush()
+
+    def _forked(self) -> None:
+        # The parent hands over what was counted before; the child begins from there.
+        self._flushing = threading.Lock()
+        for metrics in self.open_stacks():
+            handed = self._handed[metrics] = _Handed()
+            for key, value in self.figures(metrics):
+                handed.counters[key] = value
+            for operation, (counts, seconds) in metrics.durations():
+                labels = (metrics.name, operation)
+                handed.cells[labels] = [
+                    upper - lower for upper, lower in zip(counts, [0, *counts], strict=False)
+                ]
+                handed.seconds[labels] = seconds
+        self._start()
+
+    def _end(self) -> None:
+        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
+
+        with contextlib.suppress(Exception):  # the folder may be gone already
+            self.flush()
+            mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
+
+
+def _forget_dead_processes() -> None:
+    """Take away the gauges of processes that ended without doing so, killed ones for example.
+
+    The client leaves that to a hook of gunicorn, which other servers do not have.
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder:
+        return
+    from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
+
+    for path in Path(folder).glob("gauge_live*_*.db"):
+        pid = path.stem.rpartition("_")[2]
+        if not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            with contextlib.suppress(OSError):
+                mark_process_dead(int(pid), folder)  # type: ignore[no-untyped-call]
+        except OSError:
+            continue
