@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from servers import Server, ServerMissingError, start_mysql, start_postgres, start_redis
+
+# A busy machine is no failure; and nothing is kept from one run to the next.
+settings.register_profile("layered_store", deadline=None, database=None)
+settings.load_profile("layered_store")
 
 
 def _start(start: Callable[[], Server]) -> Server:
