@@ -188,7 +188,7 @@ async def test_reads_go_on_while_the_tier_is_down() -> None:
     assert await store.get_latest("u-1") == NEW
     assert await store.get_latest_many(["u-1", "u-2"]) == {"u-1": NEW}
     reads = {s.labels[0]: s.value for s in store.samples() if s.metric == "reads"}
-    assert reads == {"hit": 0, "miss": 0, "error": 3}
+    assert {result: count for result, count in reads.items() if count} == {"error": 3}
 
 
 @pytest.mark.parametrize("write", ["upsert", "delete"])
