@@ -54,7 +54,8 @@ class Page:
                 try:
                     self.run_block(block)
                 except BaseException as exc:
-                    raise RuntimeError(f"{self.path.name}:{block.line}: {exc}") from exc
+                    exc.add_note(f"in the block at {self.path.name}:{block.line}")
+                    raise
         finally:
             for process in self.background:
                 with contextlib.suppress(ProcessLookupError):
@@ -126,6 +127,9 @@ class Page:
             # A part of a file: options of a block, or layers around one.
             part = {key: table.pop(key) for key in list(table) if key != "lint"}
             table["store"] = {"use": "memory", **part}
+        # Variables that only the reader's machine has.
+        for name in re.findall(r"\$\{(\w+)\}", code):
+            os.environ.setdefault(name, "sqlite+aiosqlite:///variable.db")
         from layered_store import load_stack
 
         with warnings.catch_warnings():

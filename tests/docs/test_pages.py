@@ -17,6 +17,14 @@ POSTGRES = "postgresql+asyncpg://app@127.0.0.1/app"
 MYSQL = "mysql+aiomysql://app@127.0.0.1/app"
 """What pages write where a reader has servers of their own."""
 
+STACK = """
+[store]
+use = "sql"
+url = "sqlite+aiosqlite:///states.db"
+layers = [{ use = "metrics", name = "user_state" }, { use = "cached", ttl = "60s" }]
+"""
+"""The ``stack.toml`` of a page that has none of its own."""
+
 PAGES = [page for page in pages() if blocks(page)]
 
 
@@ -44,6 +52,7 @@ def test_every_block_of_the_page_runs(
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     )
+    (tmp_path / "stack.toml").write_text(STACK)
     done = subprocess.run(  # noqa: S603
         [sys.executable, str(Path(__file__).with_name("run_page.py")), page, json.dumps(placeholders)],
         cwd=tmp_path,
