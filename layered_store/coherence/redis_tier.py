@@ -1,6 +1,6 @@
 """A Redis store as the shared cache tier of several processes.
 
-Every script of the protocol ends with the run id of the server that it was loaded on, as a comment.
+Every script of the protocol begins with the run id of the server that it was loaded on.
 A server that was restarted, restored or failed over to does not know that script (scripts are
 neither saved nor replicated), answers NOSCRIPT, and cannot be mistaken for the one before.
 """
@@ -8,9 +8,10 @@ neither saved nor replicated), answers NOSCRIPT, and cannot be mistaken for the 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from layered_store.codec import CodecError
 from layered_store.coherence import scripts
@@ -36,13 +37,15 @@ from layered_store.stores.redis.record import (
 from layered_store.stores.redis.scripts import RedisScript
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 
     from layered_store.coherence.contract import Change
     from layered_store.identity import digest_function
     from layered_store.stores.redis.store import RedisStore
 
 __all__ = ["RedisTier"]
+
+T = TypeVar("T")
 
 _TOKEN_MS: Final = 10_000
 """Life of a token: far longer than a load takes; one that is gone only costs a fill."""
@@ -53,26 +56,50 @@ _COPY_MS: Final = 7 * 86_400_000
 _LOCK_MS: Final = 750
 """How long one process repairs alone: three passes."""
 
+_SILENCE_SECONDS: Final = 2.0
+"""How long a channel may be silent: six echoes."""
+
+_FORGETS_SINCE: Final = 7
+"""Since this Redis scripts are known to the one server run that was given them."""
+
+_SHARDED_SINCE: Final = 7
+"""Since this Redis a cluster has channels that belong to a slot."""
+
 _READ: Final = "return redis.call('MGET', KEYS[1], KEYS[2])"
-_NAMES: Final = ("READ", *scripts.__all__)
+_NAMES: Final = ("READ", *(name for name in scripts.__all__ if name.isupper()))
 _SOURCES: Final = {name: getattr(scripts, name, _READ) for name in _NAMES}
 
 
 class _Bound:
     """The scripts as loaded on one run of one server."""
 
-    __slots__ = ("server", "sha")
+    __slots__ = ("server", "sha", "sources")
 
-    def __init__(self, server: bytes) -> None:
-        self.server = server
-        self.sha = {name: self.script(name).sha for name in _NAMES}
+    def __init__(self, server: str, *, sharded: bool, forgets: bool) -> None:
+        self.server = server.encode()
+        self.sources = {
+            name: RedisScript(
+                scripts.source(_SOURCES[name], server, sharded=sharded, forgets=forgets)
+            )
+            for name in _NAMES
+        }
+        self.sha = {name: script.sha for name, script in self.sources.items()}
 
-    def script(self, name: str) -> RedisScript:
-        return RedisScript(f"{_SOURCES[name]}\n-- {self.server.decode()}")
+
+class _Part(NamedTuple):
+    """What one bucket told when a repair pass began."""
+
+    began: int
+    generation: bytes
+    cursor: str
+    number: int
 
 
 class RedisTier(CacheTier):
     """See :class:`CacheTier`; one guard, register and repair record per bucket of the store.
+
+    In a cluster each bucket keeps its own: nodes are lost and come back one by one. A pass replays
+    from the oldest cursor of all buckets, a lease takes the echo of every bucket.
 
     Args:
         store: where the copies are kept, under the keys of its records.
@@ -81,7 +108,12 @@ class RedisTier(CacheTier):
     def __init__(self, store: RedisStore) -> None:
         self._store = store
         self._bound: dict[str, _Bound] = {}
-        self._binding: dict[str, asyncio.Lock] = {}
+        self._binding: dict[str, asyncio.Task[_Bound]] = {}
+        self._parts: dict[str, _Part] = {}
+        # By bucket and server run: up to where its messages were taken in, on that server's clock.
+        self._seen: dict[tuple[str, bytes], int] = {}
+        # By number of a ping: the buckets whose echo has come.
+        self._echoes: dict[int, set[str]] = {}
 
     @property
     def digest(self) -> digest_function:
@@ -93,8 +125,7 @@ class RedisTier(CacheTier):
 
     @property
     def has_channel(self) -> bool:
-        # In a cluster a message may overtake the echo on its way between the nodes.
-        return not self._store.is_cluster
+        return True
 
     # Reading and filling
 
@@ -148,8 +179,7 @@ class RedisTier(CacheTier):
         digest, bucket = self._place(user_id)
         token = MAGIC + TOKEN + bytes(8) + os.urandom(16)
         keys = (self._store.key(digest), self._guard(bucket))
-        server = (await self._bind(bucket)).server
-        reply = await self._run(bucket, "TICKET", keys, server, token, _TOKEN_MS)
+        reply = await self._run(bucket, "TICKET", keys, token, _TOKEN_MS)
         return Ticket(reply[0], reply[1]) if reply else None
 
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
@@ -203,61 +233,79 @@ class RedisTier(CacheTier):
     # Repair
 
     async def begin(self, me: str, head: str, seconds: float) -> Pass | None:
-        passes: list[Pass] = []
-        for bucket in self._store.buckets:
+        self._parts = {}
+        parts: dict[str, _Part] = {}
+
+        async def ask(bucket: str) -> bool:
             keys = (self._guard(bucket), self._repair(bucket), self._lock(bucket))
             reply = await self._run(bucket, "BEGIN", keys, me, head, _LOCK_MS, os.urandom(16))
-            if not reply:
-                return None
-            began, generation, cursor, fresh = reply
-            passes.append(Pass(int(began) / 1000, generation, cursor.decode(), bool(fresh), me))
-        # Buckets are stamped together; one that was lost begins at the head like all the others.
-        if len({(each.generation, each.cursor) for each in passes}) > 1:
-            generation = os.urandom(16)
-            for bucket, each in zip(self._store.buckets, passes, strict=True):
-                await self._renew(bucket, each.generation, generation, head)
+            if reply:
+                began, generation, cursor, number = reply
+                parts[bucket] = _Part(int(began), generation, cursor.decode(), number)
+            return bool(reply)
+
+        first, *others = self._store.buckets
+        # Who holds the first bucket's lock repairs them all.
+        if not await ask(first) or not all(await _together(map(ask, others))):
             return None
-        return min(passes)
+        # A new generation begins at the head; of the others the oldest cursor counts, and the
+        # number of the pass that left it tells which that is.
+        known = [part for part in parts.values() if part.number]
+        oldest = min(known or parts.values(), key=lambda part: part.number)
+        self._parts = {bucket: parts[bucket] for bucket in self._store.buckets}
+        generation = b"".join(part.generation for part in self._parts.values())
+        began = min(part.began for part in self._parts.values()) / 1000
+        return Pass(began, generation, oldest.cursor, not known, me)
 
     async def renew(self, generation: bytes, head: str) -> None:
-        new = os.urandom(16)
-        for bucket in self._store.buckets:
-            await self._renew(bucket, generation, new, head)
+        old = [generation[at : at + 16] for at in range(0, len(generation), 16)]
+        number = self._next_number()
 
-    async def _renew(self, bucket: str, old: bytes, new: bytes, head: str) -> None:
-        keys = (self._guard(bucket), self._repair(bucket))
-        await self._run(bucket, "RENEW", keys, old, new, head)
+        async def renew(bucket: str, before: bytes) -> None:
+            keys = (self._guard(bucket), self._repair(bucket))
+            await self._run(bucket, "RENEW", keys, before, os.urandom(16), head, number)
+
+        await _together(map(renew, self._store.buckets, old))
 
     async def repair(self, changes: Sequence[Change]) -> Sequence[Change]:
         by_bucket: dict[str, list[Change]] = {}
         for change in changes:
             by_bucket.setdefault(self._store.bucket_of(change.digest), []).append(change)
-        acted: list[Change] = []
-        for bucket, group in by_bucket.items():
+
+        async def repair(bucket: str, group: list[Change]) -> list[Change]:
             args: list[Any] = [self._channel(bucket)]
             for change in group:
                 args += [change.version, int(change.erased), change.digest]
             keys = [self._store.key(change.digest) for change in group]
-            acted += [group[index] for index in await self._run(bucket, "REPAIR", keys, *args)]
-        return acted
+            return [group[index] for index in await self._run(bucket, "REPAIR", keys, *args)]
+
+        acted = await _together(repair(*item) for item in by_bucket.items())
+        return [change for group in acted for change in group]
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
-        stamped = True
-        until = int((begun.began + seconds) * 1000)
-        for bucket in self._store.buckets:
+        number = self._next_number()
+
+        async def stamp(bucket: str, part: _Part) -> bool:
             keys = (self._guard(bucket), self._repair(bucket), self._lock(bucket))
-            server = (await self._bind(bucket)).server
+            # Each on the clock of its own server.
+            until = part.began + int(seconds * 1000)
             reply = await self._run(
-                bucket, "STAMP", keys, begun.owner, begun.generation, cursor, server, until
+                bucket, "STAMP", keys, begun.owner, part.generation, cursor, until, number
             )
-            stamped = stamped and bool(reply)
-        return stamped
+            return bool(reply)
+
+        return all(await _together(stamp(*item) for item in self._parts.items()))
+
+    def _next_number(self) -> int:
+        return max((part.number for part in self._parts.values()), default=0) + 1
 
     # Channel
 
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
-        left = float("inf")
-        for bucket in self._store.buckets:
+        # What was seen is kept here by bucket: in a cluster each server has a clock of its own.
+        del seen
+
+        async def ping(bucket: str) -> int:
             server = (await self._bind(bucket)).server
             keys = (self._register(bucket), self._guard(bucket))
             reply = await self._run(
@@ -266,34 +314,97 @@ class RedisTier(CacheTier):
                 keys,
                 me,
                 int(seconds * 1000),
-                int(seen * 1000),
+                self._seen.get((bucket, server), 0),
                 number,
                 self._channel(bucket),
-                server,
             )
-            left = min(left, max(0, reply) / 1000)
-        return left
+            return int(reply)
+
+        # Believed is only what every bucket's server vouches for.
+        return max(0, min(await _together(map(ping, self._store.buckets)))) / 1000
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Notice]]:
-        bucket = self._store.buckets[0]
-        connection = await self._store.new_connection(bucket)
-        try:
-            await self._guarded(connection.send_command("SUBSCRIBE", self._channel(bucket)))
-            await self._guarded(connection.read_response(timeout=self._store.timeout))
-            yield self._notices(connection)
-        finally:
-            await connection.disconnect(nowait=True)
+        messages: asyncio.Queue[tuple[str, bytes, _Message] | StoreError] = asyncio.Queue()
+        readers: list[asyncio.Task[None]] = []
+        self._seen.clear()
+        self._echoes.clear()
+        async with AsyncExitStack() as connections:
+            try:
+                for group in await self._store.group_buckets():
+                    connection = await self._store.new_connection(group[0])
+                    connections.push_async_callback(connection.disconnect, nowait=True)
+                    server = await self._subscribe(connection, group)
+                    reading = self._read_channel(connection, server, group, messages)
+                    readers.append(asyncio.create_task(reading))
+                yield self._notices(messages)
+            finally:
+                for reader in readers:
+                    reader.cancel()
+                await asyncio.gather(*readers, return_exceptions=True)
 
-    async def _notices(self, connection: Any) -> AsyncIterator[Notice]:
+    async def _subscribe(self, connection: Any, group: Sequence[str]) -> bytes:
+        """Subscribe to the channels of buckets of one server; return its run."""
+        server, _ = _server(await self._ask(connection, "INFO", "server"))
+        command = "SSUBSCRIBE" if self._store.is_cluster else "SUBSCRIBE"
+        for bucket in group:
+            await self._ask(connection, command, self._channel(bucket))
+        return server.encode()
+
+    async def _read_channel(
+        self,
+        connection: Any,
+        server: bytes,
+        group: Sequence[str],
+        messages: asyncio.Queue[tuple[str, bytes, _Message] | StoreError],
+    ) -> None:
+        """Pass on what one server says, until it is no longer the one who says it all."""
+        buckets = {self._channel(bucket): bucket for bucket in group}
+        kind = b"smessage" if self._store.is_cluster else b"message"
+        try:
+            while True:
+                # The echoes keep it busy: a silent channel is one that was lost.
+                reply = await self._guarded(connection.read_response(timeout=_SILENCE_SECONDS))
+                if reply is None or bytes(reply[0]) != kind:
+                    raise self._lost()  # silent, or the bucket went to another server
+                message = _parse(bytes(reply[2]))
+                if message is None:
+                    continue
+                if message.server != server:
+                    # Handed on by another server, so neither in order nor surely whole.
+                    raise self._lost()
+                messages.put_nowait((buckets[bytes(reply[1])], server, message))
+        except StoreError as exc:
+            messages.put_nowait(exc)
+
+    async def _notices(
+        self, messages: asyncio.Queue[tuple[str, bytes, _Message] | StoreError]
+    ) -> AsyncIterator[Notice]:
         while True:
-            # The echoes keep it busy; a silent channel is one that was lost.
-            message = await self._guarded(connection.read_response(timeout=None))
-            if message is None or len(message) < 3 or bytes(message[0]) != b"message":  # noqa: PLR2004
-                continue
-            notice = _notice(message[2])
-            if notice is not None:
-                yield notice
+            item = await messages.get()
+            if isinstance(item, StoreError):
+                raise item
+            bucket, server, message = item
+            sent = message.sent / 1000
+            if message.echo:
+                if self._echoed(bucket, message.number):
+                    yield Notice(b"", message.number, sent=sent, echo=message.body.decode())
+            else:
+                yield Notice(message.body, message.number, message.erased, sent)
+            # Only now it was taken in.
+            key = (bucket, server)
+            self._seen[key] = max(message.sent, self._seen.get(key, 0))
+
+    def _echoed(self, bucket: str, number: int) -> bool:
+        """Note the echo of one bucket; tell whether all have come."""
+        came = self._echoes.setdefault(number, set())
+        came.add(bucket)
+        for old in [each for each in self._echoes if each < number - 8]:
+            del self._echoes[old]
+        return len(came) == len(self._store.buckets)
+
+    def _lost(self) -> UnavailableError:
+        return UnavailableError("the invalidation channel was lost", layer=self._store.name)
 
     # How scripts are run
 
@@ -307,8 +418,10 @@ class RedisTier(CacheTier):
         except StoreError as exc:
             if getattr(exc.__cause__, "code", "") != "NOSCRIPT":
                 raise
-            if self._bound.get(bucket) is bound:
-                del self._bound[bucket]
+            # Another server run, or its scripts were flushed: then all its buckets' are gone.
+            gone = [each for each, other in self._bound.items() if other.server == bound.server]
+            for each in gone:
+                del self._bound[each]
             raise UnavailableError(
                 "the server of the cache tier changed; it is repaired before it is believed",
                 layer=self._store.name,
@@ -319,21 +432,49 @@ class RedisTier(CacheTier):
         bound = self._bound.get(bucket)
         if bound is not None:
             return bound
+        loop = asyncio.get_running_loop()
+        task = self._binding.get(bucket)
+        if task is None or task.get_loop() is not loop:
+            # A task of its own: it serves all who wait, and a caller may be cancelled.
+            task = loop.create_task(self._load(bucket), context=contextvars.Context())
+            self._binding[bucket] = task
+            task.add_done_callback(lambda done: self._loaded(bucket, done))
+        return await asyncio.shield(task)
+
+    def _loaded(self, bucket: str, task: asyncio.Task[_Bound]) -> None:
+        if self._binding.get(bucket) is task:
+            del self._binding[bucket]
+        if not task.cancelled():
+            task.exception()  # seen: whoever waited for it may be gone
+
+    async def _load(self, bucket: str) -> _Bound:
         connection = await self._store.new_connection(bucket)
         try:
             # One connection, so that the id and the scripts belong to the same run.
-            await self._guarded(connection.send_command("INFO", "server"))
-            info = await self._guarded(connection.read_response())
-            bound = _Bound(_run_id(info))
-            for name in _NAMES:
-                await self._guarded(
-                    connection.send_command("SCRIPT", "LOAD", bound.script(name).source)
-                )
-                await self._guarded(connection.read_response())
+            server, version = _server(await self._ask(connection, "INFO", "server"))
+            known = server.encode()
+            bound = next((each for each in self._bound.values() if each.server == known), None)
+            if bound is None:
+                major = version[0]
+                sharded = self._store.is_cluster
+                if sharded and major < _SHARDED_SINCE:
+                    raise UnavailableError(
+                        "a cluster as a shared cache tier needs Redis 7 (sharded channels)",
+                        layer=self._store.name,
+                        retryable=False,
+                    )
+                bound = _Bound(server, sharded=sharded, forgets=major >= _FORGETS_SINCE)
+                for script in bound.sources.values():
+                    await self._ask(connection, "SCRIPT", "LOAD", script.source)
         finally:
             await connection.disconnect(nowait=True)
         self._bound[bucket] = bound
         return bound
+
+    async def _ask(self, connection: Any, *command: Any) -> Any:
+        """Send a command on a connection of our own and return its reply."""
+        await self._guarded(connection.send_command(*command))
+        return await self._guarded(connection.read_response())
 
     async def _guarded(self, work: Any) -> Any:
         """Await a step of the driver, turning its errors into ours."""
@@ -379,32 +520,54 @@ class RedisTier(CacheTier):
         return self._store.bucket_key(bucket, "channel")
 
 
-def _run_id(info: Any) -> bytes:
-    text = bytes(info) if isinstance(info, bytes | bytearray) else str(info).encode()
-    for line in text.splitlines():
-        if line.startswith(b"run_id:"):
-            return line[7:].strip()
-    raise UnavailableError("the server does not tell its run id; INFO must be allowed")
+class _Message(NamedTuple):
+    """One message as a script publishes it: ``kind|sent|number|erased|server|body``."""
+
+    echo: bool
+    sent: int
+    number: int
+    erased: bool
+    server: bytes
+    body: bytes
+
+
+def _parse(data: bytes) -> _Message | None:
+    parts = data.split(b"|", 5)
+    if len(parts) != 6 or parts[0] not in (b"i", b"p"):  # noqa: PLR2004
+        return None
+    kind, sent, number, erased, server, body = parts
+    return _Message(kind == b"p", int(sent), int(number), erased == b"1", server, body)
+
+
+async def _together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """Await all, then raise the first failure: nothing is left running behind it."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]
+
+
+def _server(info: Any) -> tuple[str, tuple[int, ...]]:
+    """Return the run id and the version that INFO tells."""
+    text = info.decode() if isinstance(info, bytes | bytearray) else str(info)
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    try:
+        version = tuple(int(part) for part in fields["redis_version"].split("."))
+        return fields["run_id"], version
+    except (KeyError, ValueError):
+        raise UnavailableError(
+            "the server does not tell its run id; INFO must be allowed"
+        ) from None
 
 
 def _holders(reply: Any, me: str) -> Holders:
     now, born, pairs = float(reply[0]) / 1000, float(reply[1]) / 1000, reply[2]
     others = {}
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if name in (b"born", me.encode()):
+        until, bar, seen = value.partition(b"|")
+        if not bar or name == me.encode():
             continue
-        until, seen = (float(part) / 1000 for part in value.split(b"|"))
-        if until > now:
-            others[name.decode()] = (until, seen)
+        if float(until) / 1000 > now:
+            others[name.decode()] = (float(until) / 1000, float(seen) / 1000)
     return Holders(now, now - born, others)
-
-
-def _notice(message: bytes) -> Notice | None:
-    kind, _, rest = bytes(message).partition(b"|")
-    parts = rest.split(b"|", 3)
-    if kind not in (b"i", b"p") or len(parts) != 4:  # noqa: PLR2004
-        return None
-    sent, number, erased, body = parts
-    if kind == b"p":
-        return Notice(b"", int(number), sent=float(sent) / 1000, echo=body.decode())
-    return Notice(body, int(number), erased == b"1", float(sent) / 1000)

@@ -4,7 +4,10 @@ A value under a record key begins with ``LS``, a form byte and a kind byte, then
 (big-endian) and 16 of generation. Kinds: ``S`` a state that was published, ``F`` a state that a
 reader filled in, ``D`` a tombstone, ``T`` a token. The guard is one string, generation then server
 id, whose expiry is the end of trust: while it exists and names this server, copies of its
-generation may be believed.
+generation may be believed. The register of a bucket's leases, the hash ``leases``, is whole since
+its field ``born`` and belongs to the server run in ``run``: another run begins an empty one.
+
+Each script is loaded behind a head (:func:`source`) that names the server run it was loaded on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,30 @@ __all__ = [
     "REPAIR",
     "STAMP",
     "TICKET",
+    "source",
 ]
+
+
+def source(script: str, server: str, *, sharded: bool, forgets: bool) -> str:
+    """Return a script as it is loaded on one run of one server.
+
+    Args:
+        script: one of this module's.
+        server: the run id, 40 hexadecimal digits.
+        sharded: whether the channel is a cluster's, which only the nodes of its shard carry.
+        forgets: whether scripts end with the run of the server that knows them. Those before
+            Redis 7 hand them on to replicas and to the append-only file, so the script looks
+            itself.
+    """
+    head = f"local server = '{server}'\nlocal publish = '{'SPUBLISH' if sharded else 'PUBLISH'}'\n"
+    return head + ("" if forgets else _CHECK) + script
+
+
+_CHECK: Final = """
+if not string.find(redis.call('INFO', 'server'), 'run_id:' .. server, 1, true) then
+  return redis.error_reply('NOSCRIPT this script is of another server run')
+end
+"""
 
 _LIBRARY: Final = """
 local function fetch(key)
@@ -46,11 +72,18 @@ local function now()
 end
 local function text(n) return string.format('%.0f', n) end
 local function tell(channel, version, erased, digest)
-  local notice = 'i|' .. text(now()) .. '|' .. version .. '|' .. erased .. '|' .. digest
-  redis.call('PUBLISH', channel, notice)
+  local notice = {'i', text(now()), version, erased, server, digest}
+  redis.call(publish, channel, table.concat(notice, '|'))
 end
 local function register(key, t)
-  redis.call('HSETNX', key, 'born', text(t))
+  if redis.call('HGET', key, 'run') ~= server then
+    redis.call('DEL', key)
+    redis.call('HSET', key, 'run', server, 'born', text(t))
+  end
+end
+local function holders(key)
+  local t = now()
+  register(key, t)
   return {text(t), redis.call('HGET', key, 'born'), redis.call('HGETALL', key)}
 end
 """
@@ -59,18 +92,18 @@ TICKET: Final = (
     _LIBRARY
     + """
 local g = redis.call('GET', KEYS[2])
-if not g or string.sub(g, 17) ~= ARGV[1] then return {} end
+if not g or string.sub(g, 17) ~= server then return {} end
 local gen = string.sub(g, 1, 16)
 local r, kind = fetch(KEYS[1])
 if r then
   if kind == 'T' then return {r, gen} end
   if (kind == 'S' or kind == 'F' or kind == 'D') and generation(r) == gen then return {'', gen} end
 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return {ARGV[2], gen}
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return {ARGV[1], gen}
 """
 )
-"""Keys: record, guard. Arguments: server id, a new token, the token's life in ms."""
+"""Keys: record, guard. Arguments: a new token, the token's life in ms."""
 
 FILL: Final = (
     _LIBRARY
@@ -127,13 +160,13 @@ if not newer then
   end
 end
 tell(ARGV[5], ARGV[1], '1', ARGV[6])
-return register(KEYS[3], now())
+return holders(KEYS[3])
 """
 )
 """Keys: record, guard, register. Arguments: version, tombstone before and after the generation, its
 life in ms, channel, digest."""
 
-HOLDERS: Final = _LIBRARY + "return register(KEYS[1], now())"
+HOLDERS: Final = _LIBRARY + "return holders(KEYS[1])"
 """Keys: register."""
 
 BEGIN: Final = (
@@ -142,25 +175,29 @@ BEGIN: Final = (
 local holder = redis.call('GET', KEYS[3])
 if holder and holder ~= ARGV[1] then return {} end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[3])
-local known = redis.call('HMGET', KEYS[2], 'gen', 'cursor')
-if known[1] and known[2] then return {text(now()), known[1], known[2], 0} end
-redis.call('DEL', KEYS[1])
+local known = redis.call('HMGET', KEYS[2], 'gen', 'cursor', 'pass')
+if known[1] and known[2] and known[3] then
+  return {text(now()), known[1], known[2], tonumber(known[3])}
+end
+redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('HSET', KEYS[2], 'gen', ARGV[4], 'cursor', ARGV[2])
-return {text(now()), ARGV[4], ARGV[2], 1}
+return {text(now()), ARGV[4], ARGV[2], 0}
 """
 )
-"""Keys: guard, repair, lock. Arguments: process, head, life of the lock in ms, a new generation."""
+"""Keys: guard, repair, lock. Arguments: process, head, life of the lock in ms, a new generation.
+
+A generation that was never stamped holds no copies, so it is replaced by a new one: number 0."""
 
 RENEW: Final = (
     _LIBRARY
     + """
 if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[2], 'gen', ARGV[2], 'cursor', ARGV[3])
+redis.call('HSET', KEYS[2], 'gen', ARGV[2], 'cursor', ARGV[3], 'pass', ARGV[4])
 return 1
 """
 )
-"""Keys: guard, repair. Arguments: the old generation, a new one, head."""
+"""Keys: guard, repair. Arguments: the old generation, a new one, head, number of the pass."""
 
 REPAIR: Final = (
     _LIBRARY
@@ -187,22 +224,22 @@ STAMP: Final = (
     + """
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
 if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[2] then return 0 end
-local left = tonumber(ARGV[5]) - now()
+local left = tonumber(ARGV[4]) - now()
 if left <= 0 then return 0 end
-redis.call('HSET', KEYS[2], 'cursor', ARGV[3])
-redis.call('SET', KEYS[1], ARGV[2] .. ARGV[4], 'PX', text(left))
+redis.call('HSET', KEYS[2], 'cursor', ARGV[3], 'pass', ARGV[5])
+redis.call('SET', KEYS[1], ARGV[2] .. server, 'PX', text(left))
 return 1
 """
 )
-"""Keys: guard, repair, lock. Arguments: process, generation, cursor, server id, end of trust in
-ms.
+"""Keys: guard, repair, lock. Arguments: process, generation, cursor, end of trust in ms, number of
+the pass.
 """
 
 PING: Final = (
     _LIBRARY
     + """
 local t = now()
-redis.call('HSETNX', KEYS[1], 'born', text(t))
+register(KEYS[1], t)
 redis.call('HSET', KEYS[1], ARGV[1], text(t + tonumber(ARGV[2])) .. '|' .. ARGV[3])
 if redis.call('HLEN', KEYS[1]) > 64 then
   local all = redis.call('HGETALL', KEYS[1])
@@ -211,10 +248,11 @@ if redis.call('HLEN', KEYS[1]) > 64 then
     if till and till + 60000 < t then redis.call('HDEL', KEYS[1], all[i]) end
   end
 end
-redis.call('PUBLISH', ARGV[5], 'p|' .. text(t) .. '|' .. ARGV[4] .. '|0|' .. ARGV[1])
+local echo = {'p', text(t), ARGV[4], '0', server, ARGV[1]}
+redis.call(publish, ARGV[5], table.concat(echo, '|'))
 local g = redis.call('GET', KEYS[2])
-if not g or string.sub(g, 17) ~= ARGV[6] then return 0 end
+if not g or string.sub(g, 17) ~= server then return 0 end
 return redis.call('PTTL', KEYS[2])
 """
 )
-"""Keys: register, guard. Arguments: process, lease in ms, seen, number, channel, server id."""
+"""Keys: register, guard. Arguments: process, lease in ms, seen, number, channel."""

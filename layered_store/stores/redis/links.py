@@ -149,6 +149,10 @@ class LaneLink:
         """Return a connection of the driver to the server that has this key."""
         return await self._establish()
 
+    async def owners(self, keys: Sequence[bytes]) -> list[str]:
+        """Return names of the servers that have these keys: one server has all."""
+        return [""] * len(keys)
+
     async def aclose(self) -> None:
         """Close what the link opened, after the calls under way."""
         self._closed = True
@@ -312,18 +316,36 @@ class ClientLink:
     async def connect(self, key: bytes) -> Any:
         """Return a connection of the driver to the server that has this key."""
         client = self._client
-        await client.initialize()
-        if hasattr(client, "get_node_from_key"):
-            owner = client.get_node_from_key(key.decode())
-            connection = owner.connection_class(**owner.connection_kwargs)
-        else:
+        if not hasattr(client, "get_node_from_key"):
             connection = client.connection_pool.make_connection()
+        else:
+            await client.initialize()
+            node = client.get_node_from_key(key.decode())
+            # Of a passed-in client too: messages must come in the order of the replies.
+            options = {**node.connection_kwargs, "protocol": 2}
+            connection = node.connection_class(**options)
         try:
             await connection.connect()
         except BaseException:
             connection._close()  # noqa: SLF001
+            self._look_anew()
             raise
         return connection
+
+    async def owners(self, keys: Sequence[bytes]) -> list[str]:
+        """Return names of the servers that have these keys, looked up anew."""
+        client = self._client
+        if not hasattr(client, "get_node_from_key"):
+            return [""] * len(keys)
+        self._look_anew()
+        async with self._limits.clock.timeout(self._limits.connect_timeout + self._limits.timeout):
+            await client.initialize()
+        return [str(client.get_node_from_key(key.decode()).name) for key in keys]
+
+    def _look_anew(self) -> None:
+        """Have the driver ask who has which keys before the next call, as its own errors do."""
+        if hasattr(self._client, "get_node_from_key"):
+            self._client._initialize = True  # noqa: SLF001
 
     def send_now(self, packed: bytes) -> None:  # noqa: ARG002
         """Return None: a client takes no packed commands."""

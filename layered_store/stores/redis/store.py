@@ -13,6 +13,7 @@ For modules that keep more in the same Redis:
   bytes, ints, lists and None; it is sent whole when the server does not know it;
 * ``await command(*args)`` sends any one command;
 * ``await server_id(bucket)`` tells which server run answers for a bucket;
+* ``await group_buckets()`` tells which buckets one server answers for;
 * ``await new_connection(bucket)`` gives a connection of the driver of one's own, for subscriptions.
 
 All of them keep the time limits and raise this library's errors.
@@ -404,6 +405,18 @@ class RedisStore(StateStore, Enumerable):
         except Exception as exc:
             raise translate(exc, operation="new_connection", layer=self.name, write=False) from exc
         return connection
+
+    async def group_buckets(self) -> list[list[str]]:
+        """Return the buckets grouped by the server that answers for them now."""
+        link = self._link_here("group_buckets")
+        try:
+            owners = await link.owners([self.bucket_key(bucket, "id") for bucket in self.buckets])
+        except Exception as exc:
+            raise translate(exc, operation="group_buckets", layer=self.name, write=False) from exc
+        groups: dict[str, list[str]] = {}
+        for bucket, owner in zip(self.buckets, owners, strict=True):
+            groups.setdefault(owner, []).append(bucket)
+        return list(groups.values())
 
     # How a call goes out and what its reply means.
 
