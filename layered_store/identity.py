@@ -12,6 +12,7 @@ from layered_store.errors import ConfigError, ValidationError
 __all__ = [
     "DIGEST_BYTES",
     "MAX_USER_ID_BYTES",
+    "PrivateStr",
     "check_user_id",
     "digest_function",
     "is_valid_user_id",
@@ -89,6 +90,15 @@ def redact(user_id: object) -> str:
     if isinstance(user_id, str) and len(user_id) > _SHOWN_CHARACTERS:
         return f"{user_id[:_SHOWN_CHARACTERS]}..."
     return "[redacted]"
+
+
+class PrivateStr(str):
+    """A user id on its way to a driver that logs what it is given: its repr is redacted."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(redact(str(self)))
 
 
 class digest_function:  # noqa: N801  used like a function: digest = digest_function(key)

@@ -23,7 +23,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.health import HealthStatus, SharedProbe
-from layered_store.identity import check_user_id, digest_function
+from layered_store.identity import PrivateStr, check_user_id, digest_function
 from layered_store.interface import Op, StateStore, check_limit, check_snapshot
 from layered_store.options import (
     Seconds,
@@ -639,7 +639,7 @@ class SQLStore(StateStore, Authority, Enumerable):
 
         return NewWrite(
             self._digest(snapshot.user_id),
-            snapshot.user_id,
+            PrivateStr(snapshot.user_id),
             self._codec.encode(snapshot),
             write_id,
             call.began(self.clock),
