@@ -1,12 +1,13 @@
 """A whole stack on an SQLite file: compose it, write, read, look at it.
 
-Run it with ``python examples/quickstart.py``; it leaves nothing behind.
+Run it with ``python examples/quickstart.py``; it needs no server and leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -40,53 +41,65 @@ def print_health(report: HealthReport, depth: int = 0) -> None:
         print_health(child, depth + 1)
 
 
-def count(registry: CollectorRegistry, result: str) -> int:
-    labels = {"stack": "user_state", "layer": "1.cached", "result": result}
-    return int(registry.get_sample_value("layered_store_reads_total", labels) or 0)
+def compose(folder: Path, registry: CollectorRegistry) -> Metrics:
+    """Return a stack: an in-process cache over a database that is tried up to three times."""
+    return Metrics(
+        Cached(Retry(SQLStore(f"sqlite+aiosqlite:///{folder}/states.db")), ttl=60),
+        name="user_state",
+        registry=registry,
+    )
+
+
+async def read(stack: Metrics, user_id: str, registry: CollectorRegistry) -> None:
+    """Read a user and tell which tier answered, by the counter of cache hits."""
+    labels = {"stack": "user_state", "layer": "1.cached", "result": "hit"}
+
+    def hits() -> float:
+        return registry.get_sample_value("layered_store_reads_total", labels) or 0
+
+    before, begun = hits(), time.perf_counter()
+    state = await stack.get_latest(user_id)
+    took = (time.perf_counter() - begun) * 1000
+    tier = "in-process cache" if hits() > before else "database"
+    axes = dict(state.axes) if state else "no such user"
+    print(f"{user_id:<7} {axes!s:<38} {tier:<17} {took:7.3f} ms")
 
 
 async def main(folder: Path) -> None:
     registry = CollectorRegistry()
-    stack = Metrics(
-        Cached(Retry(SQLStore(f"sqlite+aiosqlite:///{folder}/state.db")), ttl=60),
-        name="user_state",
-        registry=registry,
-    )
+    stack = compose(folder, registry)
     heading("The stack, outermost first")
     print(describe(stack))
 
+    heading("Three users are written, one of them twice more")
     async with stack:
-        heading("Three users written, then one of them twice more")
         for user_id, axes in USERS.items():
             await stack.upsert_latest(StateSnapshot(user_id=user_id, axes=axes))
         for warmth in (0.8, 0.9):
             await stack.upsert_latest(StateSnapshot(user_id="ada", axes={"warmth": warmth}))
-        for older in await stack.get_history("ada", 3):
-            print(f"ada, newest first: warmth {older.get_axis('warmth')}")
+        history = await stack.get_history("ada", 10)
+        print("ada, newest first:", [dict(state.axes) for state in history])
 
-        heading("Reads, and which tier answered")
-        for user_id in ("ada", "ada", "grace", "nobody"):
-            hits = count(registry, "hit")
-            state = await stack.get_latest(user_id)
-            tier = "in-process cache" if count(registry, "hit") > hits else "database"
-            axes = dict(state.axes) if state else "no such user"
-            print(f"{user_id:<7} {axes!s:<40} {tier}")
+    heading("Closed and opened again: the cache is empty, the database is not")
+    stack = compose(folder, registry)
+    async with stack:
+        for user_id in ("ada", "ada", "grace", "grace", "nobody"):
+            await read(stack, user_id, registry)
 
-        heading("Erased: gone from every tier")
+        heading("Erased: gone from every tier, history included")
         await stack.delete("ada")
-        print(f"ada: {await stack.get_latest('ada')}, {await stack.get_history('ada', 10)}")
+        await read(stack, "ada", registry)
+        print("history of ada:", await stack.get_history("ada", 10))
 
         heading("Health")
         print_health(await stack.health_report())
 
-        heading("Metrics")
+        heading("Metrics, as Prometheus would scrape them (counters above 0)")
         for family in registry.collect():
             for sample in family.samples:
                 if sample.name.endswith("_total") and sample.value:
-                    labels = ", ".join(
-                        value for key, value in sample.labels.items() if key != "stack"
-                    )
-                    print(f"{sample.name:<42} {sample.value:>5.0f}  {labels}")
+                    labels = ", ".join(f'{key}="{text}"' for key, text in sample.labels.items())
+                    print(f"{sample.name}{{{labels}}} {sample.value:.0f}")
 
 
 if __name__ == "__main__":

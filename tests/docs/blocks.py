@@ -67,9 +67,7 @@ def blocks(page: Path) -> list[Block]:
             code = _until(lines, lambda text, ticks=ticks: text.strip() == ticks, len(indent))
             title = _TITLE.search(info)
             language = info.split()[0] if info else ""
-            found.append(
-                Block(number + 1, language, title[1] if title else None, code, *comment)
-            )
+            found.append(Block(number + 1, language, title[1] if title else None, code, *comment))
             comment = (None, None)
         elif line.strip():
             if comment[0]:

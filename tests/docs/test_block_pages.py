@@ -29,7 +29,9 @@ PUBLIC = [getattr(layered_store, name) for name in layered_store.__all__]
 CLASSES = {
     cls.__name__: cls
     for cls in PUBLIC
-    if inspect.isclass(cls) and issubclass(cls, StateStore) and dataclasses.is_dataclass(cls)
+    if inspect.isclass(cls)
+    and issubclass(cls, StateStore)
+    and dataclasses.is_dataclass(cls)
     and "kind" in vars(cls)
 }
 CLASSES["SyncStore"] = layered_store.SyncStore

@@ -54,7 +54,12 @@ def test_every_block_of_the_page_runs(
     )
     (tmp_path / "stack.toml").write_text(STACK)
     done = subprocess.run(  # noqa: S603
-        [sys.executable, str(Path(__file__).with_name("run_page.py")), page, json.dumps(placeholders)],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("run_page.py")),
+            page,
+            json.dumps(placeholders),
+        ],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
