@@ -9,8 +9,8 @@
     curl localhost:8000/health
     curl localhost:8000/metrics
 
-States are in DATABASE_URL, else in the SQLite file states.db; with REDIS_URL there is a shared cache
-tier between. Several workers: set PROMETHEUS_MULTIPROC_DIR and add ``--workers 4``.
+States are in DATABASE_URL, else in the SQLite file states.db; with REDIS_URL a shared cache tier
+is between. Several workers: set PROMETHEUS_MULTIPROC_DIR and add ``--workers 4``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     pip install layered-store attuned
     python examples/from_attuned.py
 
-Each message moves the estimate of how the writer is; each estimate is stored; the latest becomes the
-context of the next prompt, and the history shows the way there. Both packages write the same JSON.
+Each message moves the estimate of its writer; each estimate is stored; the latest becomes the
+context of the next prompt, and the history shows the way there. Both packages write one JSON.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Two applications share Redis and the database. One writes, the other sees it at once; then Redis is
 killed, and everything is still served; then it comes back, and is repaired before it is believed.
 
-Run it with ``python examples/redis_and_sql.py``. It starts a Redis of its own and keeps states in an
+Run it with ``python examples/redis_and_sql.py``. It starts its own Redis and keeps states in an
 SQLite file; set REDIS_URL and DATABASE_URL to use yours (a Redis that is yours is not killed).
 """
 
