@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 from layered_store.interface import Op
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from layered_store.identity import digest_function
@@ -420,6 +420,11 @@ class Invalidations(Capability):
     @abstractmethod
     def detach(self) -> Callable[[LeasedCache], None]:
         """Forget this cache."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> Callable[[], Awaitable[None]]:
+        """Begin to follow the channel and wait, at most 1 s and once, until leases are given."""
 
     @property
     @abstractmethod

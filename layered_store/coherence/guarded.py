@@ -31,7 +31,7 @@ from layered_store.events import log_event
 from layered_store.stats import Reads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from layered_store.clock import Clock
     from layered_store.coherence.contract import (
@@ -103,7 +103,7 @@ class GuardedCopies(Invalidations):
         self._pings: dict[int, list[float]] = {}
         self._reachable = True
         self._failures = 0
-        self._listening = False
+        self._listening = self._repaired_once = self._leased_once = False
         self._closed = False
         self.reads = Reads()
         self.repaired = 0
@@ -382,6 +382,10 @@ class GuardedCopies(Invalidations):
             self._caches.remove(cache)
 
     @property
+    def ready(self) -> Callable[[], Awaitable[None]]:
+        return self._started
+
+    @property
     def key_of(self) -> Callable[[str], bytes]:
         return self._authority.digest
 
@@ -420,6 +424,7 @@ class GuardedCopies(Invalidations):
             finally:
                 self._distrust()
                 self._leased_until = float("-inf")
+                self._begun(leased=True)  # nobody waits for a channel that cannot be had
                 if stood and not self._closed:
                     self._channel_lost = True
                     self.channel_losses += 1
@@ -480,12 +485,12 @@ class GuardedCopies(Invalidations):
             self._leased_until = ping[0] + min(LEASE_SECONDS, ping[1])
             for cache in self._caches:
                 cache.lease(self._leased_until)
+            self._begun(leased=True)
 
     # Repair
 
     async def _repair_for_ever(self) -> None:
         assert self._repair_now is not None
-        assert self._ready is not None
         while True:
             try:
                 await self._repair()
@@ -495,7 +500,7 @@ class GuardedCopies(Invalidations):
             except Exception as exc:  # noqa: BLE001  a third party's store: repair must go on
                 self.failures["repair"] += 1
                 _log.warning("a repair pass of the cache tier failed: %s", type(exc).__name__)
-            self._ready.set()
+            self._begun(repaired=True)
             await self._wait(self._repair_now, REPAIR_SECONDS)
 
     async def _repair(self) -> None:
@@ -527,6 +532,8 @@ class GuardedCopies(Invalidations):
         self._behind = 0
         await self._tier.stamp(begun, cursor, TRUST_SECONDS)
         self._note_repaired(started)
+        if self._ping_now is not None and self._leased_until <= self._clock.monotonic():
+            self._ping_now.set()  # what the last ping was refused for is there now
         if self.repaired > repaired:
             log_event("tier_repaired", tier=self._tier.tier_name, users=self.repaired - repaired)
 
@@ -570,7 +577,7 @@ class GuardedCopies(Invalidations):
             self._loop = loop
             self._ready, self._repair_now, self._ping_now = (asyncio.Event() for _ in range(3))
             self._tasks = [self._spawn(self._repair_for_ever())]
-            self._listening = False
+            self._listening = self._repaired_once = self._leased_once = False
             if self._caches:
                 self._follow()
             ready = self._ready
@@ -578,6 +585,14 @@ class GuardedCopies(Invalidations):
             async with self._clock.timeout(READY_SECONDS):
                 await ready.wait()
         ready.set()  # once is enough: a tier that is away must not cost every call a second
+
+    def _begun(self, *, repaired: bool = False, leased: bool = False) -> None:
+        """Let the first callers go on when a pass was made and, where caches follow, a lease."""
+        self._repaired_once = self._repaired_once or repaired
+        self._leased_once = self._leased_once or leased
+        following = self._listening and self._tier.has_channel
+        if self._ready is not None and self._repaired_once and (self._leased_once or not following):
+            self._ready.set()
 
     def _follow(self) -> None:
         self._listening = True

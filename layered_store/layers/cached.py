@@ -221,6 +221,8 @@ class Cached(Layer):
         self._stale_seconds: float = self.stale_if_error
         self._monotonic = self.clock.monotonic
         self._channel: Invalidations | None = None
+        # The event loop on which the channel was seen to stand.
+        self._following: asyncio.AbstractEventLoop | None = None
         self._trust = Trust()
         self._flights: dict[str, _Flight] = {}
         self._writing: dict[str, _Writers] = {}
@@ -262,8 +264,10 @@ class Cached(Layer):
             now = self._monotonic()
             if now < entry.deadline and now < self._trust.lease_until:
                 return self._answer(user_id, entry)
-        flight = self._flights.get(user_id)
         loop = asyncio.get_running_loop()
+        if loop is not self._following and self._channel is not None:
+            await self._follow_channel(self._channel)
+        flight = self._flights.get(user_id)
         if flight is None:
             flight = self._takeoff(user_id, loop)
             return await self._lead(user_id, flight)
@@ -277,6 +281,8 @@ class Cached(Layer):
         for user_id in wanted:
             check_user_id(user_id, Op.GET_LATEST_MANY)
         loop = asyncio.get_running_loop()
+        if loop is not self._following and self._channel is not None:
+            await self._follow_channel(self._channel)
         now = self._monotonic()
         found: dict[str, StateSnapshot | None] = dict.fromkeys(wanted)
         led: dict[str, _Flight] = {}
@@ -327,6 +333,11 @@ class Cached(Layer):
             entry.expires = entry.deadline
             self._refresh(user_id)
         return value
+
+    async def _follow_channel(self, channel: Invalidations) -> None:
+        """Have the channel stand before the first load, so that its answer may be kept."""
+        await channel.ready()
+        self._following = asyncio.get_running_loop()
 
     def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Flight:
         check_user_id(user_id, Op.GET_LATEST)
@@ -468,6 +479,8 @@ class Cached(Layer):
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
         user_id = snapshot.user_id
+        if self._following is None and self._channel is not None:
+            await self._follow_channel(self._channel)
         self._write_begins(user_id)
         try:
             with call_begins(self.clock) as call:

@@ -257,6 +257,8 @@ class WriteThrough(Layer):
         # Without its cache tier the stack serves all the same, so that one may come up later.
         if isinstance(tier, BaseException) and not isinstance(tier, StoreError):
             raise tier
+        if self._guard is not None:
+            await self._guard.ready()
 
     @property
     def snapshot_type(self) -> type[StateSnapshot]:
