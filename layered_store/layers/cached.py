@@ -10,7 +10,7 @@ import math
 import random as _random
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from cachetools import Cache
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["Cached"]
+
+C = TypeVar("C")
 
 _NEVER: Final = -math.inf
 
@@ -652,6 +654,10 @@ class Cached(Layer):
         self._trust.lease(until)
 
     # The rest of a layer
+
+    def capability(self, kind: type[C]) -> C | None:
+        # A cache above this one must hear of the same writes and erasures.
+        return self.inner.capability(kind) if kind is Invalidations else super().capability(kind)
 
     def hot_path(self) -> HotPath | None:
         if self._s3 is None:

@@ -1,4 +1,4 @@
-"""From its first call on, a stack of three tiers keeps what it reads and writes."""
+"""Stacks of three tiers: from the first call on, and with caches above caches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from servers import Server
 
-from layered_store import Cached, RedisStore, SQLStore, StateSnapshot
+from layered_store import Cached, RedisStore, Retry, SQLStore, StateSnapshot, Timeout
 from layered_store.stack import find
 
 STATE = StateSnapshot("u-1", 1, axes={"a": 0.1})
@@ -57,3 +57,25 @@ async def test_a_tier_that_hangs_from_the_start_costs_the_first_call_its_limits(
     assert loop_time() - begun < 3
     server.cont()
     await stack.aclose()
+
+
+async def test_a_cache_above_a_cache_hears_of_other_processes_too(
+    redis_url: str, sqlite_url: str
+) -> None:
+    """Both let go of what another process wrote or erased, whatever stands between them."""
+
+    def build() -> Cached:
+        below = Cached(RedisStore(redis_url), fallback=SQLStore(sqlite_url))
+        return Cached(Retry(Timeout(below, seconds=5)))
+
+    ours, theirs = build(), build()
+    await theirs.upsert_latest(STATE)
+    assert await ours.get_latest("u-1") == STATE
+    assert await ours.get_latest("u-1") == STATE
+    assert hits(ours) == 1
+    await theirs.delete("u-1")
+    assert await ours.get_latest("u-1") is None
+    await ours.upsert_latest(STATE)
+    assert await theirs.get_latest("u-1") == STATE
+    await ours.aclose()
+    await theirs.aclose()
