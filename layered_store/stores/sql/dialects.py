@@ -30,6 +30,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
+from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
+from layered_store.stores.sql.versions import upgrade
+
 if TYPE_CHECKING:
     from layered_store.stores.sql.schema import Tables
 
@@ -43,7 +46,6 @@ FAMILIES: Final = {
 }
 """What a SQLAlchemy dialect name counts as."""
 
-_COUNTER_ROW: Final = 1
 _BEGIN: Final = {
     # A reader that turns writer is refused at once however long busy_timeout is: writers begin so.
     "sqlite": ("BEGIN IMMEDIATE",),
@@ -82,6 +84,9 @@ class Statements:
     advance: Any = field(init=False)
     position: Any = field(init=False)
     start_counter: Any = field(init=False)
+    start_version: Any = field(init=False)
+    set_version: Any = field(init=False)
+    version: Any = field(init=False)
     store: Any = field(init=False)
     bury: Any = field(init=False)
     append: Any = field(init=False)
@@ -146,11 +151,20 @@ class Statements:
         )
         self.advance = (
             update(counter)
-            .where(counter.c.id == _COUNTER_ROW)
+            .where(counter.c.id == COUNTER_ROW)
             .values(position=counter.c.position + 1)
         )
-        self.position = select(counter.c.position).where(counter.c.id == _COUNTER_ROW)
-        self.start_counter = self._ignoring(counter, "id").values(id=_COUNTER_ROW, position=1)
+        self.position = select(counter.c.position).where(counter.c.id == COUNTER_ROW)
+        self.start_counter = self._ignoring(counter, "id").values(id=COUNTER_ROW, position=1)
+        self.start_version = self._ignoring(counter, "id").values(
+            id=VERSION_ROW, position=bindparam("to_version", type_=BigInteger)
+        )
+        self.set_version = (
+            update(counter)
+            .where(counter.c.id == VERSION_ROW)
+            .values(position=bindparam("to_version", type_=BigInteger))
+        )
+        self.version = select(counter.c.position).where(counter.c.id == VERSION_ROW)
         self.store = (
             update(latest)
             .where(latest.c.digest == digest)
@@ -211,7 +225,7 @@ class Statements:
         )
         self.now = select(now_us)
         end = (
-            select(counter.c.position + 1).where(counter.c.id == _COUNTER_ROW).scalar_subquery()
+            select(counter.c.position + 1).where(counter.c.id == COUNTER_ROW).scalar_subquery()
             if self.counted
             else literal_column(_XMIN, BigInteger)
         )
@@ -277,28 +291,29 @@ class Statements:
         )
 
     async def create(self, connection: Any) -> None:
-        """Create the missing tables; safe when several processes do it at once."""
-        metadata = self.tables.metadata
+        """Create the missing tables, bring older ones up to date; one process at a time.
+
+        Raises:
+            ConfigError: the tables are of a version that this release does not know.
+        """
         name = self.tables.latest.name
         if self.family == "postgresql":
             await connection.exec_driver_sql("BEGIN")
             lock = select(func.pg_advisory_xact_lock(func.hashtext(f"layered_store.{name}")))
             await connection.execute(lock)
-            await connection.run_sync(metadata.create_all)
+            await upgrade(connection, self)
             await connection.exec_driver_sql("COMMIT")
         elif self.family == "mysql":
             await connection.execute(
                 text("SELECT GET_LOCK(:name, 30)"), {"name": f"ls.{name}"[:64]}
             )
             try:
-                await connection.run_sync(metadata.create_all)
-                await connection.execute(self.start_counter)
+                await upgrade(connection, self)
             finally:
                 await connection.execute(
                     text("SELECT RELEASE_LOCK(:name)"), {"name": f"ls.{name}"[:64]}
                 )
         else:
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
-            await connection.run_sync(metadata.create_all)
-            await connection.execute(self.start_counter)
+            await upgrade(connection, self)
             await connection.exec_driver_sql("COMMIT")

@@ -2,12 +2,13 @@
 
 ``latest`` has one row per user, keyed by the user's digest: whatever the database thinks of case,
 accents and trailing spaces, two users never share a row. ``history`` has one row per write.
+``counter`` has one row per number that the store keeps: which is which stands below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -29,12 +30,18 @@ if TYPE_CHECKING:
     from sqlalchemy import BindParameter, ColumnElement
     from sqlalchemy.engine import Dialect
 
-__all__ = ["Tables", "build_tables"]
+__all__ = ["COUNTER_ROW", "VERSION_ROW", "Hex", "Tables", "build_tables"]
+
+COUNTER_ROW: Final = 1
+"""Row of the counter table that numbers transactions."""
+
+VERSION_ROW: Final = 2
+"""Row of the counter table that holds the version of the tables (see ``versions.py``)."""
 
 _MYSQL = ("mysql", "mariadb")
 
 
-class _Hex(UserDefinedType[bytes]):
+class Hex(UserDefinedType[bytes]):
     """Bytes that travel to MariaDB and MySQL as hexadecimal text.
 
     aiomysql cannot send bytes with the newest PyMySQL, which took its encoder away
@@ -67,7 +74,8 @@ class Tables:
         metadata: all of them, for ``create_all``.
         latest: one row per user, a tombstone where the user was erased.
         history: one row per write, with its write id.
-        counter: one row that numbers transactions, where the database offers nothing better.
+        counter: one row that numbers transactions, where the database offers nothing better, and
+            one with the version of the tables.
     """
 
     metadata: MetaData
@@ -79,8 +87,8 @@ class Tables:
 def build_tables(latest_name: str, history_name: str) -> Tables:
     """Return the tables under these names."""
     # MySQL's BLOB ends at 64 kB and its BINARY is the only binary type that can be a key.
-    key = LargeBinary().with_variant(_Hex("BINARY(16)"), *_MYSQL)
-    blob = LargeBinary().with_variant(_Hex("LONGBLOB"), *_MYSQL)
+    key = LargeBinary().with_variant(Hex("BINARY(16)"), *_MYSQL)
+    blob = LargeBinary().with_variant(Hex("LONGBLOB"), *_MYSQL)
     # Compared in Python only; stored so that no server can fold or refuse a character.
     name = Text().with_variant(
         mysql.VARCHAR(256, charset="utf8mb4", collation="utf8mb4_bin"), *_MYSQL

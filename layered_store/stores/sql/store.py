@@ -81,7 +81,8 @@ class SQLStore(StateStore, Authority, Enumerable):
             where a snapshot older than the stored one is ignored (and counted).
         latest_table: name of the table of latest states.
         history_table: name of the table of histories.
-        create_tables: create missing tables on first use.
+        create_tables: on first use, create missing tables and bring those of an earlier release up
+            to date; without it they are only looked at.
         snapshot_type: the class of the snapshots it keeps.
         digest_key: key of the digests that stand for users, as in all blocks that share data.
         timeout: seconds that one operation may take.
@@ -90,7 +91,8 @@ class SQLStore(StateStore, Authority, Enumerable):
         clock: source of time.
 
     Raises:
-        ConfigError: an option is out of range, or not exactly one of ``url`` and ``engine``.
+        ConfigError: an option is out of range, or not exactly one of ``url`` and ``engine``; from
+            the first operation, the tables are of a version that this release does not know.
         CorruptDataError: a user's row cannot be read back or is another user's. In a batch read
             the other users are returned and this one is left out; asked for alone, it raises.
         UnavailableError: see :class:`StateStore`; ``outcome_unknown`` is set when the commit of a
@@ -593,6 +595,7 @@ class SQLStore(StateStore, Authority, Enumerable):
                 await connection.invalidate()
 
     async def _make_ready(self, home: Home, session: Session) -> None:
+        from layered_store.stores.sql import versions  # noqa: PLC0415
         from layered_store.stores.sql.engines import close_with_loop  # noqa: PLC0415
 
         async with home.opening:
@@ -604,6 +607,8 @@ class SQLStore(StateStore, Authority, Enumerable):
                 session.open = True
                 await self._statements.create(session.connection)
                 session.open = False
+            else:
+                await versions.check(session.connection, self._statements)
             home.ready = True
 
     def _home(self) -> Home:
