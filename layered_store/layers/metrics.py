@@ -161,9 +161,15 @@ class Metrics(AroundLayer):
         """Return the figures of this layer; the exporter adds those of the blocks below."""
         hits = self._hits.hits
         for op, timings in self._timings.items():
-            for outcome, value in timings.outcomes.items():
-                more = hits if op is Op.GET_LATEST and outcome == "ok" else 0
-                yield Sample("operations", value + more, (op.value, outcome))
+            counts = dict(timings.outcomes)
+            if op is Op.GET_LATEST:
+                counts["ok"] += hits
+            if any(counts.values()):
+                # "ok" also when it is 0, so that a share of it can be told; of the others only
+                # what happened: all of them would double the cost of a scrape.
+                for outcome, value in counts.items():
+                    if value or outcome == "ok":
+                        yield Sample("operations", value, (op.value, outcome))
         yield Sample("operations_in_flight", self._in_flight)
         if self._health_checked is not None:
             yield Sample("health_checked", self._health_checked)
