@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from layered_store.layers.metrics import Metrics
     from layered_store.layers.retry import Retry
     from layered_store.layers.timeout import Timeout
+    from layered_store.layers.tracing import Tracing
     from layered_store.layers.write_through import WriteThrough
     from layered_store.stores.memory import MemoryStore
     from layered_store.stores.redis import RedisStore
@@ -76,6 +77,7 @@ __all__ = [
     "StoreTimeoutError",
     "SyncStore",
     "Timeout",
+    "Tracing",
     "UnavailableError",
     "UnsupportedError",
     "ValidationError",
@@ -103,6 +105,7 @@ _LAZY = {
     "SQLStore": "layered_store.stores.sql",
     "SyncStore": "layered_store.sync",
     "Timeout": "layered_store.layers.timeout",
+    "Tracing": "layered_store.layers.tracing",
     "WriteThrough": "layered_store.layers.write_through",
     "lint": "layered_store.config",
     "load_stack": "layered_store.config",

@@ -42,6 +42,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "circuit_breaker": "layered_store.layers.circuit_breaker:CircuitBreaker",
     "fallback": "layered_store.layers.fallback:Fallback",
     "bulkhead": "layered_store.layers.bulkhead:Bulkhead",
+    "tracing": "layered_store.layers.tracing:Tracing",
 }
 """The library's own blocks by kind; a module is imported when a config uses its block."""
 

@@ -107,12 +107,12 @@ def _routes(stack: StateStore) -> list[Route]:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready"}, status_code=503)
 
-    async def metrics(_: Request) -> Response:
-        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    async def metrics(request: Request) -> Response:
+        from layered_store.metrics.prometheus import exposition
 
-        return Response(
-            generate_latest(_registry(stack)), headers={"content-type": CONTENT_TYPE_LATEST}
-        )
+        accept = request.headers.get("accept", "")
+        body, content_type = exposition(_registry(stack), accept)
+        return Response(body, headers={"content-type": content_type})
 
     async def openapi(_: Request) -> Response:
         return JSONResponse(document())
