@@ -1,0 +1,93 @@
+"""Log events: one line when a state changes, none per call, nothing about users."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+
+import pytest
+
+from layered_store import CircuitBreaker, Fallback, MemoryStore, StateSnapshot, WriteThrough, events
+from layered_store.errors import ErasureIncompleteError, RejectedError, UnavailableError
+from layered_store.events import EVENTS, log_event
+from layered_store.testing.clock import FakeClock
+from layered_store.testing.scripted import Scripted
+
+
+@pytest.fixture(autouse=True)
+def _everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="layered_store")
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.event for record in caplog.records if hasattr(record, "event")]
+
+
+async def test_a_breaker_tells_each_change_of_state_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Opened, half open, opened again, closed; not the calls that it refuses meanwhile."""
+    clock = FakeClock()
+    failing = [UnavailableError("u-marked")] * 3
+    breaker = CircuitBreaker(
+        Scripted(*failing), failure_share=0.5, minimum_calls=2, open_for=5, clock=clock
+    )
+    for _ in range(5):
+        with pytest.raises((UnavailableError, RejectedError)):
+            await breaker.get_latest("u-marked")
+    assert told(caplog) == ["circuit_opened"]
+    await clock.advance(5)
+    with pytest.raises(UnavailableError):
+        await breaker.get_latest("u-marked")
+    await clock.advance(5)
+    await breaker.get_latest("u-marked")
+    await breaker.get_latest("u-marked")
+    assert told(caplog) == [
+        "circuit_opened",
+        "circuit_half_open",
+        "circuit_opened",
+        "circuit_half_open",
+        "circuit_closed",
+    ]
+    first = caplog.records[0]
+    assert first.getMessage() == "circuit_opened layer=CircuitBreaker retry_after=5.0"
+    assert (first.levelno, first.facts) == (  # type: ignore[attr-defined]
+        logging.WARNING,
+        {"layer": "CircuitBreaker", "retry_after": 5.0},
+    )
+    assert "u-marked" not in caplog.text
+
+
+@pytest.mark.parametrize("layer", [WriteThrough, Fallback])
+async def test_an_incomplete_erasure_is_told_once_until_one_is_complete(
+    caplog: pytest.LogCaptureFixture, layer: type
+) -> None:
+    """However many deletes fail in a row."""
+    away = Scripted(*[UnavailableError("u-marked")] * 3)
+    other = {"origin": MemoryStore()} if layer is WriteThrough else {"secondary": MemoryStore()}
+    stack = layer(away, **other)
+    for _ in range(3):
+        with pytest.raises(ErasureIncompleteError):
+            await stack.delete("u-marked")
+    assert told(caplog) == ["erasure_incomplete"]
+    await stack.delete("u-marked")
+    await stack.delete("u-marked")
+    assert told(caplog) == ["erasure_incomplete", "erasure_complete"]
+    assert caplog.records[0].facts["pending"] == "Scripted"  # type: ignore[attr-defined]
+    assert "u-marked" not in caplog.text
+
+
+async def test_calls_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A thousand calls that work, and some that fail, leave no line."""
+    stack = WriteThrough(Scripted(UnavailableError("away")), origin=MemoryStore())
+    for number in range(200):
+        await stack.upsert_latest(StateSnapshot(f"u-{number}"))
+        await stack.get_latest(f"u-{number}")
+    assert caplog.records == []
+
+
+def test_every_event_is_in_the_table() -> None:
+    """The module's documentation is the list of events, with their levels."""
+    rows = re.findall(r"^(\w+_\w+) +(WARNING|INFO) ", inspect.getdoc(events) or "", re.MULTILINE)
+    assert {name: getattr(logging, level) for name, level in rows} == EVENTS
+    with pytest.raises(KeyError):
+        log_event("something_else")
