@@ -7,6 +7,7 @@ allows the rule; a *warning* is probably not meant; a *note* is worth knowing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.durations import parse_duration
-from layered_store.config.registry import nearest
+from layered_store.config.registry import nearest, shown
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.stack import Place, kind_of, walk
@@ -84,7 +85,7 @@ class LintPolicy:
         problems = [
             ConfigError(
                 "unknown key; known are allow, max_staleness",
-                path=f"lint.{key}",
+                path=f"lint.{shown(key)}",
                 suggestion=nearest(str(key), ("allow", "max_staleness")),
             )
             for key in table
@@ -92,21 +93,23 @@ class LintPolicy:
         ]
         allow = table.get("allow", {})
         if isinstance(allow, list | tuple):
-            allow = dict.fromkeys(map(str, allow), "")
+            allow = {rule: "" for rule in map(str, allow)}
         if not isinstance(allow, Mapping):
             problems.append(
                 ConfigError("must be a list of rules, or a table of reasons", path="lint.allow")
             )
             allow = {}
-        problems.extend(
-            ConfigError(
-                "there is no rule of this id",
-                path=f"lint.allow.{rule}",
-                suggestion=next((known for known in RULES if known == str(rule).upper()), None),
-            )
-            for rule in allow
-            if rule not in RULES
-        )
+        for index, rule in enumerate(allow):
+            if rule not in RULES:
+                known = next((known for known in RULES if known == str(rule).upper()), None)
+                place = rule if re.fullmatch(r"LS\d{1,4}", str(rule), re.IGNORECASE) else index
+                problems.append(
+                    ConfigError(
+                        f"there is no rule of this id; known are {', '.join(RULES)}",
+                        path=f"lint.allow.{place}",
+                        suggestion=known,
+                    )
+                )
         limit = table.get("max_staleness")
         try:
             limit = parse_duration(limit) if isinstance(limit, str) else limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.durations import parse_duration
 from layered_store.config.environment import interpolate
-from layered_store.config.registry import MISSING, Option, nearest, spec_of, spec_of_class
+from layered_store.config.registry import MISSING, Option, nearest, shown, spec_of, spec_of_class
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.stack import children_of, walk
@@ -103,40 +104,73 @@ def load_unchecked(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    suffix = path.suffix.lower()
-    if suffix not in (".toml", ".json"):
-        raise ConfigError("a config file ends in .toml or .json", option="source")
-    try:
-        raw = path.read_bytes()
-    except OSError as exc:
-        raise ConfigError(
-            f"cannot read {path.name!r}: {exc.strerror or type(exc).__name__}", option="source"
-        ) from exc
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path.name!r} is larger than a megabyte", option="source")
-    try:
-        text = raw.decode("utf-8-sig")
-        found = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path.name!r} is not UTF-8", option="source") from None
-    except json.JSONDecodeError as exc:
-        raise ConfigError(
-            f"{path.name!r} is no JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}",
-            option="source",
-        ) from None
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{path.name!r} is no TOML{_toml_place(exc)}", option="source") from None
-    except (RecursionError, ValueError):
-        raise ConfigError(f"{path.name!r} holds what cannot be read", option="source") from None
+    """Return what a file holds.
+
+    Raises:
+        ConfigError: it cannot be read. The parser's own error, which has the whole text, does not
+            go along.
+    """
+    found, wrong = _parse(path)
+    if wrong:
+        raise ConfigError(wrong, option="source")
     if not isinstance(found, dict):
         raise ConfigError(f"{path.name!r} must hold a table", option="source")
     return found
 
 
+def _parse(path: Path) -> tuple[Any, str]:
+    """Return what a file holds, or what is wrong with it."""
+    suffix = path.suffix.lower()
+    name = repr(path.name)
+    if suffix not in (".toml", ".json"):
+        return None, "a config file ends in .toml or .json"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as exc:
+        return None, f"cannot read {name}: {getattr(exc, 'strerror', None) or type(exc).__name__}"
+    if len(raw) > _MAX_FILE_BYTES:
+        return None, f"{name} is larger than a megabyte"
+    try:
+        text = raw.decode("utf-8-sig")
+        found = (
+            tomllib.loads(text)
+            if suffix == ".toml"
+            else json.loads(text, object_pairs_hook=_unrepeated)
+        )
+    except UnicodeDecodeError:
+        return None, f"{name} is not UTF-8"
+    except json.JSONDecodeError as exc:
+        return None, f"{name} is no JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
+    except tomllib.TOMLDecodeError as exc:
+        return None, f"{name} is no TOML{_toml_place(exc)}"
+    except _RepeatedKeyError as exc:
+        return None, f"{name} has the key {shown(exc.key)} twice in one table"
+    except (RecursionError, ValueError):
+        return None, f"{name} holds what cannot be read"
+    return found, ""
+
+
+class _RepeatedKeyError(Exception):
+    """A table of a JSON file has a key twice, of which one would silently win."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _RepeatedKeyError(key)
+        table[key] = value
+    return table
+
+
 def _toml_place(exc: Exception) -> str:
     # Only the place is told: the rest of the message may quote what stands there.
-    _, found, place = str(exc).rpartition("(at ")
-    return f": something is wrong at {place.rstrip(')')}" if found else ""
+    found = re.search(r"\(at (line \d+, column \d+|end of document)\)$", str(exc))
+    return f": something is wrong at {found[1]}" if found else ""
 
 
 class _StandIn(StateStore):
@@ -180,6 +214,9 @@ class _Build:
             return None
 
     def finish(self) -> None:
+        for problem in self._problems:
+            # What a driver said, and the frames it said it in, may hold a secret.
+            problem.__cause__ = problem.__context__ = problem.__traceback__ = None
         if len(self._problems) == 1:
             raise self._problems[0]
         if self._problems:
@@ -572,9 +609,7 @@ def _because(doc: str) -> str:
 
 
 def _join(path: str, key: object) -> str:
-    text = str(key)
-    shown = text if len(text) <= 60 and text.isprintable() else f"{text[:20]!a}..."
-    return f"{path}.{shown}" if path else shown
+    return f"{path}.{shown(key)}" if path else shown(key)
 
 
 def to_config(stack: StateStore) -> dict[str, Any]:

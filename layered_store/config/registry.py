@@ -25,7 +25,7 @@ from typing import Any, Final, Literal
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 
-__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "nearest", "spec_of"]
+__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "nearest", "shown", "spec_of"]
 
 ENTRY_POINT_GROUP: Final = "layered_store.blocks"
 """Entry points of this group name further blocks: ``kind = "module:Class"``."""
@@ -130,17 +130,28 @@ def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def shown(key: object) -> str:
+    """Return a key of a file as messages may have it: a name as it is, anything else not.
+
+    A URL that was put where a name belongs may hold a secret.
+    """
+    text = str(key)
+    return text if re.fullmatch(r"[\w$-]{1,60}", text) else "<a key that is no name>"
+
+
 def spec_of(kind: str) -> BlockSpec:
     """Return the block that ``kind`` names, importing its module now.
 
     Raises:
         ConfigError: there is none, or a third party's cannot be imported or is no store.
     """
+    if kind in BUILT_IN:
+        return _spec(kind, BUILT_IN[kind])  # without looking at what is installed
     known = kinds()
     place = known.get(kind)
     if place is None:
         raise ConfigError(
-            f"there is no block of kind {_quote(kind)}; known are {', '.join(sorted(known))}",
+            f"there is no block of this name; known are {', '.join(sorted(known))}",
             option="use",
             suggestion=nearest(kind, known),
         )
@@ -153,9 +164,9 @@ def spec_of_class(cls: type[StateStore]) -> BlockSpec:
     Raises:
         ConfigError: no kind names it, so no file can.
     """
-    for kind, known in kinds().items():
-        if _leads_to(known, cls):
-            return _spec(kind, known)
+    kind = _kind_in(BUILT_IN, cls) or _kind_in(kinds(), cls)
+    if kind is not None:
+        return spec_of(kind)
     raise ConfigError(
         f"{cls.__name__} has no kind; register it as an entry point of the group"
         f" {ENTRY_POINT_GROUP!r} to use it in config files",
@@ -163,9 +174,16 @@ def spec_of_class(cls: type[StateStore]) -> BlockSpec:
     )
 
 
-def _leads_to(place: str, cls: type) -> bool:
-    module, _, name = place.partition(":")
-    return getattr(sys.modules.get(module), name, None) is cls
+def _kind_in(places: Mapping[str, str], cls: type) -> str | None:
+    """Return the kind that leads to a class, importing nothing."""
+    for kind, place in places.items():
+        module, _, name = place.partition(":")
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is cls:
+            return kind
+    return None
 
 
 @cache
@@ -177,11 +195,11 @@ def _spec(kind: str, place: str) -> BlockSpec:
             cls = getattr(cls, part)
     except Exception as exc:
         raise ConfigError(
-            f"the block {_quote(kind)} cannot be imported from {place} ({type(exc).__name__})",
+            f"the block {kind} cannot be imported from {place} ({type(exc).__name__})",
             option="use",
         ) from exc
     if not (isinstance(cls, type) and issubclass(cls, StateStore)):
-        raise ConfigError(f"the block {_quote(kind)} at {place} is no StateStore", option="use")
+        raise ConfigError(f"the block {kind} at {place} is no StateStore", option="use")
     doc = inspect.cleandoc(cls.__doc__ or "")
     return BlockSpec(kind, cls, _options(cls, doc), doc.split("\n\n", 1)[0].replace("\n", " "))
 
@@ -281,7 +299,3 @@ def _argument_docs(doc: str) -> dict[str, str]:
     entries = re.findall(r"^(\w+):[ ]*((?:.*)(?:\n[ \t]+.*)*)", body, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text).strip() for name, text in entries}
 
-
-def _quote(name: str) -> str:
-    shown = name if len(name) <= 40 and name.isprintable() else f"{name[:20]!a}..."
-    return f'"{shown}"'

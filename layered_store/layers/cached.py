@@ -10,7 +10,7 @@ import math
 import random as _random
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from cachetools import Cache
 
@@ -186,7 +186,7 @@ class Cached(Layer):
     stale_if_error: Seconds = field(default=0.0, kw_only=True)
     refresh_ahead: float | None = field(default=None, kw_only=True)
     ttl_jitter: float = field(default=0.0, kw_only=True)
-    invalidation: str = field(default="auto", kw_only=True)
+    invalidation: Literal["auto", "required", "off"] = field(default="auto", kw_only=True)
     cache: Cache[Any, Any] | None = field(default=None, kw_only=True)
     random: _random.Random = field(default_factory=_random.Random, kw_only=True, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)

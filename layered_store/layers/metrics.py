@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import (
@@ -74,7 +74,7 @@ class Metrics(AroundLayer):
 
     name: str = field(kw_only=True)
     registry: Any = field(default=None, kw_only=True, repr=False)
-    time_hits: str = field(default="sampled", kw_only=True)
+    time_hits: Literal["sampled", "all"] = field(default="sampled", kw_only=True)
     exemplar: ExemplarHook | None = field(default=None, kw_only=True, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 

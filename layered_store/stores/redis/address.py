@@ -82,13 +82,14 @@ def address_of_url(
     except ConfigError:
         raise
     except Exception as exc:  # noqa: BLE001  whatever the driver makes of a strange URL
-        # The driver's text may show a part of the URL, so only its class is told.
-        problem = ConfigError(
-            f"cannot be read ({type(exc).__name__}); the forms are {_SCHEMES}",
-            option="url",
-            layer="RedisStore",
-        )
-        raise problem from None
+        kind = type(exc).__name__
+    # The driver's text may show a part of the URL, so only its class is told; and raised out here,
+    # since inside the handler the driver's error would go along as the context.
+    raise ConfigError(
+        f"cannot be read ({kind}); the forms are {_SCHEMES}, and query options are the driver's",
+        option="url",
+        layer="RedisStore",
+    )
 
 
 def _parse(url: str) -> dict[str, Any]:
@@ -103,6 +104,13 @@ def _single(url: str, quiet: dict[str, Any]) -> Callable[[], Address]:
     given = _parse(url)
     if "path" not in given and "host" not in given and url.startswith("unix"):
         raise ValueError
+    database = urlsplit(url).path.strip("/")
+    if not url.startswith("unix") and database and not database.isdecimal():
+        raise ConfigError(
+            "names a database that is no number; write redis://host:port/0",
+            option="url",
+            layer="RedisStore",
+        )
     pool = ConnectionPool.from_url(url, **{**quiet, "decode_responses": False})
     pool.connection_kwargs["decode_responses"] = False
     address = _of_pool(pool)

@@ -39,6 +39,7 @@ _DRIVERS: Final = {
     "mariadb": "mariadb+aiomysql",
 }
 _ASYNC: Final = ("aiosqlite", "asyncpg", "psycopg", "psycopg_async", "aiomysql", "asyncmy")
+_MAX_PORT: Final = 65_535
 _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
 _BUSY_MS: Final = 5_000
 _CLOSE_SECONDS: Final = 1.0
@@ -75,11 +76,16 @@ def parse_url(url: object, owner: str) -> URL:
     Raises:
         ConfigError: no URL, or of a database or driver that cannot be used; its text is not shown.
     """
+    parsed = None
     try:
         parsed = make_url(url)  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, AttributeError):
-        # The URL may hold a password: neither it nor the cause is shown.
-        raise ConfigError(f"must be a URL such as {_SCHEMES}", option="url", layer=owner) from None
+        pass
+    if parsed is None:
+        # The URL may hold a password: neither it nor the cause goes along.
+        raise ConfigError(f"must be a URL such as {_SCHEMES}", option="url", layer=owner)
+    if parsed.port is not None and not 0 < parsed.port <= _MAX_PORT:
+        raise ConfigError(f"names a port beyond {_MAX_PORT}", option="url", layer=owner)
     scheme = parsed.drivername
     if scheme in _DRIVERS:
         return parsed.set(drivername=_DRIVERS[scheme])

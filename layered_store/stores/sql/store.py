@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
@@ -108,7 +108,7 @@ class SQLStore(StateStore, Authority, Enumerable):
     engine: AsyncEngine | None = field(default=None, kw_only=True, repr=False)
     history_limit: int | None = field(default=100, kw_only=True)
     history_max_age: Seconds | None = field(default=None, kw_only=True)
-    order: str = field(default="arrival", kw_only=True)
+    order: Literal["arrival", "snapshot_time"] = field(default="arrival", kw_only=True)
     latest_table: str = field(default="layered_store_latest", kw_only=True)
     history_table: str = field(default="layered_store_history", kw_only=True)
     create_tables: bool = field(default=True, kw_only=True)
