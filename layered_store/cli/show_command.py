@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
-from rich.tree import Tree
 
-from layered_store.cli.common import build, console, guarded, json_option
+from layered_store.cli.common import build, guarded, json_option
 from layered_store.stack import Block, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["command"]
 
@@ -23,18 +26,20 @@ def command(stack: str | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(block) for block in blocks], default=_plain, indent=2))
         return
-    trees: list[Tree] = []
-    for block in blocks:
-        label = _label(block)
-        node = trees[block.depth - 1].add(label) if block.depth else Tree(label)
-        trees[block.depth :] = [node]
-    console.print(trees[0])
+    for line in _drawn(blocks):
+        click.echo(line)
 
 
-def _label(block: Block) -> str:
-    from rich.markup import escape
-
-    return escape(str(block).strip())
+def _drawn(blocks: Sequence[Block]) -> Iterator[str]:
+    """Yield the lines of the tree; whole, since a remark that is cut off may mislead."""
+    open_branches: list[bool] = []
+    for index, block in enumerate(blocks):
+        later = (after.depth for after in blocks[index + 1 :])
+        more = next((depth for depth in later if depth <= block.depth), -1) == block.depth
+        open_branches[block.depth :] = [more]
+        guides = "".join("│   " if branch else "    " for branch in open_branches[1:-1])
+        branch = ("├── " if more else "└── ") if block.depth else ""
+        yield f"{guides}{branch}{str(block).strip()}"
 
 
 def _plain(value: object) -> str:

@@ -55,6 +55,25 @@ def test_show(memory: str) -> None:
     assert [block["kind"] for block in blocks] == ["cached", "memory"]
 
 
+def test_show_draws_branches_with_whole_remarks(tmp_path: Path) -> None:
+    """Every block stands under the one that wraps it, and no remark is cut off."""
+    path = tmp_path / "stack.toml"
+    path.write_text(
+        '[store]\nuse = "write_through"\nlayers = [{ use = "cached" }]\n'
+        'inner = { use = "redis", url = "redis://h", layers = [{ use = "timeout", seconds = 1 }] }\n'
+        'origin = { use = "memory" }\n'
+    )
+    lines = run("show", str(path)).output.splitlines()
+    assert lines[0].endswith("; lease 1 s")
+    assert [line.split("(")[0] for line in lines] == [
+        "Cached",
+        "└── WriteThrough",
+        "    ├── Timeout",
+        "    │   └── RedisStore",
+        "    └── origin: MemoryStore",
+    ]
+
+
 def test_check(memory: str) -> None:
     """``check`` prints the health tree and exits 0 when healthy."""
     done = run("check", memory)
