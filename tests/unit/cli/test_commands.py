@@ -60,7 +60,8 @@ def test_show_draws_branches_with_whole_remarks(tmp_path: Path) -> None:
     path = tmp_path / "stack.toml"
     path.write_text(
         '[store]\nuse = "write_through"\nlayers = [{ use = "cached" }]\n'
-        'inner = { use = "redis", url = "redis://h", layers = [{ use = "timeout", seconds = 1 }] }\n'
+        'inner = { use = "redis", url = "redis://h", layers = [{ use = "bulkhead", '
+        'max_in_flight = 1 }] }\n'
         'origin = { use = "memory" }\n'
     )
     lines = run("show", str(path)).output.splitlines()
@@ -68,7 +69,7 @@ def test_show_draws_branches_with_whole_remarks(tmp_path: Path) -> None:
     assert [line.split("(")[0] for line in lines] == [
         "Cached",
         "└── WriteThrough",
-        "    ├── Timeout",
+        "    ├── Bulkhead",
         "    │   └── RedisStore",
         "    └── origin: MemoryStore",
     ]
