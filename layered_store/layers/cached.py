@@ -8,6 +8,7 @@ import contextvars
 import copy
 import math
 import random as _random
+import threading
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
@@ -223,6 +224,8 @@ class Cached(Layer):
         self._stale_seconds: float = self.stale_if_error
         self._monotonic = self.clock.monotonic
         self._channel: Invalidations | None = None
+        # Whoever changes loads, writers or entries together: event loops of several threads.
+        self._lock = threading.Lock()
         # The event loop on which the channel was seen to stand.
         self._following: asyncio.AbstractEventLoop | None = None
         self._trust = Trust()
@@ -270,7 +273,7 @@ class Cached(Layer):
         if loop is not self._following and self._channel is not None:
             await self._follow_channel(self._channel)
         flight = self._flights.get(user_id)
-        if flight is None:
+        if flight is None or flight.loop.is_closed():
             flight = self._takeoff(user_id, loop)
             return await self._lead(user_id, flight)
         if flight.loop is loop:
@@ -295,7 +298,7 @@ class Cached(Layer):
                 found[user_id] = self._answer(user_id, entry)
                 continue
             flight = self._flights.get(user_id)
-            if flight is None:
+            if flight is None or flight.loop.is_closed():
                 led[user_id] = self._takeoff(user_id, loop)
             elif flight.loop is loop:
                 self._waits += 1
@@ -368,9 +371,7 @@ class Cached(Layer):
             raise
         if counted:
             self._reads.miss += 1
-        if self._flights.get(user_id) is flight:
-            del self._flights[user_id]
-            self._keep(user_id, value)
+        self._landed(user_id, flight, value)
         if flight.waiters is not None or flight.passengers is not None:
             flight.land(value)
         return value
@@ -394,12 +395,24 @@ class Cached(Layer):
             raise
         self._reads.miss += len(led)
         for user_id, flight in led.items():
-            value = found[user_id]
+            self._landed(user_id, flight, found[user_id])
+            flight.land(found[user_id])
+        return found
+
+    def _landed(self, user_id: str, flight: _Flight, value: StateSnapshot | None) -> None:
+        """Keep what a load found, unless a write, an erasure or a notice came in between."""
+        with self._lock:
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
                 self._keep(user_id, value)
-            flight.land(value)
-        return found
+
+    def _leave_flight(self, user_id: str, flight: _Flight) -> bool:
+        """End a load that keeps nothing; tell whether it was still current."""
+        with self._lock:
+            if self._flights.get(user_id) is not flight:
+                return False
+            del self._flights[user_id]
+            return True
 
     async def _follow(self, user_id: str, flight: _Flight) -> StateSnapshot | None:
         """Wait for another caller's load; take it over if that caller goes away."""
@@ -433,9 +446,7 @@ class Cached(Layer):
 
     def _failed(self, user_id: str, flight: _Flight, exc: Exception) -> StateSnapshot | None:
         """End a load that raised; return the old entry that may answer instead, if any."""
-        current = self._flights.get(user_id) is flight
-        if current:
-            del self._flights[user_id]
+        current = self._leave_flight(user_id, flight)
         entry = self._entries.get(user_id)
         if (
             self.stale_if_error
@@ -454,8 +465,7 @@ class Cached(Layer):
 
     def _abandoned(self, user_id: str, flight: _Flight) -> None:
         """The loading caller was cancelled: the next one loads, or nobody."""
-        if not flight.hand_over() and self._flights.get(user_id) is flight:
-            del self._flights[user_id]
+        if not flight.hand_over() and self._leave_flight(user_id, flight):
             self._unindex(user_id)
 
     def _refresh(self, user_id: str) -> None:
@@ -521,37 +531,40 @@ class Cached(Layer):
 
     def _write_begins(self, user_id: str) -> None:
         """Take away what is cached or being loaded: from here on it may be old."""
-        self._detach(user_id)
-        writers = self._writing.get(user_id)
-        if writers is None:
-            writers = self._writing[user_id] = _Writers()
-            if self._channel is not None:
-                self._by_digest[self._channel.key_of(user_id)] = user_id
-        else:
-            writers.overlapped = True
-        writers.count += 1
+        with self._lock:
+            self._detach(user_id)
+            writers = self._writing.get(user_id)
+            if writers is None:
+                writers = self._writing[user_id] = _Writers()
+                if self._channel is not None:
+                    self._by_digest[self._channel.key_of(user_id)] = user_id
+            else:
+                writers.overlapped = True
+            writers.count += 1
 
     def _write_ends(
         self, user_id: str, snapshot: StateSnapshot | None, version: int, *, kept: bool = True
     ) -> None:
         """Keep what was written, if this write alone knows what the store holds now."""
-        self._detach(user_id)
-        writers = self._leave(user_id)
-        known = kept and not writers.overlapped and writers.noticed <= version
-        if known and (version or self._channel is None):
-            self._keep(user_id, snapshot, version)
+        with self._lock:
+            self._detach(user_id)
+            writers = self._leave(user_id)
+            known = kept and not writers.overlapped and writers.noticed <= version
+            if known and (version or self._channel is None):
+                self._keep(user_id, snapshot, version)
 
     def _write_failed(self, user_id: str, exc: BaseException) -> None:
         """Keep nothing; and for a while nothing at all, when the write may still take effect."""
-        self._detach(user_id)
-        self._leave(user_id)
-        if isinstance(exc, NOT_HAPPENED):
-            return
-        now = self._monotonic()
-        self._quarantine.pop(user_id, None)
-        self._quarantine[user_id] = now + QUARANTINE_SECONDS
-        while self._quarantine[first := next(iter(self._quarantine))] <= now:
-            del self._quarantine[first]
+        with self._lock:
+            self._detach(user_id)
+            self._leave(user_id)
+            if isinstance(exc, NOT_HAPPENED):
+                return
+            now = self._monotonic()
+            self._quarantine.pop(user_id, None)
+            self._quarantine[user_id] = now + QUARANTINE_SECONDS
+            while self._quarantine[first := next(iter(self._quarantine))] <= now:
+                del self._quarantine[first]
 
     def _leave(self, user_id: str) -> _Writers:
         writers = self._writing[user_id]
@@ -630,25 +643,27 @@ class Cached(Layer):
         user_id = self._by_digest.get(notice.digest)
         if user_id is None:
             return
-        if (writers := self._writing.get(user_id)) is not None:
-            writers.noticed = max(writers.noticed, notice.version)
-        entry = self._entries.get(user_id)
-        if entry is not None and entry.version >= notice.version:
-            return
-        self._detach(user_id, "channel")
-        self._unindex(user_id)
+        with self._lock:
+            if (writers := self._writing.get(user_id)) is not None:
+                writers.noticed = max(writers.noticed, notice.version)
+            entry = self._entries.get(user_id)
+            if entry is not None and entry.version >= notice.version:
+                return
+            self._detach(user_id, "channel")
+            self._unindex(user_id)
 
     def distrust(self) -> None:
-        self._removals["invalidations", "distrust"] += len(self._entries)
-        self._flights.clear()
-        self._store.clear()
-        for writers in self._writing.values():
-            writers.overlapped = True
-        self._by_digest = {
-            digest: user_id
-            for digest, user_id in self._by_digest.items()
-            if user_id in self._writing
-        }
+        with self._lock:
+            self._removals["invalidations", "distrust"] += len(self._entries)
+            self._flights.clear()
+            self._store.clear()
+            for writers in self._writing.values():
+                writers.overlapped = True
+            self._by_digest = {
+                digest: user_id
+                for digest, user_id in self._by_digest.items()
+                if user_id in self._writing
+            }
 
     def lease(self, until: float) -> None:
         self._trust.lease(until)

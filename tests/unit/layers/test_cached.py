@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
@@ -813,3 +815,90 @@ def test_two_event_loops_share_the_cache_and_never_each_others_loads() -> None:
         return await asyncio.gather(*map(cache.get_latest, users))
 
     assert asyncio.run(all_of(["u-1", "u-2", "u-2"])) == [NEW, None, None]
+
+
+def test_event_loops_of_several_threads_share_one_cache() -> None:
+    """Reads, writes and deletes from four threads, switched as often as can be: none fails, no
+    load or writer is left, and what is cached is what the store holds."""
+
+    class Yielding(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            found = await super().get_latest(user_id)
+            await asyncio.sleep(0)
+            return found
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await asyncio.sleep(0)
+            await super().upsert_latest(snapshot)
+            await asyncio.sleep(0)
+
+    users = ("u-0", "u-1", "u-2")
+    inner = Yielding()
+    cache = Cached(inner, negative_ttl=60, max_entries=2)
+    failures: list[BaseException] = []
+
+    async def work(chance: random.Random) -> None:
+        for _ in range(150):
+            user, kind = chance.choice(users), chance.random()
+            if kind < 0.6:
+                await cache.get_latest(user)
+            elif kind < 0.8:
+                await cache.upsert_latest(StateSnapshot(user, chance.randrange(10**9)))
+            elif kind < 0.9:
+                await cache.delete(user)
+            else:
+                await cache.get_latest_many(users)
+
+    async def many(seed: int) -> None:
+        await asyncio.gather(*(work(random.Random(10 * seed + index)) for index in range(8)))
+
+    def body(seed: int) -> None:
+        try:
+            asyncio.run(many(seed))
+        except BaseException as exc:
+            failures.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for round_ in range(5):
+            threads = [threading.Thread(target=body, args=(4 * round_ + n,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+                assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert not cache._flights
+    assert not cache._writing
+
+    async def compare() -> None:
+        for user in users:
+            assert await cache.get_latest(user) == await inner.get_latest(user)
+
+    asyncio.run(compare())
+
+
+def test_a_load_of_an_event_loop_that_was_stopped_is_no_obstacle() -> None:
+    """A loop that was closed in mid-load leaves a load that nobody ends; the next one replaces
+    it."""
+    cache = Cached(Scripted(Stuck(), NEW))
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(cache.get_latest("u-1"))
+    loop.run_until_complete(asyncio.sleep(0))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    assert asyncio.run(cache.get_latest("u-1")) == NEW
+    assert asyncio.run(cache.get_latest("u-1")) == NEW
+
+
+class Stuck(Gate):
+    """A gate that needs no event loop to be built, and never opens."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    async def pass_through(self) -> Any:
+        await asyncio.get_running_loop().create_future()
