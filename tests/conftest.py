@@ -14,7 +14,14 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from servers import Server, ServerMissingError, start_mysql, start_postgres, start_redis
+from servers import (
+    Server,
+    ServerMissingError,
+    start_mysql,
+    start_postgres,
+    start_prometheus,
+    start_redis,
+)
 
 # A busy machine is no failure; and nothing is kept from one run to the next.
 settings.register_profile("layered_store", deadline=None, database=None)
@@ -59,6 +66,20 @@ def redis_server() -> Iterator[Callable[..., Server]]:
 
     def start(*options: str) -> Server:
         servers.append(_start(lambda: start_redis(*options)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def prometheus_server() -> Iterator[Callable[[Path], Server]]:
+    """Start Prometheus on a folder with its configuration."""
+    servers: list[Server] = []
+
+    def start(folder: Path) -> Server:
+        servers.append(_start(lambda: start_prometheus(folder)))
         return servers[-1]
 
     yield start

@@ -409,3 +409,19 @@ def start_mysql() -> Server:
         "--innodb-flush-log-at-trx-commit=2",
     ]
     return Server(command, folder, port, **popen)
+
+
+def start_prometheus(folder: Path) -> Server:
+    """Start Prometheus on the ``prometheus.yml`` of a folder, which also takes its data."""
+    binary = _find("prometheus")
+    if binary is None or _find("promtool") is None:
+        raise ServerMissingError("no prometheus and promtool on the PATH")
+    port = free_port()
+    command = [
+        binary,
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=warn",
+    ]
+    return Server(command, folder, port)
