@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from layered_store.errors import UnsupportedError
 from layered_store.health import HealthReport, SharedProbe
+from layered_store.identity import check_user_id
 from layered_store.snapshot import StateSnapshot
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Op", "StateStore"]
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 class Op(StrEnum):
@@ -106,7 +108,7 @@ class StateStore(ABC):
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """Return the latest states of several users by user id; absent users are left out."""
         found = {}
-        for user_id in dict.fromkeys(user_ids):
+        for user_id in check_user_ids(user_ids):
             snapshot = await self.get_latest(user_id)
             if snapshot is not None:
                 found[user_id] = snapshot
@@ -117,10 +119,7 @@ class StateStore(ABC):
 
         When it fails part way, those stored before stay stored; repeating the call is safe.
         """
-        batch = list(snapshots)
-        for snapshot in batch:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
-        for snapshot in batch:
+        for snapshot in check_snapshots(snapshots, self.snapshot_type):
             await self.upsert_latest(snapshot)
 
     async def health_check(self) -> bool:
@@ -201,6 +200,43 @@ def check_limit(limit: object) -> int:
             "must be an int of at least 0", field="limit", operation=Op.GET_HISTORY
         )
     return limit
+
+
+def listed(values: Iterable[T], field: str, operation: str) -> list[T]:
+    """Return what a batch was given as a list; a text or a lone value is refused.
+
+    An iterator can be read once only, and a call may be repeated.
+    """
+    if not isinstance(values, str | bytes):
+        try:
+            return list(values)
+        except TypeError:
+            pass
+    from layered_store.errors import ValidationError  # noqa: PLC0415
+
+    raise ValidationError(
+        f"must be a list (or another iterable), not one {type(values).__name__}",
+        field=field,
+        operation=operation,
+    )
+
+
+def check_user_ids(user_ids: Iterable[str]) -> list[str]:
+    """Return the ids of a batch of reads, each once, or raise ValidationError."""
+    wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+    for user_id in wanted:
+        check_user_id(user_id, Op.GET_LATEST_MANY)
+    return list(dict.fromkeys(wanted))
+
+
+def check_snapshots(
+    snapshots: Iterable[StateSnapshot], snapshot_type: type[StateSnapshot]
+) -> list[StateSnapshot]:
+    """Return the snapshots of a batch of writes, or raise ValidationError for a bad one."""
+    batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
+    for snapshot in batch:
+        check_snapshot(snapshot, snapshot_type, Op.UPSERT_LATEST_MANY)
+    return batch
 
 
 def check_snapshot(

@@ -12,7 +12,7 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import ClosedError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
-from layered_store.interface import Op, StateStore
+from layered_store.interface import Op, StateStore, listed
 from layered_store.options import check_store
 
 if TYPE_CHECKING:
@@ -179,12 +179,13 @@ class AroundLayer(Layer):
         return await self.around(Op.GET_HISTORY, self.inner.get_history, user_id, limit)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        # A list, since the call may be repeated and an iterator is read once.
-        return await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, list(user_ids))
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        return await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, wanted)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
         with call_begins(self._call_clock()):
-            await self.around(Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, list(snapshots))
+            await self.around(Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, batch)
 
     def _call_clock(self) -> Clock:
         clock = getattr(self, "clock", SYSTEM_CLOCK)

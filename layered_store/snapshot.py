@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, dataclass_transform
 
 import msgspec
 
@@ -61,6 +61,8 @@ _SCALARS = frozenset({str, int, float, bool, bytes, "str", "int", "float", "bool
 _COPIED = (dict, list, set, bytearray)
 
 
+# Type checkers then know that a subclass is frozen without saying so.
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _SnapshotMeta(msgspec.StructMeta):
     """Gives every new snapshot containers of its own, and hands out none that can be changed.
 

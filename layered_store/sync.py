@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from layered_store.errors import ClosedError, ConfigError, StoreTimeoutError, UnsupportedError
-from layered_store.interface import Op, StateStore
+from layered_store.interface import Op, StateStore, listed
 from layered_store.options import Seconds, check_seconds
 
 if TYPE_CHECKING:
@@ -93,12 +93,12 @@ class SyncStore:
 
     def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """See :meth:`StateStore.get_latest_many`."""
-        wanted = list(user_ids)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
         return self._call(Op.GET_LATEST_MANY, lambda stack: stack.get_latest_many(wanted))
 
     def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         """See :meth:`StateStore.upsert_latest_many`."""
-        batch = list(snapshots)
+        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
         self._call(Op.UPSERT_LATEST_MANY, lambda stack: stack.upsert_latest_many(batch))
 
     def health_check(self) -> bool:

@@ -23,7 +23,13 @@ from layered_store.errors import ConfigError, RejectedError, StoreError, Unavail
 from layered_store.eviction import Node, S3FIFOCache
 from layered_store.hotpath import HitCount, HotPath, Trust
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore, check_snapshot
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+)
 from layered_store.layer import Layer
 from layered_store.options import Seconds, check_choice, check_count, check_seconds, check_share
 from layered_store.stats import Reads, Sample
@@ -193,6 +199,7 @@ class Cached(Layer):
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 
     kind: ClassVar[str] = "cached"
+    caches: ClassVar[bool] = True  # told as a cache by layered_store.testing.record
 
     def __post_init__(self, fallback: StateStore | None) -> None:
         if isinstance(fallback, StateStore):
@@ -282,9 +289,7 @@ class Cached(Layer):
         return await self._lead(user_id, _Flight(loop))
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = list(user_ids)
-        for user_id in wanted:
-            check_user_id(user_id, Op.GET_LATEST_MANY)
+        wanted = check_user_ids(user_ids)
         loop = asyncio.get_running_loop()
         if loop is not self._following and self._channel is not None:
             await self._follow_channel(self._channel)
@@ -503,9 +508,7 @@ class Cached(Layer):
         self._write_ends(user_id, snapshot, call.version, kept=not call.superseded)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = list(snapshots)
-        for snapshot in batch:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        batch = check_snapshots(snapshots, self.snapshot_type)
         last = {snapshot.user_id: snapshot for snapshot in batch}
         for user_id in last:
             self._write_begins(user_id)

@@ -18,7 +18,7 @@ from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore
+from layered_store.interface import Op, StateStore, listed
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.stats import Sample
@@ -92,7 +92,7 @@ class Fallback(Layer):
             return await self._instead(exc, Op.GET_LATEST, self.secondary.get_latest, user_id)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = list(user_ids)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
         try:
             return await self.inner.get_latest_many(wanted)
         except (UnavailableError, RejectedError) as exc:

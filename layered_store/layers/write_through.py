@@ -15,7 +15,13 @@ from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore, check_snapshot
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+)
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.stats import Reads, Sample
@@ -119,9 +125,7 @@ class WriteThrough(Layer):
         return snapshot
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = list(dict.fromkeys(user_ids))
-        for user_id in wanted:
-            check_user_id(user_id, Op.GET_LATEST_MANY)
+        wanted = check_user_ids(user_ids)
         if self._guard is not None:
             return await self._guard.get_latest_many(wanted)
         try:
@@ -177,9 +181,7 @@ class WriteThrough(Layer):
                 self._copies.end(user_id, turn)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = list(snapshots)
-        for snapshot in batch:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        batch = check_snapshots(snapshots, self.snapshot_type)
         with call_begins(self.clock):
             if self._guard is not None:
                 await self._guard.upsert_latest_many(batch)

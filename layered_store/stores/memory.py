@@ -15,7 +15,14 @@ from layered_store.coherence.contract import ABSENT, Authority, Change, Changes,
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import Op, StateStore, check_limit, check_snapshot
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_limit,
+    check_snapshot,
+    check_user_ids,
+    listed,
+)
 from layered_store.options import check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
@@ -87,7 +94,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
             return [] if row is None else list(islice(row.history, limit))
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        records = await self.read_many(list(dict.fromkeys(user_ids)))
+        records = await self.read_many(check_user_ids(user_ids))
         return {
             user_id: record.snapshot
             for user_id, record in records.items()
@@ -95,7 +102,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
         }
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        await self.write_many(list(snapshots))
+        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
 
     def samples(self) -> Iterable[Sample]:
         yield from self._reads.samples()

@@ -33,7 +33,14 @@ from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError, ConfigError, UnsupportedError
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import Op, StateStore, check_limit, check_snapshot
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_limit,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+)
 from layered_store.options import Seconds, check_count, check_seconds, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
@@ -218,8 +225,7 @@ class RedisStore(StateStore, Enumerable):
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         by_bucket: dict[str, list[tuple[str, bytes]]] = {}
-        for user_id in dict.fromkeys(user_ids):
-            check_user_id(user_id, Op.GET_LATEST_MANY)
+        for user_id in check_user_ids(user_ids):
             digest = self.digest(user_id)
             place = by_bucket.setdefault(self.bucket_of(digest), [])
             place.append((user_id, self.key(digest)))
@@ -254,9 +260,7 @@ class RedisStore(StateStore, Enumerable):
         return found
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = list(snapshots)
-        for snapshot in batch:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+        batch = check_snapshots(snapshots, self.snapshot_type)
         link = self._link_here(Op.UPSERT_LATEST_MANY)
         if not batch:
             return

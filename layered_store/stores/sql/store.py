@@ -24,7 +24,14 @@ from layered_store.errors import (
 )
 from layered_store.health import HealthStatus, SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
-from layered_store.interface import Op, StateStore, check_limit, check_snapshot
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_limit,
+    check_snapshot,
+    check_user_ids,
+    listed,
+)
 from layered_store.options import (
     Seconds,
     check_choice,
@@ -226,7 +233,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         return [self._decode(user_id, row.payload, Op.GET_HISTORY) for row in found]
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        records = await self.read_many(list(dict.fromkeys(user_ids)))
+        records = await self.read_many(check_user_ids(user_ids))
         return {
             user_id: record.snapshot
             for user_id, record in records.items()
@@ -234,7 +241,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         }
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        await self.write_many(list(snapshots))
+        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
 
     async def open(self) -> None:
         self._check_open("open")

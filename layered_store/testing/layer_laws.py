@@ -1,0 +1,686 @@
+"""The laws of layers: what must hold of everything that wraps a store."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.coherence.contract import Authority
+from layered_store.errors import ClosedError, StoreError, UnavailableError, UnsupportedError
+from layered_store.health import HealthStatus
+from layered_store.interface import Op, StateStore
+from layered_store.layer import Layer
+from layered_store.options import check_seconds
+from layered_store.snapshot import StateSnapshot
+from layered_store.stack import children_of, walk
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.report import Broken, Report, Result, Unneeded, build, run_check
+from layered_store.testing.store_checks import check_store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+    from layered_store.coherence.contract import Versioned
+
+__all__ = ["check_layer"]
+
+_LAW_SECONDS: Final = 30.0
+_END_SECONDS: Final = 5.0
+_TURNS: Final = 30
+
+
+async def check_layer(
+    factory: Callable[[StateStore], StateStore | Awaitable[StateStore]],
+    *,
+    limit: float = _LAW_SECONDS,
+) -> Report:
+    """Check that the layer which ``factory`` builds keeps the laws of layers.
+
+    First it must be a store like any other (:func:`check_store`). Then it is put around stores
+    that fail, hang, answer late or belong to another class, with versions and without: it must
+    forward every operation, health and ``aclose``, add nothing and swallow nothing, let
+    cancellation through, leave no task, and show nobody an older state. Several layers at once
+    make a good test as well. As with :func:`check_store`, a finding is never raised::
+
+        report = await check_layer(lambda inner: MyLayer(inner, option=3))
+        assert report.ok, str(report)
+
+    Args:
+        factory: builds the layer around the store that it is given; may be a coroutine function.
+            For a layer with several stores, the one that holds the truth:
+            ``lambda inner: WriteThrough(MemoryStore(), origin=inner)``.
+        limit: seconds of real time that one law may take.
+
+    Raises:
+        TypeError: ``factory`` does not return a StateStore.
+    """
+    check_seconds(limit, "limit", check_layer)
+    as_store = await check_store(lambda: build(factory, MemoryStore()), limit=limit)
+    results = [
+        Result(f"as a store: {result.check}", result.outcome, result.message)
+        for result in as_store.results
+    ]
+    for law in _LAWS:
+        title = (law.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        results.append(await _both(title, law, factory, limit))
+    title = (_check_subclass.__doc__ or "").rstrip(".")
+    results.append(await run_check(title, lambda: _check_subclass(factory), limit))
+    return Report(as_store.subject, as_store.abilities, tuple(results))
+
+
+async def _both(
+    title: str, law: Callable[[_Bench], Awaitable[None]], factory: Any, limit: float
+) -> Result:
+    """Try a law around a store with versions and around one without; tell the first failure."""
+    result = Result(title, "passed")
+    for inner in (_VersionedInner(), _PlainInner()):
+        before = asyncio.all_tasks()
+        bench = _Bench(await build(factory, inner), inner)
+        result = await run_check(title, lambda bench=bench: law(bench), limit)  # type: ignore[misc]
+        inner.behave()
+        closed = await run_check("", bench.layer.aclose, limit)
+        await _settle()
+        left = asyncio.all_tasks() - before
+        for task in left:
+            task.cancel()
+        if result.outcome == "passed" and closed.outcome == "failed":
+            result = Result(title, "failed", f"aclose() {closed.message}")
+        elif result.outcome == "passed" and left:
+            result = Result(title, "failed", f"it left {len(left)} tasks running after aclose()")
+        if result.outcome == "failed":
+            return result
+    return result
+
+
+class _Inner:
+    """What a law can do to the store below the layer, and what that store saw."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+        self.opened = self.closed = self.inside = 0
+        self.seen: list[Op] = []
+        self.entered = asyncio.Event()
+        self._fails: tuple[frozenset[Op], BaseException, bool] | None = None
+        self._holds: frozenset[Op] = frozenset()
+        self._gate: asyncio.Event | None = None
+
+    def behave(self) -> None:
+        """End all faults."""
+        self._fails = None
+        self.release()
+
+    def fail(self, *ops: Op, error: BaseException | None = None, after: bool = False) -> None:
+        """Let calls of these operations fail, before or after they took effect."""
+        error = error or UnavailableError("out of order, for the check", layer="inner")
+        self._fails = (frozenset(ops), error, after)
+
+    def hold(self, *ops: Op) -> None:
+        """Keep calls of these operations inside, with their answer in hand, until release."""
+        self._holds, self._gate = frozenset(ops), asyncio.Event()
+        self.entered.clear()
+
+    def release(self) -> None:
+        """Let the calls that are held go on."""
+        if self._gate is not None:
+            self._gate.set()
+        self._holds, self._gate = frozenset(), None
+
+    async def step(self, op: Op, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Do one operation as the law wants it."""
+        self.seen.append(op)
+        if self._fails is not None and op in self._fails[0] and not self._fails[2]:
+            raise self._fails[1]
+        self.inside += 1
+        try:
+            result = await call()
+            if op in self._holds and self._gate is not None:
+                gate = self._gate
+                self.entered.set()
+                await gate.wait()
+        finally:
+            self.inside -= 1
+        if self._fails is not None and op in self._fails[0] and self._fails[2]:
+            raise self._fails[1]
+        return result
+
+
+class _VersionedInner(MemoryStore):
+    """A system of record; an upsert and its ``write`` are one operation, and so are the others."""
+
+    def __init__(self, snapshot_type: type[StateSnapshot] = StateSnapshot) -> None:
+        super().__init__(snapshot_type=snapshot_type)
+        self.law = _Inner()
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        get = super().get_latest
+        return await self.law.step(Op.GET_LATEST, lambda: get(user_id))  # type: ignore[no-any-return]
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        get = super().get_history
+        return await self.law.step(Op.GET_HISTORY, lambda: get(user_id, limit))  # type: ignore[no-any-return]
+
+    async def read(self, user_id: str) -> Versioned:
+        read = super().read_many
+        found = await self.law.step(Op.GET_LATEST, lambda: read([user_id]))
+        return found[user_id]  # type: ignore[no-any-return]
+
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
+        read = super().read_many
+        return await self.law.step(Op.GET_LATEST_MANY, lambda: read(user_ids))  # type: ignore[no-any-return]
+
+    async def write(self, snapshot: StateSnapshot) -> Versioned:
+        write = super().write
+        return await self.law.step(Op.UPSERT_LATEST, lambda: write(snapshot))  # type: ignore[no-any-return]
+
+    async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
+        write = super().write_many
+        return await self.law.step(Op.UPSERT_LATEST_MANY, lambda: write(snapshots))  # type: ignore[no-any-return]
+
+    async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
+        erase = super().erase
+        return await self.law.step(Op.DELETE, lambda: erase(user_id, tiers))  # type: ignore[no-any-return]
+
+    async def health_check(self) -> bool:
+        return self.law.healthy
+
+    async def open(self) -> None:
+        self.law.opened += 1
+
+    async def aclose(self) -> None:
+        self.law.closed += 1
+        await super().aclose()
+
+    def behave(self) -> None:
+        self.law.behave()
+
+
+class _PlainInner(StateStore):
+    """The same without versions, as a third party's store is."""
+
+    def __init__(self, snapshot_type: type[StateSnapshot] = StateSnapshot) -> None:
+        self.law = _Inner()
+        # In a tuple, since this is no layer.
+        self._kept = (MemoryStore(snapshot_type=snapshot_type),)
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        return self._kept[0].snapshot_type
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        kept = self._kept[0]
+        await self.law.step(Op.UPSERT_LATEST, lambda: kept.upsert_latest(snapshot))
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        kept = self._kept[0]
+        return await self.law.step(Op.GET_LATEST, lambda: kept.get_latest(user_id))  # type: ignore[no-any-return]
+
+    async def delete(self, user_id: str) -> None:
+        kept = self._kept[0]
+        await self.law.step(Op.DELETE, lambda: kept.delete(user_id))
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        kept = self._kept[0]
+        return await self.law.step(Op.GET_HISTORY, lambda: kept.get_history(user_id, limit))  # type: ignore[no-any-return]
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        kept, wanted = self._kept[0], list(user_ids)
+        return await self.law.step(Op.GET_LATEST_MANY, lambda: kept.get_latest_many(wanted))  # type: ignore[no-any-return]
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        kept, batch = self._kept[0], list(snapshots)
+        await self.law.step(Op.UPSERT_LATEST_MANY, lambda: kept.upsert_latest_many(batch))
+
+    async def health_check(self) -> bool:
+        return self.law.healthy
+
+    async def open(self) -> None:
+        self.law.opened += 1
+
+    async def aclose(self) -> None:
+        self.law.closed += 1
+        await self._kept[0].aclose()
+
+    def behave(self) -> None:
+        self.law.behave()
+
+
+class _Bench:
+    """A layer on the bench: the layer, the store below it, and states to write."""
+
+    def __init__(self, layer: StateStore, inner: _VersionedInner | _PlainInner) -> None:
+        self.layer = layer
+        self.inner = inner
+        self.law = inner.law
+
+    def state(self, user_id: str, number: int = 0) -> StateSnapshot:
+        share = (number % 11) / 10
+        return self.layer.snapshot_type(
+            user_id=user_id, updated_at_unix_ms=number, axes={"a": share}
+        )
+
+    def calls(self, user_id: str) -> dict[Op, Callable[[], Awaitable[Any]]]:
+        """Return one call of each operation."""
+        layer, state = self.layer, self.state(user_id, 7)
+        return {
+            Op.GET_LATEST: lambda: layer.get_latest(user_id),
+            Op.UPSERT_LATEST: lambda: layer.upsert_latest(state),
+            Op.DELETE: lambda: layer.delete(user_id),
+            Op.GET_HISTORY: lambda: layer.get_history(user_id, 5),
+            Op.GET_LATEST_MANY: lambda: layer.get_latest_many([user_id]),
+            Op.UPSERT_LATEST_MANY: lambda: layer.upsert_latest_many([state]),
+        }
+
+
+_READS: Final = (Op.GET_LATEST, Op.GET_LATEST_MANY)
+_WRITES: Final = (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE)
+
+
+def _expect(condition: object, message: str) -> None:
+    if not condition:
+        raise Broken(message)
+
+
+async def _settle() -> None:
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+
+
+async def _reached(bench: _Bench, task: asyncio.Future[Any]) -> bool:
+    """Wait until a held call is inside the store below, or ended without getting there."""
+    entered = asyncio.ensure_future(bench.law.entered.wait())
+    await asyncio.wait({entered, task}, return_when=asyncio.FIRST_COMPLETED)
+    reached = bench.law.entered.is_set()
+    entered.cancel()
+    return reached
+
+
+async def _end(task: asyncio.Future[Any], what: str) -> Any:
+    done, _ = await asyncio.wait({task}, timeout=_END_SECONDS)
+    if not done:
+        task.cancel()
+        raise Broken(f"{what} did not end within {_END_SECONDS:g} s")
+    return None if task.cancelled() or task.exception() is not None else task.result()
+
+
+# Forwarding
+
+
+async def _reads_reach(bench: _Bench) -> None:
+    """Reads give what the store inside holds."""
+    for number in range(5):
+        await bench.inner.upsert_latest(bench.state(f"r-{number}", number))
+    for number in range(2):
+        got = await bench.layer.get_latest(f"r-{number}")
+        _expect(
+            got == bench.state(f"r-{number}", number),
+            "get_latest() does not give what the store inside holds; forward it",
+        )
+    many = await bench.layer.get_latest_many([f"r-{number}" for number in range(6)])
+    _expect(
+        many == {f"r-{number}": bench.state(f"r-{number}", number) for number in range(5)},
+        f"get_latest_many() found {len(many)} of the 5 users that the store inside holds",
+    )
+
+
+async def _writes_reach(bench: _Bench) -> None:
+    """Writes reach the store inside, each item of a batch as well."""
+    await bench.layer.upsert_latest(bench.state("w-0", 3))
+    held = await bench.inner.get_latest("w-0")
+    _expect(held == bench.state("w-0", 3), "upsert_latest() did not reach the store inside")
+    batch = [bench.state(f"w-{number}", number) for number in range(1, 9)]
+    await bench.layer.upsert_latest_many(batch)
+    held_many = await bench.inner.get_latest_many([state.user_id for state in batch])
+    _expect(
+        held_many == {state.user_id: state for state in batch},
+        f"upsert_latest_many() of {len(batch)} left {len(held_many)} in the store inside",
+    )
+
+
+async def _history_reaches(bench: _Bench) -> None:
+    """The history is that of the store inside."""
+    states = [bench.state("h-1", number) for number in range(4)]
+    for state in states:
+        await bench.inner.upsert_latest(state)
+    kept = await bench.layer.get_history("h-1", 10)
+    _expect(
+        kept == states[::-1],
+        f"get_history() gave {len(kept)} states where the store inside has 4, or in another"
+        " order; forward it (Layer does)",
+    )
+    _expect(
+        await bench.layer.get_history("h-1", 2) == states[:1:-1],
+        "get_history() does not hand on the limit",
+    )
+
+
+async def _delete_reaches(bench: _Bench) -> None:
+    """A delete reaches the store inside, and nothing shows the user afterwards."""
+    state = bench.state("d-1", 1)
+    await bench.layer.upsert_latest(state)
+    await bench.layer.get_latest("d-1")
+    try:
+        await bench.layer.delete("d-1")
+    except UnsupportedError as exc:
+        raise Broken(
+            "delete() says unsupported although the store inside can; forward it (Layer does)"
+        ) from exc
+    _expect(await bench.inner.get_latest("d-1") is None, "delete() did not reach the store inside")
+    _expect(await bench.inner.get_history("d-1", 5) == [], "delete() left the history inside")
+    _expect(await bench.layer.get_latest("d-1") is None, "a read after delete() shows the user")
+
+
+async def _exact(bench: _Bench) -> None:
+    """Missing is None and nothing else; a state that counts as false is a state."""
+    got = await bench.layer.get_latest("none")
+    _expect(got is None, f"an absent user gave {got!r}, not None")
+
+
+async def _health_shows(bench: _Bench) -> None:
+    """Its health is not better than that of the store inside, which stands in the report."""
+    report = await bench.layer.health_report()
+    _expect(report.status is HealthStatus.HEALTHY, "it is not healthy over a healthy store")
+    names = [report.name]
+    below = list(report.children)
+    while below:
+        child = below.pop()
+        names.append(child.name)
+        below.extend(child.children)
+    _expect(
+        bench.inner.name in names,
+        "the health report does not hold the report of the store inside; forward health_report()",
+    )
+    bench.law.healthy = False
+    report = await bench.layer.health_report()
+    _expect(
+        report.status is not HealthStatus.HEALTHY,
+        "the store inside is unhealthy and it says healthy; forward health_report()",
+    )
+    well = await bench.layer.health_check()
+    _expect(
+        well is (report.status is not HealthStatus.UNHEALTHY),
+        f"health_check() says {well} and health_report() says {report.status.value}",
+    )
+    if len(children_of(bench.layer)) == 1 and report.status is HealthStatus.DEGRADED:
+        _expect(report.message, "it is degraded and gives no reason")
+
+
+async def _closes_inner(bench: _Bench) -> None:
+    """It opens and closes the store inside, and refuses calls afterwards."""
+    await bench.layer.open()
+    _expect(bench.law.opened, "open() did not reach the store inside")
+    state = bench.state("c-1", 1)
+    await bench.layer.upsert_latest(state)
+    await bench.layer.get_latest("c-1")
+    await bench.layer.aclose()
+    _expect(bench.law.closed, "aclose() did not close the store inside; forward it (Layer does)")
+    await bench.layer.aclose()
+    for op, call in bench.calls("c-1").items():
+        try:
+            await call()
+        except ClosedError:
+            continue
+        except Exception as exc:
+            message = f"{op.value}() after aclose() raised {type(exc).__name__}, not ClosedError"
+            raise Broken(message) from exc
+        raise Broken(f"{op.value}() after aclose() did not raise ClosedError")
+
+
+async def _stands_in_stack(bench: _Bench) -> None:
+    """The store inside is found by walking the stack, and its class of snapshots is told."""
+    found = [place.store for place in walk(bench.layer)]
+    _expect(bench.inner in found, "children() does not name the store inside")
+    _expect(
+        bench.layer.snapshot_type is bench.inner.snapshot_type,
+        "snapshot_type is not that of the store inside; forward it (Layer does)",
+    )
+    if bench.layer.capability(Authority) is not None:
+        _expect(
+            bench.inner.capability(Authority) is not None,
+            "it claims versions that the store inside does not have",
+        )
+
+
+async def _ability_agrees(bench: _Bench) -> None:
+    """What is written through an ability shows in reads."""
+    authority = bench.layer.capability(Authority)
+    if authority is None:
+        raise Unneeded("it offers no versions")
+    await authority.write(bench.state("a-1", 1))
+    await bench.layer.get_latest("a-1")
+    await authority.write(bench.state("a-1", 2))
+    got = await bench.layer.get_latest("a-1")
+    _expect(
+        got == bench.state("a-1", 2),
+        "what was written through capability(Authority) does not show in get_latest(); a layer"
+        " that changes reads must not offer what is inside past itself",
+    )
+    await authority.erase("a-1")
+    _expect(
+        await bench.layer.get_latest("a-1") is None,
+        "what was erased through capability(Authority) still shows in get_latest()",
+    )
+
+
+# Failures
+
+
+async def _failed_writes_raise(bench: _Bench) -> None:
+    """A write that failed inside is never reported as done."""
+    await bench.inner.upsert_latest(bench.state("f-1", 1))
+    bench.law.fail(*_WRITES)
+    for op in _WRITES:
+        try:
+            await bench.calls("f-1")[op]()
+        except StoreError:
+            continue
+        raise Broken(f"{op.value}() failed in the store inside and returned normally")
+
+
+async def _failed_reads_raise(bench: _Bench) -> None:
+    """A read that failed inside never says that there is no such user."""
+    if len(children_of(bench.layer)) != 1:
+        raise Unneeded("it has another store that may answer")
+    await bench.inner.upsert_latest(bench.state("f-2", 1))
+    bench.law.fail(*_READS, Op.GET_HISTORY)
+    for op in (*_READS, Op.GET_HISTORY):
+        try:
+            got = await bench.calls("f-2")[op]()
+        except StoreError:
+            continue
+        _expect(got, f"{op.value}() failed in the store inside and says that there is no such user")
+
+
+async def _unknown_write_hidden(bench: _Bench) -> None:
+    """After a write that took effect and failed, reads never go back to the state before."""
+    before, after = bench.state("f-3", 1), bench.state("f-3", 7)
+    await bench.layer.upsert_latest(before)
+    await bench.layer.get_latest("f-3")
+    bench.law.fail(Op.UPSERT_LATEST, after=True)
+    try:
+        await bench.layer.upsert_latest(after)
+    except StoreError:
+        pass
+    bench.inner.behave()
+    try:
+        got = await bench.layer.get_latest("f-3")
+    except StoreError:
+        return  # it refuses for now, which is no older state
+    _expect(
+        got == after,
+        "a write took effect inside, its answer was lost, and reads still show the state before"
+        " it; forget what is kept of a user when a write fails",
+    )
+
+
+async def _passes_cancellation(bench: _Bench) -> None:
+    """A cancelled call ends as cancelled, and the call below it as well."""
+    await bench.inner.upsert_latest(bench.state("x-1", 1))
+    for op in Op:
+        bench.law.hold(*Op)
+        task = asyncio.ensure_future(bench.calls("x-1")[op]())
+        if not await _reached(bench, task):
+            bench.inner.behave()
+            await _end(task, f"{op.value}()")
+            continue
+        task.cancel()
+        await _end(task, f"a cancelled {op.value}()")
+        _expect(
+            task.cancelled(),
+            f"a cancelled {op.value}() did not end as cancelled; let CancelledError through",
+        )
+        await _settle()
+        _expect(
+            bench.law.inside == 0, f"a cancelled {op.value}() left its call running in the store"
+        )
+        bench.inner.behave()
+    state = bench.state("x-2", 2)
+    await bench.layer.upsert_latest(state)
+    got = await bench.layer.get_latest("x-2")
+    _expect(got == state, "after cancelled calls it does not work as before")
+
+
+async def _readers_apart(bench: _Bench) -> None:
+    """A cancelled reader neither cancels nor fails another one."""
+    state = bench.state("x-3", 1)
+    await bench.inner.upsert_latest(state)
+    bench.law.hold(*_READS)
+    first = asyncio.ensure_future(bench.layer.get_latest("x-3"))
+    if not await _reached(bench, first):
+        bench.inner.behave()
+        await _end(first, "get_latest()")
+        raise Unneeded("a read does not reach the store inside")
+    second = asyncio.ensure_future(bench.layer.get_latest("x-3"))
+    await _settle()
+    first.cancel()
+    await _settle()
+    bench.inner.behave()
+    got = await _end(second, "a read beside a cancelled one")
+    _expect(
+        got == state,
+        "a reader that was cancelled took another one with it, which asked for the same user",
+    )
+    await _end(first, "a cancelled read")
+
+
+# Order
+
+
+async def _no_late_fill(bench: _Bench) -> None:
+    """A read that began before a write or delete leaves nothing old behind."""
+    for change, wanted in (
+        (Op.UPSERT_LATEST, bench.state("o-1", 7)),
+        (Op.UPSERT_LATEST_MANY, bench.state("o-1", 7)),
+        (Op.DELETE, None),
+    ):
+        await bench.inner.upsert_latest(bench.state("o-1", 1))
+        for read in _READS:
+            bench.law.hold(*_READS)
+            reading = asyncio.ensure_future(bench.calls("o-1")[read]())
+            reached = await _reached(bench, reading)
+            writing = asyncio.ensure_future(bench.calls("o-1")[change]())
+            await _settle()
+            if reached and not writing.done():
+                await asyncio.wait({writing}, timeout=0.05)  # it may wait for the reader
+            bench.inner.behave()
+            await _end(reading, f"{read.value}()")
+            await _end(writing, f"{change.value}()")
+            got = await bench.layer.get_latest("o-1")
+            _expect(
+                got == wanted,
+                f"a {read.value}() that began before {change.value}() put the older state back;"
+                " keep what was read only if nothing was written meanwhile",
+            )
+
+
+async def _reads_follow_writes(bench: _Bench) -> None:
+    """A read after a write gives what was written, whatever was read before."""
+    layer = bench.layer
+    _expect(await layer.get_latest("s-1") is None, "an absent user is there")
+    for number, write in enumerate((Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.UPSERT_LATEST)):
+        state = bench.state("s-1", number)
+        if write is Op.UPSERT_LATEST:
+            await layer.upsert_latest(state)
+        else:
+            await layer.upsert_latest_many([bench.state("s-2"), state])
+        for _ in range(2):
+            got = await layer.get_latest("s-1")
+            _expect(got == state, f"a read after {write.value}() gives an older state")
+            many = await layer.get_latest_many(["s-1"])
+            _expect(many == {"s-1": state}, "get_latest_many() disagrees with get_latest()")
+    await layer.delete("s-1")
+    _expect(await layer.get_latest_many(["s-1", "none"]) == {}, "a batch shows a deleted user")
+
+
+class _Falsy(StateSnapshot):
+    """A state that counts as false."""
+
+    mood: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+async def _check_subclass(factory: Any) -> None:
+    """States of a class of the application's own come back whole, also one that counts as false."""
+    for inner in (_VersionedInner(_Falsy), _PlainInner(_Falsy)):
+        try:
+            layer = await build(factory, inner)
+        except ValueError as exc:
+            raise Unneeded("its other stores keep another class of snapshots") from exc
+        try:
+            _expect(
+                layer.snapshot_type is _Falsy,
+                "snapshot_type is not that of the store inside; forward it (Layer does)",
+            )
+            state = _Falsy(user_id="t-1", mood="calm", axes={"a": 0.0})
+            await layer.upsert_latest(state)
+            for _ in range(2):
+                got = await layer.get_latest("t-1")
+                _expect(
+                    got is not None and got == state and got.mood == "calm",
+                    "a state that counts as false was taken for a missing one, or lost a field;"
+                    " compare with `is None`",
+                )
+            many = await layer.get_latest_many(["t-1"])
+            _expect(many == {"t-1": state}, "a batch lost a state that counts as false")
+            history = await layer.get_history("t-1", 5)
+            _expect(history == [state], "the history lost a state that counts as false")
+        finally:
+            await layer.aclose()
+
+
+async def _whole_interface(bench: _Bench) -> None:
+    """It answers every operation itself or inherits from Layer, which forwards it."""
+    if isinstance(bench.layer, Layer):
+        return
+    missing = [
+        name
+        for name in ("delete", "get_history", "health_report", "aclose", "open", "children")
+        if getattr(type(bench.layer), name) is getattr(StateStore, name)
+    ]
+    _expect(
+        not missing,
+        f"it inherits {', '.join(missing)} from StateStore, whose defaults hide the store inside;"
+        " subclass Layer",
+    )
+
+
+_LAWS: Final = (
+    _reads_reach,
+    _writes_reach,
+    _history_reaches,
+    _delete_reaches,
+    _exact,
+    _health_shows,
+    _closes_inner,
+    _stands_in_stack,
+    _ability_agrees,
+    _failed_writes_raise,
+    _failed_reads_raise,
+    _unknown_write_hidden,
+    _passes_cancellation,
+    _readers_apart,
+    _no_late_fill,
+    _reads_follow_writes,
+    _whole_interface,
+)

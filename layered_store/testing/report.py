@@ -1,0 +1,118 @@
+"""What a run of checks found, and how each check is run."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+__all__ = ["Broken", "Report", "Result", "Unneeded", "build", "run_check"]
+
+T = TypeVar("T")
+
+_MARKS: Final = {"passed": "ok  ", "failed": "FAIL", "skipped": "skip"}
+
+
+class Broken(Exception):  # noqa: N818  a finding, which is no error of the check
+    """A rule does not hold; the text says which, what was seen and what to do."""
+
+
+class Unneeded(Exception):  # noqa: N818
+    """A check does not apply, since the store lacks an ability; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one check found.
+
+    Args:
+        check: the rule, as a sentence.
+        outcome: ``"passed"``, ``"failed"`` or ``"skipped"``.
+        message: what is wrong and what to do about it, or why it was skipped.
+    """
+
+    check: str
+    outcome: str
+    message: str = ""
+
+    def __str__(self) -> str:
+        text = f"{_MARKS[self.outcome]}  {self.check}"
+        return f"{text}\n        {self.message}" if self.message else text
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run of checks found. True in a condition when nothing failed; prints all of it.
+
+    Args:
+        subject: what was checked.
+        abilities: what it can do beyond the two required operations.
+        results: one for each check.
+    """
+
+    subject: str
+    abilities: tuple[str, ...]
+    results: tuple[Result, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """The checks that failed."""
+        return tuple(result for result in self.results if result.outcome == "failed")
+
+    def raise_for_failures(self) -> None:
+        """Raise AssertionError with the report as its text, unless all is well."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        count = {name: 0 for name in _MARKS}
+        for result in self.results:
+            count[result.outcome] += 1
+        head = (
+            f"{self.subject}: {count['passed']} passed, {count['failed']} failed,"
+            f" {count['skipped']} skipped; abilities: {', '.join(self.abilities) or 'none'}"
+        )
+        order = sorted(self.results, key=lambda result: result.outcome != "failed")
+        return "\n".join([head, *(f"  {result}" for result in order)])
+
+
+async def run_check(name: str, check: Callable[[], Awaitable[None]], limit: float) -> Result:
+    """Run one check for at most ``limit`` seconds of real time."""
+    try:
+        async with asyncio.timeout(limit):
+            await check()
+    except Unneeded as exc:
+        return Result(name, "skipped", str(exc))
+    except Broken as exc:
+        return Result(name, "failed", str(exc))
+    except TimeoutError as exc:
+        if isinstance(exc, _own_errors()):
+            return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
+        return Result(name, "failed", f"did not end within {limit:g} s")
+    except Exception as exc:  # noqa: BLE001  a broken store may raise anything
+        return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
+    return Result(name, "passed")
+
+
+async def build(factory: Callable[..., Any], *args: Any) -> Any:
+    """Call a factory, which may be a coroutine function."""
+    made = factory(*args)
+    return await made if inspect.isawaitable(made) else made
+
+
+def _own_errors() -> type[BaseException]:
+    from layered_store.errors import StoreError  # noqa: PLC0415
+
+    return StoreError

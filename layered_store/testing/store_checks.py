@@ -1,0 +1,688 @@
+"""The conformance suite: what must hold of everything that calls itself a store."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import operator
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.call import call_begins
+from layered_store.clock import SYSTEM_CLOCK
+from layered_store.coherence.contract import Authority
+from layered_store.enumerable import Enumerable, pages
+from layered_store.errors import ClosedError, StoreError, UnsupportedError, ValidationError
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.interface import StateStore
+from layered_store.options import check_seconds
+from layered_store.snapshot import Source, StateSnapshot
+from layered_store.testing.report import Broken, Report, Result, Unneeded, build, run_check
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+__all__ = ["check_store"]
+
+_CHECK_SECONDS: Final = 30.0
+_BATCH: Final = 30
+_NOW_MS: Final = 1_700_000_000_000
+
+
+async def check_store(
+    factory: Callable[[], StateStore | Awaitable[StateStore]], *, limit: float = _CHECK_SECONDS
+) -> Report:
+    """Check that what ``factory`` builds keeps every rule of :class:`StateStore`.
+
+    Needs no pytest and never sleeps. Abilities (history, delete, versions, listing) are found by
+    trying; checks of those that are missing are skipped, and the report says so. A finding is
+    never raised: look at ``report.ok``, print the report, or call ``raise_for_failures()``::
+
+        report = await check_store(lambda: MyStore(url))
+        assert report.ok, str(report)
+
+    Args:
+        factory: builds a store, which is closed at the end; may be a coroutine function. It is
+            called several times; all that it builds may share one database. The checks use users
+            of their own, named by chance, and delete them where the store can.
+        limit: seconds of real time that one check may take.
+
+    Raises:
+        TypeError: ``factory`` does not return a StateStore.
+    """
+    check_seconds(limit, "limit", check_store)
+    results: list[Result] = []
+    store = await _built(factory)
+    subject = type(store).__name__
+    abilities: tuple[str, ...] = ()
+    try:
+        suite = _Suite(store)
+        results.append(await run_check("its abilities can be tried out", suite.find, limit))
+        abilities = tuple(suite.abilities)
+        for check in _CHECKS:
+            result = await run_check(_title(check), _bound(check, suite), limit)
+            results.append(result)
+        await run_check("", suite.clean_up, limit)
+    finally:
+        await _close(store, limit)
+    for lived in _LIFECYCLE:
+        store = await _built(factory)
+        second = await _built(factory)
+        try:
+            results.append(await run_check(_title(lived), _pair(lived, store, second), limit))
+        finally:
+            await _close(store, limit)
+            await _close(second, limit)
+    return Report(subject, abilities, tuple(results))
+
+
+async def _built(factory: Callable[[], Any]) -> StateStore:
+    store = await build(factory)
+    if not isinstance(store, StateStore):
+        raise TypeError(f"the factory must return a StateStore, not {type(store).__name__}")
+    return store
+
+
+async def _close(store: StateStore, limit: float) -> None:
+    # Whether it closes well is a check of its own.
+    await run_check("", store.aclose, limit)
+
+
+def _title(check: Callable[..., Any]) -> str:
+    return (check.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+def _bound(check: Callable[[_Suite], Awaitable[None]], suite: _Suite) -> Any:
+    return lambda: check(suite)
+
+
+def _pair(check: Callable[..., Awaitable[None]], one: StateStore, two: StateStore) -> Any:
+    return lambda: check(one, two)
+
+
+@dataclass
+class _Suite:
+    """One store under test, and what is known of it."""
+
+    store: StateStore
+    abilities: list[str] = field(default_factory=list)
+    run: str = field(default_factory=lambda: os.urandom(5).hex())
+    used: list[str] = field(default_factory=list)
+    history: int = 0
+    """How many of three states the history gave back."""
+    can_delete: bool = False
+
+    def user(self, name: str) -> str:
+        """Return a user id of this run."""
+        user_id = f"check-{self.run}-{name}"
+        self.used.append(user_id)
+        return user_id
+
+    def snapshot(self, user_id: str, number: int = 0, **fields: Any) -> StateSnapshot:
+        """Return the ``number``-th state of a user."""
+        fields = {"updated_at_unix_ms": _NOW_MS + number, **fields}
+        fields.setdefault("axes", {"warmth": (number % 101) / 101, "formality": 0.1})
+        return self.store.snapshot_type(user_id=user_id, **fields)
+
+    async def write(self, name: str, count: int = 1) -> list[StateSnapshot]:
+        """Write so many states of a new user and return them, oldest first."""
+        user_id = self.user(name)
+        written = [self.snapshot(user_id, number) for number in range(count)]
+        for snapshot in written:
+            await self.store.upsert_latest(snapshot)
+        return written
+
+    async def find(self) -> None:
+        """Try out which abilities the store has."""
+        written = await self.write("abilities", 3)
+        user_id = written[0].user_id
+        kept = await self.store.get_history(user_id, 3)
+        if not isinstance(kept, list):
+            raise Broken(f"get_history() returned a {type(kept).__name__}; return a list")
+        self.history = len(kept)
+        if self.history:
+            self.abilities.append("history")
+        try:
+            await self.store.delete(user_id)
+            self.can_delete = True
+            self.abilities.append("delete")
+        except UnsupportedError:
+            pass
+        for kind, name in ((Authority, "versions"), (Enumerable, "listing")):
+            if self.store.capability(kind) is not None:
+                self.abilities.append(name)
+
+    def need_history(self) -> None:
+        if not self.history:
+            raise Unneeded("it keeps no history")
+
+    def need_delete(self) -> None:
+        if not self.can_delete:
+            raise Unneeded("it cannot delete (UnsupportedError)")
+
+    def need(self, kind: type[Any], name: str) -> Any:
+        ability = self.store.capability(kind)
+        if ability is None:
+            raise Unneeded(f"it does not offer {name}")
+        return ability
+
+    async def clean_up(self) -> None:
+        if self.can_delete:
+            for user_id in self.used:
+                await self.store.delete(user_id)
+
+
+def _expect(condition: object, message: str) -> None:
+    if not condition:
+        raise Broken(message)
+
+
+async def _refused(call: Awaitable[Any], what: str) -> None:
+    """Fail unless the call raises ValidationError."""
+    try:
+        await call
+    except ValidationError:
+        return
+    except Exception as exc:
+        raise Broken(
+            f"{what} raised {type(exc).__name__}; raise ValidationError before anything is stored"
+        ) from exc
+    raise Broken(f"{what} was accepted; raise ValidationError before anything is stored")
+
+
+# What a store does with its users
+
+
+async def _absent(suite: _Suite) -> None:
+    """An absent user is None, has no history and is left out of a batch."""
+    user_id = suite.user("absent")
+    got = await suite.store.get_latest(user_id)
+    _expect(got is None, f"get_latest() of an absent user gave {type(got).__name__}, not None")
+    history = await suite.store.get_history(user_id, 5)
+    _expect(history == [], "get_history() of an absent user is not []")
+    many = await suite.store.get_latest_many([user_id])
+    _expect(many == {}, "get_latest_many() has an entry for an absent user; leave it out")
+
+
+async def _round_trip(suite: _Suite) -> None:
+    """A state comes back equal, in every field and to the last bit."""
+    samples: list[dict[str, Any]] = [
+        {},
+        {"source": Source.INFERRED, "confidence": 0.1},
+        {"source": Source.MIXED, "confidence": 0.0, "axes": {}},
+        {"axes": {"a": 0.0, "b": 1.0, "c": 0.1 + 0.2, "d": 5e-324, "e": math.nextafter(1.0, 0.0)}},
+        {"axes": {"x" * 64: 0.5, "0": 0.25, "a_b__c": 1 / 3}},
+        {"updated_at_unix_ms": 0},
+        {"updated_at_unix_ms": -(2**63)},
+        {"updated_at_unix_ms": 2**63 - 1},
+    ]
+    for number, fields in enumerate(samples):
+        user_id = suite.user(f"equal-{number}")
+        wrote = suite.snapshot(user_id, **fields)
+        await suite.store.upsert_latest(wrote)
+        got = await suite.store.get_latest(user_id)
+        _expect(
+            type(got) is suite.store.snapshot_type,
+            f"get_latest() gave a {type(got).__name__}, not a {suite.store.snapshot_type.__name__}",
+        )
+        differs = [
+            name
+            for name in wrote.__struct_fields__
+            if getattr(got, name) != getattr(wrote, name)
+            or type(getattr(got, name)) is not type(getattr(wrote, name))
+        ]
+        _expect(
+            not differs and got == wrote,
+            f"what was read is not equal to what was written; it differs in {', '.join(differs)}",
+        )
+
+
+async def _replaces(suite: _Suite) -> None:
+    """The latest state is the one that was written last."""
+    written = await suite.write("replace", 3)
+    got = await suite.store.get_latest(written[0].user_id)
+    _expect(got == written[-1], "get_latest() is not the state that was written last")
+    await suite.store.upsert_latest(written[-1])
+    got = await suite.store.get_latest(written[0].user_id)
+    _expect(got == written[-1], "writing an equal state again changed the latest one")
+
+
+async def _apart(suite: _Suite) -> None:
+    """Users whose ids differ in case, accents, form or ending are different users."""
+    stem = suite.user("apart")
+    alike = [
+        f"{stem}-a",
+        f"{stem}-A",
+        f"{stem}-ä",
+        f"{stem}-ａ",
+        f"{stem}-ß",
+        f"{stem}-ss",
+        f"{stem}-e\N{COMBINING GREEK YPOGEGRAMMENI}",
+        f"{stem}-e",
+        f"{stem}-ı",
+        f"{stem}-i",
+        f"{stem}-K",
+        f"{stem}-\N{KELVIN SIGN}",
+        f"{stem}-_",
+        f"{stem}--",
+        f"{stem}-x".ljust(255, "x"),
+        f"{stem}-x".ljust(256, "x"),
+        f"{stem}-x".ljust(255, "x") + "y",
+    ]
+    suite.used.extend(alike)
+    for number, user_id in enumerate(alike):
+        await suite.store.upsert_latest(suite.snapshot(user_id, number))
+    many = await suite.store.get_latest_many(alike)
+    for number, user_id in enumerate(alike):
+        wrote = suite.snapshot(user_id, number)
+        got = await suite.store.get_latest(user_id)
+        _expect(
+            got == wrote and many.get(user_id) == wrote,
+            "a user got the state of another one with a similar id (case, accent, width or"
+            " ending); compare ids byte by byte",
+        )
+
+
+async def _bad_ids(suite: _Suite) -> None:
+    """A bad user id is refused by every operation."""
+    store = suite.store
+    bad: list[Any] = ["", "a b", "a:b", "a/b", "é!", "a\n", "a\0b", "x" * 257, "ä" * 129, None, 7]
+    bad += [b"u-1", "\ud800", ["u-1"]]
+    for user_id in bad:
+        shown = f"a bad user id ({user_id!a:.12})"
+        await _refused(store.get_latest(user_id), f"get_latest() of {shown}")
+        await _refused(store.get_history(user_id, 5), f"get_history() of {shown}")
+        await _refused(store.get_latest_many([user_id]), f"get_latest_many() of {shown}")
+        if suite.can_delete:
+            await _refused(store.delete(user_id), f"delete() of {shown}")
+
+
+async def _bad_snapshots(suite: _Suite) -> None:
+    """A bad snapshot is refused before anything is stored."""
+    user_id = suite.user("bad")
+    bad: list[dict[str, Any]] = [
+        {"axes": {"warmth": 1.5}},
+        {"axes": {"warmth": math.nan}},
+        {"axes": {"warmth": -math.inf}},
+        {"axes": {"warmth": True}},
+        {"axes": {"warmth": "0.5"}},
+        {"axes": {"Warmth": 0.5}},
+        {"axes": {"_warmth": 0.5}},
+        {"axes": {"": 0.5}},
+        {"axes": {"x" * 65: 0.5}},
+        {"axes": None},
+        {"confidence": -0.1},
+        {"confidence": math.nan},
+        {"confidence": True},
+        {"source": "guessed"},
+        {"updated_at_unix_ms": 2**63},
+        {"updated_at_unix_ms": 1.5},
+    ]
+    for fields in bad:
+        snapshot = suite.snapshot(user_id, **fields)
+        what = f"upsert_latest() with a bad {next(iter(fields))}"
+        await _refused(suite.store.upsert_latest(snapshot), what)
+        await _refused(
+            suite.store.upsert_latest_many([suite.snapshot(user_id), snapshot]),
+            f"upsert_latest_many() with a bad {next(iter(fields))}",
+        )
+    for odd in (None, {"user_id": user_id}, user_id):
+        await _refused(suite.store.upsert_latest(odd), "upsert_latest() of no snapshot")  # type: ignore[arg-type]
+    await _refused(suite.store.upsert_latest(suite.snapshot("a b")), "a snapshot with a bad id")
+    got = await suite.store.get_latest(user_id)
+    _expect(got is None, "a batch with a bad snapshot was stored in part; validate all of it first")
+
+
+async def _many(suite: _Suite) -> None:
+    """A batch of reads agrees with single reads."""
+    written = [(await suite.write(f"many-{number}"))[0] for number in range(5)]
+    ids = [snapshot.user_id for snapshot in written]
+    asked = [ids[3], suite.user("many-absent"), *ids, ids[0]]
+    got = await suite.store.get_latest_many(iter(asked))
+    _expect(isinstance(got, dict), "get_latest_many() did not return a dict")
+    single = {user_id: await suite.store.get_latest(user_id) for user_id in dict.fromkeys(asked)}
+    wanted = {user_id: snapshot for user_id, snapshot in single.items() if snapshot is not None}
+    _expect(
+        got == wanted,
+        f"get_latest_many() found {len(got)} users where get_latest() finds {len(wanted)}, or"
+        " other states of them",
+    )
+    _expect(await suite.store.get_latest_many([]) == {}, "get_latest_many([]) is not {}")
+
+
+async def _write_many(suite: _Suite) -> None:
+    """A batch of writes stores every item, in its order."""
+    ids = [suite.user(f"batch-{number}") for number in range(_BATCH)]
+    batch = [suite.snapshot(user_id, number) for number, user_id in enumerate(ids)]
+    batch += [suite.snapshot(ids[0], _BATCH), suite.snapshot(ids[0], _BATCH + 1)]
+    await suite.store.upsert_latest_many(iter(batch))
+    last = {snapshot.user_id: snapshot for snapshot in batch}
+    for user_id, wrote in last.items():
+        got = await suite.store.get_latest(user_id)
+        _expect(
+            got is not None,
+            f"upsert_latest_many() of {len(batch)} snapshots lost some; store each one",
+        )
+        _expect(got == wrote, "upsert_latest_many() did not keep the last of a user's states")
+    if suite.history >= 3:  # noqa: PLR2004
+        kept = await suite.store.get_history(ids[0], 3)
+        _expect(kept == [batch[-1], batch[-2], batch[0]], "a batch is not in the history in order")
+    await suite.store.upsert_latest_many([])
+
+
+async def _history(suite: _Suite) -> None:
+    """The history is newest first, at most as long as asked."""
+    suite.need_history()
+    written = await suite.write("history", 4)
+    user_id = written[0].user_id
+    newest_first = written[::-1]
+    kept = await suite.store.get_history(user_id, 100)
+    _expect(kept[:1] == newest_first[:1], _history_problem(kept, newest_first))
+    _expect(kept == newest_first[: len(kept)], _history_problem(kept, newest_first))
+    for limit in (1, 2, 3):
+        part = await suite.store.get_history(user_id, limit)
+        _expect(len(part) <= limit, f"get_history(limit={limit}) gave {len(part)} states")
+        _expect(part == kept[:limit], f"get_history(limit={limit}) is not the newest {limit}")
+
+
+def _history_problem(kept: list[StateSnapshot], newest_first: list[StateSnapshot]) -> str:
+    if kept == newest_first[::-1][: len(kept)]:
+        return "the history is oldest first; give the newest first"
+    return "the history does not hold what was written, newest first"
+
+
+async def _limits(suite: _Suite) -> None:
+    """A history of 0 states is [], a negative or odd limit is refused."""
+    user_id = (await suite.write("limits", 2))[0].user_id
+    none = await suite.store.get_history(user_id, 0)
+    _expect(none == [], f"get_history(limit=0) gave {len(none)} states, not []")
+    for limit in (-1, -100, 1.5, "3", None, True):
+        await _refused(
+            suite.store.get_history(user_id, limit),  # type: ignore[arg-type]
+            f"get_history(limit={limit!r})",
+        )
+
+
+async def _immutable(suite: _Suite) -> None:
+    """Nobody can change what others read."""
+    axes = {"warmth": 0.5}
+    user_id = suite.user("immutable")
+    snapshot = suite.snapshot(user_id, axes=axes)
+    same = suite.snapshot(user_id, axes=dict(axes))
+    await suite.store.upsert_latest(snapshot)
+    axes["warmth"] = 0.9
+    message = "changing what {} changed what the store holds; hand out copies"
+    got = await suite.store.get_latest(user_id)
+    _expect(got == same, message.format("was passed in"))
+    assert got is not None
+    for change in (
+        lambda: setattr(got, "confidence", 0.25),
+        lambda: operator.setitem(got.axes, "warmth", 0.9),  # type: ignore[call-overload]
+        lambda: got.axes.clear(),  # type: ignore[attr-defined]
+    ):
+        try:
+            change()
+        except (AttributeError, TypeError):
+            continue
+        raise Broken("a snapshot that was read can be changed; return the StateSnapshot itself")
+    many = await suite.store.get_latest_many([user_id])
+    many.clear()
+    again = await suite.store.get_latest_many([user_id])
+    _expect(again == {user_id: same}, message.format("get_latest_many() returned"))
+    if suite.history:
+        history = await suite.store.get_history(user_id, 5)
+        history.clear()
+        kept = await suite.store.get_history(user_id, 5)
+        _expect(kept == [same], message.format("get_history() returned"))
+
+
+async def _deletes(suite: _Suite) -> None:
+    """A deleted user is gone, with the history, and can come back."""
+    suite.need_delete()
+    store = suite.store
+    written = await suite.write("delete", 3)
+    other = (await suite.write("delete-other"))[0]
+    user_id = written[0].user_id
+    await store.get_latest(user_id)
+    await store.delete(user_id)
+    _expect(await store.get_latest(user_id) is None, "get_latest() shows a deleted user")
+    _expect(await store.get_latest_many([user_id]) == {}, "get_latest_many() shows a deleted user")
+    left = await store.get_history(user_id, 5)
+    _expect(left == [], f"delete() left {len(left)} states in the history; remove them too")
+    _expect(await store.get_latest(other.user_id) == other, "delete() removed another user")
+    await store.delete(user_id)
+    await store.delete(suite.user("delete-absent"))
+    await store.upsert_latest(written[0])
+    _expect(await store.get_latest(user_id) == written[0], "a deleted user cannot be written again")
+    if suite.history:
+        kept = await store.get_history(user_id, 5)
+        _expect(kept == [written[0]], "after delete() and a write the history holds older states")
+
+
+async def _health(suite: _Suite) -> None:
+    """A store that works is healthy, in a bool and in a report that agree."""
+    well = await suite.store.health_check()
+    _expect(well is True, f"health_check() of a store that works gave {well!r}, not True")
+    report = await suite.store.health_report()
+    _expect(isinstance(report, HealthReport), "health_report() gave no HealthReport")
+    _expect(
+        report.status is not HealthStatus.UNHEALTHY,
+        "health_check() says healthy, health_report() says unhealthy",
+    )
+    first, second = await asyncio.gather(suite.store.health_report(), suite.store.health_report())
+    _expect(first.status is second.status, "two health reports at the same time disagree")
+
+
+async def _at_once(suite: _Suite) -> None:
+    """Writes at the same time leave one winner, and everybody reads their own."""
+    store = suite.store
+    user_id = suite.user("at-once")
+    written = [suite.snapshot(user_id, number) for number in range(12)]
+
+    async def own(number: int) -> None:
+        mine = suite.snapshot(suite.user(f"own-{number}"), number)
+        await store.upsert_latest(mine)
+        got = await store.get_latest(mine.user_id)
+        _expect(got == mine, "a state that was written is not what its writer reads next")
+
+    await asyncio.gather(*map(store.upsert_latest, written), *map(own, range(12)))
+    latest = await store.get_latest(user_id)
+    _expect(latest in written, "after writes at the same time the latest state is none of them")
+    if suite.history:
+        newest = await store.get_history(user_id, 1)
+        _expect(newest == [latest], "the latest state is not the newest of the history")
+    reads = await asyncio.gather(*(store.get_latest(user_id) for _ in range(20)))
+    _expect(all(read == latest for read in reads), "readers at the same time see different states")
+
+
+async def _cancelled(suite: _Suite) -> None:
+    """A cancelled call ends, and the store works on."""
+    user_id = suite.user("cancelled")
+    for turns in range(4):
+        for call in (
+            suite.store.upsert_latest(suite.snapshot(user_id, turns)),
+            suite.store.get_latest(user_id),
+            suite.store.get_latest_many([user_id]),
+        ):
+            task = asyncio.ensure_future(call)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait({task}, timeout=5.0)
+            _expect(done, "a cancelled call did not end within 5 s; let CancelledError through")
+            if not task.cancelled():
+                task.result()
+    wrote = suite.snapshot(user_id, 99)
+    await suite.store.upsert_latest(wrote)
+    got = await suite.store.get_latest(user_id)
+    _expect(got == wrote, "after cancelled calls a write is not what is read next")
+
+
+async def _private(suite: _Suite) -> None:
+    """Neither its repr nor an error shows a user id or a value."""
+    user_id = suite.user("SECRET")
+    value = 0.123456789
+    await suite.store.upsert_latest(suite.snapshot(user_id, axes={"warmth": value}))
+    texts = [repr(suite.store), str((await suite.store.health_report()).to_dict())]
+    for call in (
+        suite.store.get_history(user_id, -1),
+        suite.store.get_latest(f"{user_id} !"),
+        suite.store.upsert_latest(suite.snapshot(user_id, axes={"warmth": 100 + value})),
+    ):
+        try:
+            await call
+        except StoreError as exc:
+            texts += [str(exc), repr(exc)]
+    for text in texts:
+        shown = user_id in text or "0.12345" in text or "100.12345" in text
+        _expect(not shown, "a repr, report or error text shows a user id or a state value")
+
+
+# Abilities beyond the interface
+
+
+async def _versions(suite: _Suite) -> None:
+    """Versions grow with every write and erasure; a repeated write counts once."""
+    authority: Authority = suite.need(Authority, "versions")
+    user_id = suite.user("versions")
+    first = suite.snapshot(user_id, 1)
+    second = suite.snapshot(user_id, 2)
+    absent = await authority.read(user_id)
+    _expect(absent.snapshot is None, "read() of an absent user gave a state")
+    head = await authority.head()
+    seen = [absent.version, (await authority.write(first)).version]
+    with call_begins():
+        record = await authority.write(second)
+        again = await authority.write(second)
+    _expect(record == again, "a write that was repeated with the same write id counted twice")
+    seen.append(record.version)
+    read = await authority.read(user_id)
+    _expect(read == record, "read() does not give the record that the write left")
+    many = await authority.read_many([user_id, suite.user("versions-absent")])
+    _expect(len(many) == 2, "read_many() left out an id")  # noqa: PLR2004
+    _expect(many[user_id] == read, "read_many() disagrees with read()")
+    if suite.history > 1:
+        kept = await suite.store.get_history(user_id, 5)
+        _expect(kept == [second, first], "a repeated write stands in the history twice")
+    seen.append(await authority.erase(user_id, ("tier",)))
+    _expect(await authority.debts(user_id), "a tier that may hold an erased user is not kept")
+    erased = await authority.read(user_id)
+    _expect(erased.snapshot is None, "read() of an erased user gave a state")
+    await authority.settle(authority.digest(user_id), seen[-1], "tier")
+    _expect(not await authority.debts(user_id), "settle() did not take the debt away")
+    seen.append((await authority.write(first)).version)
+    _expect(seen == sorted(set(seen)), f"the versions {seen} do not grow")
+    _expect(await authority.covers(head), "changes after a fresh cursor are not known")
+    found, more = set(), True
+    while more:
+        page = await authority.changes(head, 100)
+        found |= {change.digest for change in page.items}
+        head, more = page.cursor, page.more
+    _expect(authority.digest(user_id) in found, "changes() skipped a user that changed")
+
+
+async def _late_write(suite: _Suite) -> None:
+    """A write that began before an erasure cannot bring the user back."""
+    authority: Authority = suite.need(Authority, "versions")
+    user_id = suite.user("late")
+    await authority.write(suite.snapshot(user_id, 1))
+    with call_begins(getattr(suite.store, "clock", SYSTEM_CLOCK)):
+        # The erasure is another caller's, so it runs in a context without this write.
+        await asyncio.create_task(_outside(authority.erase(user_id)))
+        await authority.write(suite.snapshot(user_id, 2))
+    got = await suite.store.get_latest(user_id)
+    _expect(got is None, "a write that began before an erasure brought the user back")
+
+
+async def _outside(call: Awaitable[Any]) -> None:
+    await call
+
+
+async def _listing(suite: _Suite) -> None:
+    """Every user is listed."""
+    listing: Enumerable = suite.need(Enumerable, "listing")
+    ids = {(await suite.write(f"listed-{number}"))[0].user_id for number in range(7)}
+    found: set[str] = set()
+    async for page in pages(listing, 3):
+        found.update(page.user_ids)
+    _expect(ids <= found, f"the listing left out {len(ids - found)} of {len(ids)} users")
+    if suite.can_delete:
+        gone = ids.pop()
+        await suite.store.delete(gone)
+        async for page in pages(listing, 100):
+            _expect(gone not in page.user_ids, "the listing shows a deleted user")
+
+
+# Its life
+
+
+async def _closes(store: StateStore, second: StateStore) -> None:
+    """It opens on first use, closes twice, leaves no task and refuses calls afterwards."""
+    del second
+    before = asyncio.all_tasks()
+    snapshot = store.snapshot_type(user_id=f"check-{os.urandom(5).hex()}")
+    await store.upsert_latest(snapshot)
+    try:
+        await store.delete(snapshot.user_id)
+    except UnsupportedError:
+        pass
+    await store.aclose()
+    await store.aclose()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    left = asyncio.all_tasks() - before
+    _expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
+    try:
+        await store.get_latest(snapshot.user_id)
+    except ClosedError:
+        pass
+    except Exception as exc:
+        raise Broken(f"a read after aclose() raised {type(exc).__name__}, not ClosedError") from exc
+
+
+async def _context(store: StateStore, second: StateStore) -> None:
+    """``async with`` gives the store itself and closes it."""
+    del second
+    async with store as entered:
+        _expect(entered is store, "`async with` gives another object than the store")
+        await store.open()
+        _expect(await store.health_check() is True, "it is not healthy once it was opened")
+    await store.aclose()
+
+
+async def _identity(store: StateStore, second: StateStore) -> None:
+    """A store is equal to itself alone, can be hashed and printed."""
+    if store is second:
+        raise Unneeded("the factory returns one object every time")
+    same = store == store  # noqa: PLR0124
+    _expect(same and store != second, "two stores are equal; build dataclasses with eq=False")
+    try:
+        hash(store)
+    except TypeError as exc:
+        raise Broken("it cannot be hashed; build dataclasses with eq=False") from exc
+    _expect(isinstance(repr(store), str), "it has no repr")
+
+
+_CHECKS: Final = (
+    _absent,
+    _round_trip,
+    _replaces,
+    _apart,
+    _bad_ids,
+    _bad_snapshots,
+    _many,
+    _write_many,
+    _history,
+    _limits,
+    _immutable,
+    _deletes,
+    _health,
+    _at_once,
+    _cancelled,
+    _private,
+    _versions,
+    _late_write,
+    _listing,
+)
+_LIFECYCLE: Final = (_closes, _context, _identity)
