@@ -120,6 +120,7 @@ class Faults(AroundLayer):
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 
     kind: ClassVar[str] = "faults"
+    stands_in: ClassVar[bool] = True  # a path names the store whose failure it plays
 
     def __post_init__(self) -> None:
         if type(self.seed) is not int:

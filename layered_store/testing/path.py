@@ -334,15 +334,34 @@ def _users(args: tuple[Any, ...]) -> set[str]:
 
 def _steps(frame: _Frame, cut_off_as: str = "") -> Iterator[Step]:
     """Yield the steps of a call, in the order in which the blocks were entered."""
-    word = _word(frame, cut_off_as)
+    if getattr(frame.store, "stands_in", False):
+        if frame.error is not None and all(each.error is None for each in frame.below):
+            # The fault is told of the block that seems to fail.
+            word = _error_word(frame.error)
+            word = cut_off_as if word == "cancelled" and cut_off_as else word
+            yield Step(_name(_end_below(frame.store)), word, frame.op.value, frame.store)
+            return
+        word = ""
+    else:
+        word = _word(frame, cut_off_as)
     if _cuts_off(frame):
         # It is told of the block that was too slow.
         cut_off_as, word = _error_word(frame.error), ""
     if word:
-        kind = kind_of(frame.store)
-        yield Step(_SHORT_NAMES.get(kind, kind), word, frame.op.value, frame.store)
+        yield Step(_name(frame.store), word, frame.op.value, frame.store)
     for each in frame.below:
         yield from _steps(each, cut_off_as)
+
+
+def _name(store: StateStore) -> str:
+    kind = kind_of(store)
+    return _SHORT_NAMES.get(kind, kind)
+
+
+def _end_below(store: StateStore) -> StateStore:
+    while below := children_of(store):
+        store = next(iter(below.values()))
+    return store
 
 
 def _cuts_off(frame: _Frame) -> bool:

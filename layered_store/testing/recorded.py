@@ -76,6 +76,7 @@ class Recorded(AroundLayer):
     """
 
     kind: ClassVar[str] = "recorded"
+    stands_in: ClassVar[bool] = True  # a path does not name it
 
     def __post_init__(self) -> None:
         self.calls: list[RecordedCall] = []

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
@@ -53,6 +54,7 @@ from layered_store.stores.redis.scripts import ERASE, UPSERT, RedisScript
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from layered_store.coherence.redis_tier import RedisTier
     from layered_store.stores.redis.address import Address
     from layered_store.stores.redis.links import Command
 
@@ -157,6 +159,7 @@ class RedisStore(StateStore, Enumerable):
         self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
         self._codec = SnapshotCodec(self.snapshot_type)
         self._link: LaneLink | ClientLink | None = None
+        self._tier: weakref.ref[RedisTier] | None = None
         self._links: dict[asyncio.AbstractEventLoop, LaneLink | ClientLink] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -350,7 +353,12 @@ class RedisStore(StateStore, Enumerable):
         from layered_store.coherence.redis_tier import RedisTier  # noqa: PLC0415
 
         if kind is CacheTier:
-            return cast("C", RedisTier(self))
+            # One for all who ask, so that whoever watches it sees every call; held by its users.
+            tier = self._tier() if self._tier is not None else None
+            if tier is None:
+                tier = RedisTier(self)
+                self._tier = weakref.ref(tier)
+            return cast("C", tier)
         return super().capability(kind)
 
     def bucket_of(self, digest: bytes) -> str:
