@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from itertools import count
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Final
 from layered_store.clock import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from layered_store.clock import Clock
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["Call", "call_begins", "current_call", "next_order"]
+__all__ = ["Call", "call_begins", "call_continues", "current_call", "next_order"]
 
 next_order: Final = count(1).__next__
 """The order in which writes begin and erasures end in this process, whatever its clocks say."""
@@ -112,6 +114,17 @@ class call_begins:  # noqa: N801  used like a function: with call_begins():
             # A coroutine that nobody awaited to its end is closed in a context of its collector.
             with suppress(ValueError):
                 _current.reset(self._token)
+
+
+@contextmanager
+def call_continues(call: Call) -> Iterator[None]:
+    """Let writes in here count as begun when ``call`` began, earlier and elsewhere."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        call.ended = True
+        _current.reset(token)
 
 
 def current_call(clock: Clock = SYSTEM_CLOCK) -> Call:

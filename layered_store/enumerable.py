@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from layered_store.coherence.contract import Capability
 from layered_store.interface import Op
+from layered_store.layer import AroundLayer
+from layered_store.stack import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -43,15 +45,22 @@ class Enumerable(Capability):
 
 
 def enumerable_of(stack: StateStore) -> Enumerable | None:
-    """Return what lists the users of a stack: its system of record, when that can."""
-    store: StateStore | None = stack
-    while store is not None:
-        found = store.capability(Enumerable)
-        if found is not None:
-            return found
-        below = store.children()
-        store = below.get("origin") or below.get("inner")
-    return None
+    """Return what lists the users of a stack: its system of record, when that can.
+
+    It is looked for only past blocks that keep users under the ids they are called with.
+    """
+    found = stack.capability(Enumerable)
+    if found is not None:
+        return found
+    role = "inner" if isinstance(stack, AroundLayer) else _RECORD_BELOW.get(kind_of(stack), "")
+    below = stack.children().get(role)
+    found = None if below is None else enumerable_of(below)
+    if found is not None and isinstance(stack, AroundLayer):
+        return Enumerable.around(stack, found)
+    return found
+
+
+_RECORD_BELOW: Final = {"cached": "inner", "write_through": "origin", "fallback": "inner"}
 
 
 async def pages(listing: Enumerable, limit: int, cursor: str = "") -> AsyncIterator[UserPage]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -19,7 +20,18 @@ if TYPE_CHECKING:
 
     from layered_store.interface import StateStore
 
-__all__ = ["DEFAULT_STACK", "build", "console", "guarded", "json_option", "progress", "run"]
+__all__ = [
+    "DEFAULT_STACK",
+    "build",
+    "console",
+    "fail",
+    "guarded",
+    "json_option",
+    "notices",
+    "progress",
+    "run",
+    "source_of",
+]
 
 T = TypeVar("T")
 
@@ -40,18 +52,22 @@ notices = Console(stderr=True, highlight=False, soft_wrap=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def source_of(stack: str | None) -> Any:
+    """Return what to load for an argument: a file, or a stack of the one backend of a URL."""
+    if stack is None:
+        return DEFAULT_STACK
+    if "://" not in stack:
+        return Path(stack)
+    kind = "redis" if stack.startswith(("redis", "unix:")) else "sql"
+    # Doubled, since what looks like a variable in a URL of the shell is none.
+    return {"store": {"use": kind, "url": stack.replace("${", "$${")}}
+
+
 def build(stack: str | None, *, quiet: bool = False) -> StateStore:
     """Return the stack that an argument names, telling the linter's warnings on stderr."""
-    source: Any = DEFAULT_STACK
-    if stack is not None and "://" in stack:
-        kind = "redis" if stack.startswith(("redis", "unix:")) else "sql"
-        # Doubled, since what looks like a variable in a URL of the shell is none.
-        source = {"store": {"use": kind, "url": stack.replace("${", "$${")}}
-    elif stack is not None:
-        source = Path(stack)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        built = load_stack(source)
+        built = load_stack(source_of(stack))
     if not quiet:
         for warning in caught:
             if issubclass(warning.category, LintWarning):
@@ -64,13 +80,33 @@ def guarded(work: Callable[[], T]) -> T:
     try:
         return work()
     except ConfigError as exc:
-        notices.print(f"error: {exc}", markup=False)
-        sys.exit(2)
+        fail(str(exc), code=2)
     except StoreError as exc:
-        notices.print(f"error: {exc}", markup=False)
-        sys.exit(1)
+        fail(str(exc))
     except KeyboardInterrupt:
-        sys.exit(130)
+        fail("interrupted", code=130)
+    except (click.ClickException, click.Abort):
+        raise
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as head does.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the flush at the end
+        sys.exit(1)
+    except OSError as exc:
+        fail(": ".join(map(str, filter(None, (exc.filename, exc.strerror or type(exc).__name__)))))
+    except Exception as exc:
+        if os.environ.get("LAYERED_STORE_TRACEBACK"):
+            raise
+        # Its text may hold anything, so only its kind is told.
+        fail(
+            f"{type(exc).__name__}, which no block should raise; set LAYERED_STORE_TRACEBACK=1"
+            " to see where"
+        )
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Say what went wrong, in one line, and end the process."""
+    notices.print(f"error: {message}", markup=False)
+    sys.exit(code)
 
 
 def run(stack: str | None, work: Callable[[StateStore], Awaitable[T]]) -> T:
@@ -83,20 +119,34 @@ def run(stack: str | None, work: Callable[[StateStore], Awaitable[T]]) -> T:
     return guarded(lambda: asyncio.run(whole()))
 
 
-def progress() -> Any:
-    """Return a progress bar on stderr, shown only on a terminal."""
+def progress(unit: str) -> Any:
+    """Return a progress bar on stderr, shown only on a terminal.
+
+    Args:
+        unit: what is counted, such as ``"users"``.
+    """
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Counted(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            total = "" if task.total is None else f" of {task.total:,.0f}"
+            speed = f", {task.speed:,.0f} a second" if task.speed else ""
+            return Text(f"{task.completed:,.0f}{total} {unit}{speed}")
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        Counted(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=notices, disable=not notices.is_terminal)

@@ -35,7 +35,7 @@ def command(stack: str, user: str | None, output: Any, *, everyone: bool) -> Non
         if listing is None:
             raise UnsupportedError("this stack's system of record cannot list its users")
         count = 0
-        with progress() as bar:
+        with progress("users") as bar:
             task = bar.add_task("users", total=None)
             async for page in pages(listing, _PAGE):
                 for each in page.user_ids:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from pathlib import Path
 
 import click
 
-from layered_store.cli.common import console, guarded
-from layered_store.cli.common import json_option as _json_option
+from layered_store.cli.common import console, guarded, json_option, source_of
 from layered_store.config.lint import Finding, Severity, lint
 from layered_store.config.loader import load_unchecked
 
@@ -18,9 +16,9 @@ __all__ = ["command"]
 
 
 @click.command("lint")
-@click.argument("stack", type=click.Path(dir_okay=False, path_type=Path))
-@_json_option
-def command(stack: Path, *, as_json: bool) -> None:
+@click.argument("stack", required=False)
+@json_option
+def command(stack: str | None, *, as_json: bool) -> None:
     """Say what is wrong or doubtful about the order and options of STACK.
 
     Exit 1 when there is an error that the file does not allow.
@@ -29,7 +27,7 @@ def command(stack: Path, *, as_json: bool) -> None:
     def work() -> list[Finding]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built, policy = load_unchecked(stack)
+            built, policy = load_unchecked(source_of(stack))
         return [
             finding
             for finding in lint(built, max_staleness=policy.max_staleness)

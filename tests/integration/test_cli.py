@@ -81,6 +81,7 @@ def test_copy(tmp_path: Path) -> None:
         "users": 50,
         "states": 150,
         "conflicts": 0,
+        "erased": 0,
         "users_in_source": 50,
         "users_in_target": 50,
     }
