@@ -52,7 +52,7 @@ class Bench:
 
     async def execute(self, store: Any, statement: Any, values: dict[str, Any]) -> None:
         async def work(session: Any) -> None:
-            await session.connection.execute(statement, values)
+            await session.run(statement, [values])
 
         await store._run("test", work, writes=True)
 
@@ -327,7 +327,7 @@ async def test_an_open_transaction_holds_the_log_back(
         await commit(self)
 
     monkeypatch.setattr(Session, "commit", first_waits)
-    late = asyncio.create_task(store.write(state("slow")))
+    late = asyncio.create_task(store.erase("slow"))
     await entered.wait()
     await store.write(state("quick"))
     seen, cursor = await all_changes(store, cursor)

@@ -112,7 +112,7 @@ async def test_a_server_that_hangs_costs_the_time_limit(driver: str) -> None:
         assert SYSTEM_CLOCK.monotonic() - begun < 1.5
         assert caught.value.retryable
         await store.aclose()
-        assert not store._homes
+        assert not store._access.homes
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -177,19 +177,22 @@ async def test_a_read_only_file_reads_and_does_not_write(tmp_path: Path) -> None
 
 
 async def test_a_full_disk_is_unavailable_and_heals(tmp_path: Path) -> None:
-    """A write that finds no room fails whole; the store goes on."""
+    """A write that finds no room fails, the store goes on, and repeating the call is safe."""
     async with SQLStore(f"sqlite+aiosqlite:///{tmp_path}/s.db", pool_size=1) as store:
         await store.upsert_latest(state("u", 0.1))
 
         async def limit(session: Session, pages: int) -> None:
-            await session.connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+            await session.command(f"PRAGMA max_page_count={pages}")
 
         await store._run("test", lambda session: limit(session, 1))
+        batch = [state(f"user-{n}") for n in range(400)]
         with pytest.raises(UnavailableError, match="room") as caught:
-            await store.upsert_latest_many(state(f"user-{n}") for n in range(400))
+            await store.upsert_latest_many(batch)
         assert caught.value.operation == "upsert_latest_many"
         await store._run("test", lambda session: limit(session, 1_000_000))
-        assert await store.get_latest("user-1") is None
+        assert await store.get_latest("user-399") is None
+        await store.upsert_latest_many(batch)
+        assert len(await store.get_latest_many(s.user_id for s in batch)) == 400
         await store.upsert_latest(state("u", 0.2))
         assert len(await store.get_history("u", 5)) == 2
 
@@ -251,7 +254,7 @@ async def test_a_commit_that_was_cut_off_is_unknown(
 ) -> None:
     """An error at the commit says that the outcome is unknown; one before it does not."""
     store = SQLStore(url, **tables())
-    await store.open()
+    await store.upsert_latest(state())
 
     async def cut(self: Session) -> None:
         self.committing = True
@@ -263,11 +266,58 @@ async def test_a_commit_that_was_cut_off_is_unknown(
     for commit, unknown in ((cut, True), (early, False)):
         monkeypatch.setattr(Session, "commit", commit)
         with pytest.raises(UnavailableError) as caught:
-            await store.upsert_latest(state())
+            await store.delete("u")
         assert caught.value.outcome_unknown is unknown
+        assert caught.value.operation == "delete"
     monkeypatch.undo()
     await store.upsert_latest(state())
-    assert len(await store.get_history("u", 5)) == 1
+    assert len(await store.get_history("u", 5)) == 2
+    await store.aclose()
+
+
+async def test_a_statement_that_commits_by_itself_is_unknown_once_sent(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is one statement: unknown when the connection went, not when it was refused."""
+    store = SQLStore(postgres_url, **tables())
+    await store.upsert_latest(state())
+
+    async def gone(*_: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr("layered_store.stores.sql.postgres.write_rows", gone)
+    calls = [store.upsert_latest(state(f"u{n}")) for n in range(3)]
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(error, UnavailableError)
+        assert error.outcome_unknown
+    monkeypatch.undo()
+    table = store.history_table
+    await store._run("test", lambda session: session.command(f"DROP TABLE {table}"))
+    with pytest.raises(StoreError, match="create_tables") as caught:
+        await store.upsert_latest(state())
+    assert not caught.value.outcome_unknown
+    await store.aclose()
+
+
+async def test_a_commit_that_sqlite_refuses_is_unknown_and_rolled_back(tmp_path: Path) -> None:
+    """The connection is used again afterwards, with no transaction left open on it."""
+    store = SQLStore(f"sqlite+aiosqlite:///{tmp_path}/s.db", pool_size=1)
+    await store.upsert_latest(state("u", 0.1))
+
+    async def forbid(session: Session) -> None:
+        def allowed(action: int, what: str | None, *_: object) -> int:
+            denied = action == sqlite3.SQLITE_TRANSACTION and what == "COMMIT"
+            return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+
+        session.connection.set_authorizer(allowed)
+
+    await store._run("test", forbid)
+    with pytest.raises(StoreError) as caught:
+        await store.upsert_latest(state("u", 0.2))
+    assert caught.value.outcome_unknown
+    found = await store.get_latest("u")
+    assert found is not None
+    assert found.get_axis("a") == 0.1
     await store.aclose()
 
 
@@ -287,10 +337,10 @@ async def test_cancelled_calls_leave_nothing_behind(url: str) -> None:
             assert result is None or isinstance(result, asyncio.CancelledError | StateSnapshot), (
                 result
             )
-    (home,) = store._homes.values()
-    while home.running:
-        await asyncio.wait(set(home.running))
-    assert home.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    (home,) = store._access.homes.values()
+    await home.reads.drain()
+    await home.writes.drain()
+    assert home.desks.busy == 0
     for user_id in ("u", "u0", "u1", "u2"):
         await store.upsert_latest(state(user_id, 0.9))
         assert (await store.get_latest(user_id)).get_axis("a") == 0.9  # type: ignore[union-attr]

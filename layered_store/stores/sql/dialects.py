@@ -36,7 +36,7 @@ from layered_store.stores.sql.versions import upgrade
 if TYPE_CHECKING:
     from layered_store.stores.sql.schema import Tables
 
-__all__ = ["FAMILIES", "Statements"]
+__all__ = ["FAMILIES", "NOW_US", "XID", "Statements"]
 
 FAMILIES: Final = {
     "sqlite": "sqlite",
@@ -54,11 +54,11 @@ _BEGIN: Final = {
     # Without it, locking a missing row locks a gap, and two such writers deadlock.
     "mysql": ("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "START TRANSACTION"),
 }
-_NOW_US: Final = {
+NOW_US: Final = {
     "postgresql": "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
     "mysql": "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))",
 }
-_XID: Final = "pg_current_xact_id()::text::bigint"
+XID: Final = "pg_current_xact_id()::text::bigint"
 _XMIN: Final = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 
 
@@ -111,12 +111,12 @@ class Statements:
         now_us: Any = (
             bindparam("now_us", type_=BigInteger)
             if self.host_time
-            else literal_column(_NOW_US[self.family], BigInteger)
+            else literal_column(NOW_US[self.family], BigInteger)
         )
         position: Any = (
             bindparam("at_position", type_=BigInteger)
             if self.counted
-            else literal_column(_XID, BigInteger)
+            else literal_column(XID, BigInteger)
         )
         digest = bindparam("at_digest", type_=latest.c.digest.type)
         digests = bindparam("digests", type_=latest.c.digest.type, expanding=True)
@@ -281,9 +281,9 @@ class Statements:
         database's milliseconds, so that a user whose tombstone was forgotten goes on growing.
         """
         if self.family == "mysql":
-            start: Any = literal_column(f"{_NOW_US['mysql']} DIV 1000 - 1", BigInteger)
+            start: Any = literal_column(f"{NOW_US['mysql']} DIV 1000 - 1", BigInteger)
         elif self.family == "postgresql":
-            start = literal_column(f"{_NOW_US['postgresql']} / 1000 - 1", BigInteger)
+            start = literal_column(f"{NOW_US['postgresql']} / 1000 - 1", BigInteger)
         else:
             start = bindparam("start_version", type_=BigInteger)
         return self._ignoring(latest, "digest").values(

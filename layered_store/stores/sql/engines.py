@@ -18,7 +18,10 @@ from layered_store.errors import ConfigError
 from layered_store.stores.sql.dialects import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator
+
+    from layered_store.stores.sql.batching import Reads, Writes
+    from layered_store.stores.sql.desks import Desks
 
 __all__ = [
     "Home",
@@ -26,8 +29,8 @@ __all__ = [
     "close_with_loop",
     "drop",
     "family_of",
+    "forget_dead",
     "in_memory",
-    "locate",
     "parse_url",
 ]
 
@@ -51,9 +54,11 @@ class Home:
 
     Args:
         loop: the loop.
-        engine: its connections, in AUTOCOMMIT mode.
+        engine: makes connections, in AUTOCOMMIT mode.
+        desks: the connections.
+        reads: the reads that wait or are under way.
+        writes: the writes and erasures that wait or are under way.
         writing: the right to write; one writer at a time on SQLite.
-        alone: the right to use the one connection of an in-memory database.
         ready: whether the tables are known to exist.
         closer: closes an engine of our own when the loop ends and nobody called ``aclose``.
         opening: held while they are looked for.
@@ -62,8 +67,10 @@ class Home:
 
     loop: asyncio.AbstractEventLoop
     engine: AsyncEngine
+    desks: Desks
+    reads: Reads = field(init=False)
+    writes: Writes = field(init=False)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    alone: asyncio.Lock = field(default_factory=asyncio.Lock)
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     ready: bool = False
     closer: AsyncGenerator[None, None] | None = None
@@ -175,15 +182,15 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 _closers: dict[AsyncEngine, AsyncGenerator[None, None]] = {}
 
 
-async def close_with_loop(engine: AsyncEngine) -> AsyncGenerator[None, None]:
-    """Have ``engine`` disposed of when the running loop ends; return what does it earlier."""
-    closer = _closers[engine] = _closer(engine)
+async def close_with_loop(home: Home) -> AsyncGenerator[None, None]:
+    """Have its connections closed when the running loop ends; return what does it earlier."""
+    closer = _closers[home.engine] = _closer(home.engine, home.desks)
     await anext(closer)
     return closer
 
 
-async def _closer(engine: AsyncEngine) -> AsyncGenerator[None, None]:
-    """Dispose of ``engine`` when this generator ends.
+async def _closer(engine: AsyncEngine, desks: Desks) -> AsyncGenerator[None, None]:
+    """Close all connections when this generator ends.
 
     An event loop ends its generators before it closes (``asyncio.run`` sees to that), which is
     the last moment at which connections can still be closed properly.
@@ -195,6 +202,7 @@ async def _closer(engine: AsyncEngine) -> AsyncGenerator[None, None]:
         # A server that hangs must not keep the process from ending.
         with suppress(Exception):
             async with SYSTEM_CLOCK.timeout(_CLOSE_SECONDS):
+                await desks.aclose()
                 await engine.dispose()
 
 
@@ -204,12 +212,7 @@ def drop(engine: AsyncEngine) -> None:
     engine.sync_engine.dispose(close=False)
 
 
-def locate(homes: dict[asyncio.AbstractEventLoop, Home], build: Callable[[], AsyncEngine]) -> Home:
-    """Return the home of the running loop, made when there is none; forget those of dead loops."""
-    loop = asyncio.get_running_loop()
-    home = homes.get(loop)
-    if home is None:
-        for other in [other for other in homes if other.is_closed()]:
-            drop(homes.pop(other).engine)
-        home = homes.setdefault(loop, Home(loop, build()))
-    return home
+def forget_dead(homes: dict[asyncio.AbstractEventLoop, Home]) -> None:
+    """Forget the homes of event loops that are closed."""
+    for other in [other for other in homes if other.is_closed()]:
+        drop(homes.pop(other).engine)

@@ -13,9 +13,9 @@ from sqlalchemy import exc as sa
 from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["translate"]
+__all__ = ["concerns_one", "translate"]
 
 _MISSING_TABLE: Final = (
     "a table does not exist; create it (create_tables=True does) or check the table names"
@@ -31,6 +31,8 @@ _SLOW: Final = "the database did not answer within the time limit"
 _GARBAGE: Final = "the server does not answer as a database of this kind"
 _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
+
+_ABOUT_CALLS: Final = ("another transaction", "the write and an erasure")
 
 # (text, whether repeating the same call can help)
 _Rule = tuple[str, bool]
@@ -117,6 +119,9 @@ def translate(
         if isinstance(cause, OSError | EOFError):
             return UnavailableError(f"{_LOST} ({type(cause).__name__})", **place)
     name = type(chain[-1]).__name__
+    own = _of_driver(exc)
+    if own is not None:
+        return own(name, place)
     if isinstance(exc, sa.DBAPIError) and (
         exc.connection_invalidated or isinstance(exc, sa.InterfaceError | sa.OperationalError)
     ):
@@ -127,9 +132,47 @@ def translate(
         # Without a code of the server's it is the driver that lost track of the protocol.
         return UnavailableError(f"{_GARBAGE} ({name})", **place)
     if isinstance(exc, sa.SQLAlchemyError):
-        return StoreError(f"the database refused the statement ({name})", **place)
+        return _refused(name, place)
     # A driver that meets bytes it does not expect raises almost anything.
     return UnavailableError(f"{_GARBAGE} ({name})", **place)
+
+
+def _of_driver(exc: Exception) -> Callable[[str, dict[str, Any]], StoreError] | None:
+    """Return what an error means that came from a driver itself, not through SQLAlchemy."""
+    module = type(exc).__module__
+    kinds = {base.__name__ for base in type(exc).__mro__}
+    if module == "sqlite3":
+        if "IntegrityError" in kinds:
+            return lambda _, place: UnavailableError(_CONFLICT, **place)
+        if "ProgrammingError" in kinds:  # closed below us
+            return lambda name, place: UnavailableError(f"{_LOST} ({name})", **place)
+        return _refused
+    if module.startswith("asyncpg"):
+        if "IntegrityConstraintViolationError" in kinds:
+            return lambda _, place: UnavailableError(_CONFLICT, **place)
+        # InterfaceError: the connection was closed; InternalClientError: it lost the protocol.
+        if "PostgresError" not in kinds:
+            return lambda name, place: UnavailableError(f"{_LOST} ({name})", **place)
+        return _refused
+    return None
+
+
+def _refused(name: str, place: dict[str, Any]) -> StoreError:
+    return StoreError(f"the database refused the statement ({name})", **place)
+
+
+def concerns_one(error: Exception, *, alone_at_work: bool) -> bool:
+    """Tell whether an error may be about one call, and not about the connection or the server.
+
+    Args:
+        error: ours.
+        alone_at_work: whether nobody else writes meanwhile: a conflict is then another program's.
+    """
+    if not isinstance(error, UnavailableError):
+        return True
+    if error.message.startswith(_CONFLICT):
+        return not alone_at_work
+    return error.message.startswith(_ABOUT_CALLS)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

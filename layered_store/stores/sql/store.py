@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from layered_store.call import current_call, next_order
@@ -19,7 +18,6 @@ from layered_store.errors import (
     ConfigError,
     CorruptDataError,
     StoreError,
-    StoreTimeoutError,
     ValidationError,
 )
 from layered_store.health import HealthStatus, SharedProbe
@@ -44,25 +42,21 @@ from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from layered_store.call import Call
     from layered_store.health import HealthReport
-    from layered_store.stores.sql.engines import Home
-    from layered_store.stores.sql.transactions import Row, Session, Write
+    from layered_store.stores.sql.access import Access
+    from layered_store.stores.sql.batching import Batcher
+    from layered_store.stores.sql.transactions import Erasure, Session, Write
 
 __all__ = ["SQLStore"]
 
 T = TypeVar("T")
 
 _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
-_CHUNK: Final = 500
-_OWN_ERASURE_SECONDS: Final = 30.0
-_OWN_ERASURES: Final = 100_000
-_PURGE_EVERY: Final = 64
-_PURGE_ROWS: Final = 128
 _COVERED_US: Final = (7 * 86_400 - 3_600) * 1_000_000
 _MAX_INT: Final = 2**53
 _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
@@ -152,47 +146,48 @@ class SQLStore(StateStore, Authority, Enumerable):
             )
         if (self.url is None) == (self.engine is None):
             raise ConfigError("pass either url or engine", option="url", layer=self.name)
-        self._connect_to()
         max_age_us = None if age is None else min(_MAX_INT, int(age * 1e6))
-        self._rules = _rules(self.history_limit, max_age_us, self.order == "snapshot_time")
+        self._max_age_us = _MAX_INT if max_age_us is None else max_age_us
+        self._access = self._connect_to(max_age_us)
+        self._statements = self._access.statements
         self._codec = SnapshotCodec(self.snapshot_type)
-        self._homes: dict[asyncio.AbstractEventLoop, Home] = {}
-        # Erasures of this process by digest: the version, when the call returned, and its order.
-        self._own_erasures: dict[bytes, tuple[int, float, int]] = {}
         self._probe = SharedProbe(self.name, self._probe_limit, self.clock)
-        self._writes = 0
-        self._too_old = 0
         self._corrupt = 0
         self._reads = Reads()
         self._closed = False
 
-    def _connect_to(self) -> None:
+    def _connect_to(self, max_age_us: int | None) -> Access:
         # Imported here, so that importing the package imports no SQLAlchemy.
         from layered_store.stores.sql import engines  # noqa: PLC0415
-        from layered_store.stores.sql.dialects import Statements  # noqa: PLC0415
-        from layered_store.stores.sql.schema import build_tables  # noqa: PLC0415
+        from layered_store.stores.sql.access import Access, KnownErasures  # noqa: PLC0415
+        from layered_store.stores.sql.batching import own_error  # noqa: PLC0415
+        from layered_store.stores.sql.transactions import Erasure, Rules, Write  # noqa: PLC0415
 
-        self._given: AsyncEngine | None = None
-        if self.engine is not None:
-            if not hasattr(self.engine, "sync_engine"):
-                raise ConfigError(
-                    "must be an AsyncEngine, from create_async_engine",
-                    option="engine",
-                    layer=self.name,
-                )
-            self._address = self.engine.sync_engine.url
-            dialect = self.engine.dialect.name
-            # Shares the caller's pool; only statements of ours commit by themselves.
-            self._given = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        if self.engine is None:
+            address = engines.parse_url(self.url, self.name)
+        elif hasattr(self.engine, "sync_engine"):
+            address = self.engine.sync_engine.url
         else:
-            self._address = engines.parse_url(self.url, self.name)
-            dialect = self._address.get_backend_name()
-        family = engines.family_of(dialect, "engine" if self.engine else "url", self.name)
-        self._one_connection = engines.in_memory(self._address)
-        self._tables = build_tables(self.latest_table, self.history_table)
-        self._statements = Statements(self._tables, family)
-        # A running SQLite statement is a thread's: it ends by itself, cut off or not.
-        self._cannot_stop = family == "sqlite"
+            raise ConfigError(
+                "must be an AsyncEngine, from create_async_engine",
+                option="engine",
+                layer=self.name,
+            )
+        self._erasures = KnownErasures(self.clock)
+        self._own_error, self._new_write, self._new_erasure = own_error, Write, Erasure
+        return Access(
+            self.engine,
+            address,
+            self.latest_table,
+            self.history_table,
+            create_tables=self.create_tables,
+            rules=Rules(self.history_limit, max_age_us, self.order == "snapshot_time"),
+            erasures=self._erasures,
+            timeout=self._timeout,
+            pool_size=self.pool_size,
+            clock=self.clock,
+            name=self.name,
+        )
 
     @property
     def digest(self) -> digest_function:
@@ -201,7 +196,7 @@ class SQLStore(StateStore, Authority, Enumerable):
     @property
     def metadata(self) -> Any:
         """The tables as SQLAlchemy ``MetaData``, for migrations of one's own."""
-        return self._tables.metadata
+        return self._access.tables.metadata
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         await self.write(snapshot)
@@ -219,11 +214,10 @@ class SQLStore(StateStore, Authority, Enumerable):
         rows = min(limit, _MAX_INT if self.history_limit is None else self.history_limit)
         if rows == 0:
             return []
-        age = self._rules.max_age_us
         values = {
             "at_digest": self._digest(user_id),
             "max_rows": rows,
-            "max_age_us": _MAX_INT if age is None else age,
+            "max_age_us": self._max_age_us,
         }
 
         async def work(session: Session) -> Sequence[Any]:
@@ -269,25 +263,12 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     def samples(self) -> Iterable[Sample]:
         yield from self._reads.samples()
-        yield Sample("stale_writes", self._too_old)
+        yield Sample("stale_writes", self._access.too_old)
         yield Sample("corrupt_records", self._corrupt)
 
     async def aclose(self) -> None:
-        from layered_store.stores.sql.engines import drop  # noqa: PLC0415
-
         self._closed = True
-        loop = asyncio.get_running_loop()
-        for home in [self._homes.pop(each) for each in list(self._homes)]:
-            if home.loop is not loop:
-                if self._given is None:
-                    drop(home.engine)
-                continue
-            if home.running:
-                await asyncio.wait(home.running, timeout=self._timeout)
-            if home.closer is not None:
-                await home.closer.aclose()
-            elif self._given is None:
-                await home.engine.dispose()
+        await self._access.aclose()
 
     # What a system of record offers to a cache tier in front of it.
 
@@ -304,7 +285,7 @@ class SQLStore(StateStore, Authority, Enumerable):
             check_user_id(user_id, Op.GET_LATEST_MANY)
         if len(user_ids) == 1:
             return {user_ids[0]: await self._read(user_ids[0], Op.GET_LATEST_MANY)}
-        wanted = {self._digest(user_id): user_id for user_id in user_ids}
+        wanted = list(dict.fromkeys(user_ids))
         try:
             self._check_open(Op.GET_LATEST_MANY)
             records = await self._records(wanted)
@@ -316,22 +297,19 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._reads.error += len(wanted) - len(records)
         return records
 
-    async def _records(self, wanted: Mapping[bytes, str]) -> Mapping[str, Versioned]:
-        from layered_store.stores.sql.transactions import padded  # noqa: PLC0415
-
-        records = dict.fromkeys(wanted.values(), ABSENT)
-        for digests in batched(wanted, _CHUNK):
-            values = {"digests": padded(digests)}
-
-            async def work(session: Session, values: dict[str, Any] = values) -> Sequence[Any]:
-                return await session.rows(self._statements.read_many, values)
-
-            for row in await self._run(Op.GET_LATEST_MANY, work):
-                user_id = wanted[bytes(row.digest)]
-                try:
-                    records[user_id] = self._record(user_id, row, Op.GET_LATEST_MANY)
-                except CorruptDataError:
-                    del records[user_id]
+    async def _records(self, wanted: Sequence[str]) -> Mapping[str, Versioned]:
+        reads = self._access.home().reads
+        rows = await self._all(reads, [self._digest(user_id) for user_id in wanted])
+        records = {}
+        for user_id, row in zip(wanted, rows, strict=True):
+            if isinstance(row, Exception):
+                raise self._own_error(row, Op.GET_LATEST_MANY, self.name)
+            try:
+                records[user_id] = (
+                    ABSENT if row is None else self._record(user_id, row, Op.GET_LATEST_MANY)
+                )
+            except CorruptDataError:
+                continue
         return records
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
@@ -339,8 +317,8 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call)
-        row = (await self._write([item], Op.UPSERT_LATEST))[0]
-        record = self._after(snapshot, item, row)
+        row = await self._changed(item)
+        record = self._after(snapshot, item, row, Op.UPSERT_LATEST)
         call.superseded = record.snapshot is not snapshot
         return record
 
@@ -353,29 +331,29 @@ class SQLStore(StateStore, Authority, Enumerable):
             self._prepare(snapshot, call.part(index), call)
             for index, snapshot in enumerate(snapshots)
         ]
+        rows = await self._all(self._access.home().writes, items)
+        failed = [row for row in rows if isinstance(row, Exception)]
+        if failed:
+            # Some may be stored: repeating the call is safe. One that says so is not hidden.
+            worst = max(failed, key=lambda error: getattr(error, "outcome_unknown", False))
+            raise self._own_error(worst, Op.UPSERT_LATEST_MANY, self.name)
         records = {}
-        for chunk in batched(zip(snapshots, items, strict=True), _CHUNK):
-            rows = await self._write([item for _, item in chunk], Op.UPSERT_LATEST_MANY)
-            for (snapshot, item), row in zip(chunk, rows, strict=True):
-                records[snapshot.user_id] = self._after(snapshot, item, row)
+        for snapshot, item, row in zip(snapshots, items, rows, strict=True):
+            records[snapshot.user_id] = self._after(snapshot, item, row, Op.UPSERT_LATEST_MANY)
         last = {snapshot.user_id: snapshot for snapshot in snapshots}
-        if any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items()):
+        if any(records[user_id].snapshot is not last[user_id] for user_id in last):
             call.superseded = True
         return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        from layered_store.stores.sql import transactions  # noqa: PLC0415
-
         check_user_id(user_id, Op.DELETE)
         self._check_open(Op.DELETE)
         digest = self._digest(user_id)
-
-        async def work(session: Session) -> int:
-            return await transactions.erase(session, digest, tiers)
-
-        version = await self._run(Op.DELETE, work, writes=True)
-        self._remember(digest, version)
-        return version
+        version = await self._changed(self._new_erasure(digest, tiers))
+        if isinstance(version, Exception):
+            raise self._own_error(version, Op.DELETE, self.name)
+        self._erasures.made(digest, version, next_order())
+        return version  # type: ignore[no-any-return]
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:
         from layered_store.stores.sql import transactions  # noqa: PLC0415
@@ -450,53 +428,55 @@ class SQLStore(StateStore, Authority, Enumerable):
         end = bytes(rows[-1].digest).hex() if len(rows) == limit else None
         return UserPage([row.user_id for row in rows], end)
 
-    # One operation: a connection, a time limit, our errors.
+    # How operations go out.
 
     async def _read(self, user_id: str, op: Op) -> Versioned:
         check_user_id(user_id, op)
-        values = {"at_digest": self._digest(user_id)}
-
-        async def work(session: Session) -> Sequence[Any]:
-            return await session.rows(self._statements.read, values)
-
         try:
             self._check_open(op)
-            found = await self._run(op, work)
-            record = self._record(user_id, found[0], op) if found else ABSENT
+            row = await self._row(self._digest(user_id))
+            if isinstance(row, Exception):
+                raise self._own_error(row, op, self.name)
+            record = ABSENT if row is None else self._record(user_id, row, op)
         except Exception as exc:
             self._reads.failed(exc)
             raise
         self._reads.found(record.snapshot)
         return record
 
-    async def _write(self, items: list[Write], op: Op) -> list[Row]:
-        from layered_store.stores.sql import transactions  # noqa: PLC0415
-
-        async def work(session: Session) -> tuple[list[Row], int]:
-            return await transactions.write(session, items, self._rules, self._knows)
-
-        rows, too_old = await self._run(op, work, writes=True)
-        self._too_old += too_old
-        before, self._writes = self._writes, self._writes + len(items)
-        if before // _PURGE_EVERY != self._writes // _PURGE_EVERY:
-            await self._purge()
-        return rows
-
-    async def _purge(self) -> None:
-        """Forget tombstones past their time, a few with every so many writes."""
-
-        async def work(session: Session) -> None:
-            now_us = (await session.rows(self._statements.now, session.timed({})))[0][0]
-            values = {"due": now_us, "max_rows": _PURGE_ROWS}
-            for row in await session.rows(self._statements.purgeable, values):
-                await session.run(
-                    self._statements.purge, [{"at_digest": bytes(row.digest), "due": now_us}]
-                )
-
+    async def _row(self, digest: bytes) -> Any:
+        """Return a user's row, None, or an exception object."""
+        reads = self._access.home().reads
         try:
-            await self._run(Op.UPSERT_LATEST, work, writes=True)
-        except StoreError:
-            return  # the write it came with is committed; the next one tries again
+            return await reads.submit(digest)
+        except asyncio.CancelledError:
+            reads.left()
+            raise
+
+    async def _changed(self, item: Write | Erasure) -> Any:
+        """Return what a write or an erasure left, or an exception object."""
+        writes = self._access.home().writes
+        try:
+            return await writes.submit(item)
+        except asyncio.CancelledError:
+            writes.left()
+            raise
+
+    async def _all(self, batcher: Batcher, items: Iterable[Any]) -> list[Any]:
+        """Return the results of several calls, or exception objects, when all are there."""
+        futures = [batcher.submit(item) for item in items]
+        try:
+            return [await future for future in futures]
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()
+            batcher.left()
+            raise
+
+    async def _run(
+        self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
+    ) -> T:
+        return await self._access.run(op, work, writes=writes)
 
     async def _horizon(self, session: Session) -> tuple[int, int]:
         found = (await session.rows(self._statements.horizon, session.timed({})))[0]
@@ -506,150 +486,10 @@ class SQLStore(StateStore, Authority, Enumerable):
             )
         return found.horizon, found.now_us
 
-    async def _run(
-        self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
-    ) -> T:
-        """Do ``work`` on a connection within the time limit.
-
-        It runs in a task of its own, so that the caller can leave at once: throwing away a
-        connection that hangs takes the drivers seconds.
-        """
-        from layered_store.stores.sql.transactions import Session as NewSession  # noqa: PLC0415
-
-        home = self._home()
-        session: Session = NewSession(None, self._statements, self.clock)
-        task = home.loop.create_task(self._attempt(home, session, op, work, writes=writes))
-        home.running.add(task)
-        task.add_done_callback(lambda done: _finished(home, done))
-        try:
-            async with self.clock.timeout(self._timeout):
-                await asyncio.wait((task,))
-        except TimeoutError:
-            unknown = self._abandon(task, session, writes=writes)
-            raise StoreTimeoutError(
-                f"no answer within {self._timeout:g} s",
-                operation=op,
-                layer=self.name,
-                outcome_unknown=unknown,
-            ) from None
-        except asyncio.CancelledError:
-            self._abandon(task, session, writes=writes)
-            raise
-        return task.result()
-
-    def _abandon(self, task: asyncio.Task[Any], session: Session, *, writes: bool) -> bool:
-        """Leave a task behind; return whether what it writes may still be committed."""
-        if self._cannot_stop:
-            # Not cancelled: its thread goes on whatever we do, and SQLAlchemy would throw the
-            # connection away, which for a database in memory is the database.
-            return writes
-        task.cancel()
-        return writes and session.committing
-
-    async def _attempt(
-        self,
-        home: Home,
-        session: Session,
-        op: str,
-        work: Callable[[Session], Awaitable[T]],
-        *,
-        writes: bool,
-    ) -> T:
-        from layered_store.stores.sql.failures import translate  # noqa: PLC0415
-
-        locks = []
-        if writes and self._cannot_stop:
-            locks.append(home.writing)
-        if self._one_connection:
-            locks.append(home.alone)
-        taken: list[asyncio.Lock] = []
-        try:
-            for lock in locks:
-                await lock.acquire()
-                taken.append(lock)
-            async with home.engine.connect() as connection:
-                session.connection = connection
-                try:
-                    if not home.ready:
-                        await self._make_ready(home, session)
-                    return await work(session)
-                except BaseException:
-                    await self._clean(session)
-                    raise
-        except Exception as exc:
-            error = translate(
-                exc,
-                operation=op,
-                layer=self.name,
-                outcome_unknown=writes and session.committing,
-            )
-            if error is exc:
-                raise
-            raise error from exc
-        finally:
-            for lock in taken:
-                lock.release()
-
-    async def _clean(self, session: Session) -> None:
-        """Leave no transaction open on a connection that goes back to the pool."""
-        if not session.open:
-            return
-        connection = session.connection
-        try:
-            await session.connection.exec_driver_sql("ROLLBACK")
-        except Exception:  # noqa: BLE001  it failed before; this connection is of no use
-            if not self._one_connection and not connection.closed:
-                await connection.invalidate()
-
-    async def _make_ready(self, home: Home, session: Session) -> None:
-        from layered_store.stores.sql import versions  # noqa: PLC0415
-        from layered_store.stores.sql.engines import close_with_loop  # noqa: PLC0415
-
-        async with home.opening:
-            if home.ready:
-                return
-            if self._given is None and home.closer is None:
-                home.closer = await close_with_loop(home.engine)
-            if self.create_tables:
-                session.open = True
-                await self._statements.create(session.connection)
-                session.open = False
-            else:
-                await versions.check(session.connection, self._statements)
-            home.ready = True
-
-    def _home(self) -> Home:
-        from layered_store.stores.sql import engines  # noqa: PLC0415
-
-        loop = asyncio.get_running_loop()
-        home = self._homes.get(loop)
-        if home is not None:
-            return home
-        if self._homes and (self._given is not None or self._one_connection):
-            remedy = (
-                "build the engine and the store in the loop that uses them, or pass url="
-                if self._given is not None
-                else "use a file, or one event loop"
-            )
-            raise ClosedError(
-                f"this store's connections belong to another event loop; {remedy}",
-                layer=self.name,
-            )
-        return engines.locate(self._homes, self._build)
-
-    def _build(self) -> AsyncEngine:
-        from layered_store.stores.sql import engines  # noqa: PLC0415
-
-        if self._given is not None:
-            return self._given
-        return engines.build_engine(self._address, size=self.pool_size, wait=self._timeout)
-
     # Rows and snapshots.
 
     def _prepare(self, snapshot: StateSnapshot, write_id: bytes, call: Call) -> Write:
-        from layered_store.stores.sql.transactions import Write as NewWrite  # noqa: PLC0415
-
-        return NewWrite(
+        return self._new_write(
             self._digest(snapshot.user_id),
             PrivateStr(snapshot.user_id),
             self._codec.encode(snapshot),
@@ -659,18 +499,24 @@ class SQLStore(StateStore, Authority, Enumerable):
             snapshot.updated_at_unix_ms,
         )
 
-    def _after(self, snapshot: StateSnapshot, item: Write, row: Row) -> Versioned:
+    def _after(self, snapshot: StateSnapshot, item: Write, row: Any, op: Op) -> Versioned:
         """Return what a write left: itself, or what won over it."""
+        if type(row) is int:
+            return Versioned(row, snapshot)
+        if isinstance(row, Exception):
+            raise self._own_error(row, op, self.name)
         if row.payload is item.payload:
             return Versioned(row.version, snapshot)
-        return self._record(snapshot.user_id, row, Op.UPSERT_LATEST)
+        return self._record(snapshot.user_id, (None, row.user_id, row.version, row.payload), op)
 
-    def _record(self, user_id: str, row: Any, op: Op) -> Versioned:
-        if row.payload is None:
-            return Versioned(row.version, None)
-        if row.user_id != user_id:
+    def _record(self, user_id: str, row: tuple[Any, ...], op: Op) -> Versioned:
+        """Return the record in a row of digest, user id, version and payload."""
+        _, owner, version, payload = row
+        if payload is None:
+            return Versioned(version, None)
+        if owner != user_id:
             raise self._corruption("the record belongs to another user", user_id, op)
-        return Versioned(row.version, self._decode(user_id, row.payload, op))
+        return Versioned(version, self._decode(user_id, payload, op))
 
     def _decode(self, user_id: str, payload: bytes, op: Op) -> StateSnapshot:
         try:
@@ -682,48 +528,11 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._corrupt += 1
         return CorruptDataError(message, operation=op, layer=self.name, user_id=user_id)
 
-    # Erasures of this process: their order to its own writes is known without the database.
-
-    def _remember(self, digest: bytes, version: int) -> None:
-        now = self.clock.monotonic()
-        erasures = self._own_erasures
-        erasures.pop(digest, None)
-        erasures[digest] = (version, now, next_order())
-        for oldest in list(erasures)[:2]:
-            if len(erasures) > _OWN_ERASURES or erasures[oldest][1] < now - _OWN_ERASURE_SECONDS:
-                del erasures[oldest]
-
-    def _knows(self, row: Row, item: Write) -> bool | None:
-        """Tell whether a write began before an erasure of this process; None: not its own."""
-        own = self._own_erasures.get(item.digest)
-        if own is None or own[0] != row.erased_version:
-            return None
-        return item.order < own[2]
-
     def _check_open(self, operation: str) -> None:
         if self._closed:
             raise ClosedError(
                 "this store was closed; build a new one", operation=operation, layer=self.name
             )
-
-
-def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the values in lists of at most ``size``."""
-    left = iter(values)
-    while chunk := list(islice(left, size)):
-        yield chunk
-
-
-def _finished(home: Home, task: asyncio.Task[Any]) -> None:
-    home.running.discard(task)
-    if not task.cancelled():
-        task.exception()  # seen: its caller may be gone
-
-
-def _rules(limit: int | None, max_age_us: int | None, by_time: bool) -> Any:  # noqa: FBT001
-    from layered_store.stores.sql.transactions import Rules  # noqa: PLC0415
-
-    return Rules(limit, max_age_us, by_time)
 
 
 def _read_cursor(cursor: str) -> tuple[int, bytes, int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TOMBSTONE_US",
     "Began",
+    "Erasure",
     "Row",
     "Rules",
     "Session",
@@ -41,7 +42,7 @@ _KEPT_US: Final = 60 * 1_000_000
 _PROBES: Final = 5
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Write:
     """One snapshot on its way in."""
 
@@ -52,6 +53,14 @@ class Write:
     started: float
     order: int
     updated: int
+
+
+@dataclass(slots=True)
+class Erasure:
+    """One erasure on its way in."""
+
+    digest: bytes
+    tiers: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -136,28 +145,32 @@ class Session:
         elif values:
             await self.connection.execute(statement, values)
 
+    async def command(self, command: str) -> None:
+        """Run a command that gives no rows."""
+        await self.connection.exec_driver_sql(command)
+
     async def begin(self) -> None:
         """Start a write transaction."""
         self.open = True
         for command in self.statements.begin:
-            await self.connection.exec_driver_sql(command)
+            await self.command(command)
 
     async def commit(self) -> None:
         """Commit; from here on, an error leaves the outcome unknown."""
         self.committing = True
-        await self.connection.exec_driver_sql("COMMIT")
+        await self.command("COMMIT")
         self.open = False
         self.committing = False
 
     async def rollback(self) -> None:
         """Give up the transaction."""
-        await self.connection.exec_driver_sql("ROLLBACK")
+        await self.command("ROLLBACK")
         self.open = False
 
     async def positioned(self, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return ``values`` with this transaction's place in the change log."""
         if self.statements.counted:
-            await self.connection.execute(self.statements.advance)
+            await self.run(self.statements.advance, [{}])
             found = await self.rows(self.statements.position, {})
             if not found:
                 raise UnavailableError(
@@ -353,24 +366,36 @@ async def _trim(session: Session, rows: list[Row], rules: Rules, now_us: int) ->
     await session.run(statements.trim_aged, values)
 
 
-async def erase(session: Session, digest: bytes, tiers: Sequence[str]) -> int:
-    """Remove a user and its history, leave a tombstone, return its version."""
+async def erase(session: Session, erasures: Sequence[Erasure]) -> list[int]:
+    """Remove users and their histories, leave tombstones, return their versions.
+
+    Args:
+        session: the connection; its transaction is begun and committed here.
+        erasures: several may be of one user, who then has one tombstone.
+    """
+    owed: dict[bytes, set[str]] = {}
+    for erasure in erasures:
+        owed.setdefault(erasure.digest, set()).update(erasure.tiers)
     await session.begin()
-    row = (await _lock(session, [digest], Began()))[digest]
-    version = row.version + 1
-    owed = sorted({*json.loads(row.debts or "[]"), *tiers})
-    await session.run(session.statements.forget, [{"at_digest": digest}])
-    values = session.timed(
-        {
-            "at_digest": digest,
-            "to_version": version,
-            "to_debts": json.dumps(owed),
-            "kept_us": TOMBSTONE_US,
-        }
-    )
-    await session.run(session.statements.bury, await session.positioned([values]))
+    rows = await _lock(session, list(owed), Began())
+    places: list[dict[str, Any]] = [{"at_digest": digest} for digest in sorted(owed)]
+    await session.run(session.statements.forget, places)
+    values = [
+        session.timed(
+            {
+                "at_digest": digest,
+                "to_version": rows[digest].version + 1,
+                "to_debts": json.dumps(
+                    sorted({*json.loads(rows[digest].debts or "[]"), *owed[digest]})
+                ),
+                "kept_us": TOMBSTONE_US,
+            }
+        )
+        for digest in sorted(owed)
+    ]
+    await session.run(session.statements.bury, await session.positioned(values))
     await session.commit()
-    return version
+    return [rows[erasure.digest].version + 1 for erasure in erasures]
 
 
 async def settle(session: Session, digest: bytes, version: int, tier: str) -> None:

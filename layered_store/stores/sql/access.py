@@ -1,0 +1,482 @@
+"""How operations reach the database: event loops, connections, batches, time limits, errors."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from layered_store.call import next_order
+from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
+from layered_store.stores.sql import engines, lite, postgres, transactions, versions
+from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
+from layered_store.stores.sql.desks import Desk, Desks
+from layered_store.stores.sql.dialects import NOW_US, XID, Statements
+from layered_store.stores.sql.failures import concerns_one, translate
+from layered_store.stores.sql.schema import build_tables
+from layered_store.stores.sql.transactions import Erasure, Session, Write, padded
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from layered_store.clock import Clock
+    from layered_store.stores.sql.transactions import Rules
+
+__all__ = ["Access"]
+
+T = TypeVar("T")
+
+_READS_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
+"""Batches of reads under way. SQLite's thread and this one share the interpreter: two would only
+be in each other's way."""
+
+_WRITES_OUT: Final = {"sqlite": 1, "postgresql": 4, "mysql": 4}
+"""Batches of writes under way. A commit waits for the disk, and the server flushes several at
+once; SQLite admits one writer."""
+
+_PURGE_EVERY: Final = 64
+_PURGE_ROWS: Final = 128
+
+
+class Access:
+    """The connections of one store.
+
+    Args:
+        given: the caller's engine, or None.
+        address: the URL of the database.
+        latest_table: see the store; so are the others below.
+        history_table: name of the table of histories.
+        create_tables: create missing tables on first use.
+        rules: what decides about a write.
+        erasures: what is known of erasures.
+        timeout: seconds that one operation may take.
+        pool_size: most connections per event loop.
+        clock: source of time.
+        name: the store's name, for errors.
+    """
+
+    def __init__(
+        self,
+        given: AsyncEngine | None,
+        address: Any,
+        latest_table: str,
+        history_table: str,
+        *,
+        create_tables: bool,
+        rules: Rules,
+        erasures: KnownErasures,
+        timeout: float,
+        pool_size: int,
+        clock: Clock,
+        name: str,
+    ) -> None:
+        option = "url" if given is None else "engine"
+        family = engines.family_of(address.get_backend_name(), option, name)
+        # Shares the caller's pool; only statements of ours commit by themselves.
+        self._given = (
+            None if given is None else given.execution_options(isolation_level="AUTOCOMMIT")
+        )
+        self._address = address
+        self._family = family
+        self._one_connection = engines.in_memory(address)
+        self.tables = build_tables(latest_table, history_table)
+        self.statements = Statements(self.tables, family)
+        self._lite = lite.LiteStatements(self.statements) if family == "sqlite" else None
+        self._asyncpg = (
+            postgres.PostgresStatements(self.tables, NOW_US["postgresql"], XID)
+            if address.get_driver_name() == "asyncpg"
+            else None
+        )
+        # A running SQLite statement is a thread's: it ends by itself, cut off or not.
+        self._cannot_stop = family == "sqlite"
+        self._create_tables = create_tables
+        self._rules = rules
+        self._quick = not rules.by_snapshot_time and rules.max_age_us is None
+        self._erasures = erasures
+        self._timeout = timeout
+        self._pool_size = pool_size
+        self._clock = clock
+        self._name = name
+        self._writes = 0
+        self.too_old = 0
+        self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
+
+    def home(self) -> engines.Home:
+        """Return what is kept for the running event loop, made on first use."""
+        loop = asyncio.get_running_loop()
+        home = self.homes.get(loop)
+        if home is not None:
+            return home
+        if self.homes and (self._given is not None or self._one_connection):
+            self._refuse_loop()
+        engines.forget_dead(self.homes)
+        engine = self._given
+        if engine is None:
+            engine = engines.build_engine(
+                self._address, size=self._pool_size, wait=self._timeout
+            )
+        size = 1 if self._one_connection else self._pool_size
+        home = engines.Home(loop, engine, Desks(engine, size, keep=self._given is None))
+        stoppable = not self._cannot_stop
+        home.reads = Reads(
+            partial(self._read_batch, home), self._concerns_one, self._clock, self._timeout,
+            out=_READS_OUT[self._family], stoppable=stoppable,
+        )  # fmt: skip
+        home.writes = Writes(
+            partial(self._write_batch, home), self._concerns_one, self._clock, self._timeout,
+            out=_WRITES_OUT[self._family], stoppable=stoppable,
+        )  # fmt: skip
+        return self.homes.setdefault(loop, home)
+
+    def _refuse_loop(self) -> None:
+        remedy = (
+            "build the engine and the store in the loop that uses them, or pass url="
+            if self._given is not None
+            else "use a file, or one event loop"
+        )
+        raise ClosedError(
+            f"this store's connections belong to another event loop; {remedy}", layer=self._name
+        )
+
+    async def aclose(self) -> None:
+        """Finish what is under way in this event loop, close what was opened."""
+        loop = asyncio.get_running_loop()
+        for home in [self.homes.pop(each) for each in list(self.homes)]:
+            if home.loop is not loop:
+                if self._given is None:
+                    engines.drop(home.engine)
+                continue
+            try:
+                async with self._clock.timeout(self._timeout):
+                    await home.reads.drain()
+                    await home.writes.drain()
+                    while home.running:
+                        await asyncio.wait(set(home.running))
+            except TimeoutError:
+                pass
+            home.reads.close()
+            home.writes.close()
+            await home.desks.aclose()
+            if home.closer is not None:
+                await home.closer.aclose()
+            elif self._given is None:
+                await home.engine.dispose()
+
+    # Batches
+
+    async def _read_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
+        session = batch.session = self._session()
+        digests = list({digest for digest, _ in batch.entries})
+
+        async def work(desk: Desk) -> Any:
+            if self._lite is not None:
+                return await lite.in_thread(desk.driver, lite.read_rows, self._lite, digests)
+            if self._asyncpg is not None:
+                return await postgres.read_rows(desk.driver, self._asyncpg, digests)
+            session.connection = desk.connection
+            found = await session.rows(self.statements.read_many, {"digests": padded(digests)})
+            return {bytes(row.digest): row for row in found}
+
+        rows = await self._attempt(home, session, work)
+        return [rows.get(digest) for digest, _ in batch.entries]
+
+    async def _write_batch(self, home: engines.Home, batch: Batch) -> Sequence[Any]:
+        items = [what for what, _ in batch.entries]
+        if type(items[0]) is Erasure:
+            return await self._in_transaction(home, batch, transactions.erase, items)
+        results: list[Any] = [None] * len(items)
+        if self._quick:
+            results = await self._write_quickly(home, batch, items)
+        left = [index for index, result in enumerate(results) if result is None]
+        if left:
+            rows = await self._write_carefully(home, batch, [items[index] for index in left])
+            for index, row in zip(left, rows, strict=True):
+                results[index] = row
+        before, self._writes = self._writes, self._writes + len(items)
+        if before // _PURGE_EVERY != self._writes // _PURGE_EVERY:
+            await self._purge(home)
+        return results
+
+    async def _write_quickly(
+        self, home: engines.Home, batch: Batch, items: list[Write]
+    ) -> list[Any]:
+        """Store what can be stored without a closer look; None stands for the others."""
+        nothing: list[Any] = [None] * len(items)
+        session = batch.session = self._session()
+        if self._lite is not None:
+
+            async def in_thread(desk: Desk) -> list[Any] | None:
+                return await lite.in_thread(
+                    desk.driver, lite.write_rows, session, items, self._rules, self._erasures.before
+                )
+
+            return await self._attempt(home, session, in_thread, writes=True) or nothing
+        if self._asyncpg is None:
+            return nothing
+        texts = self._asyncpg
+        firsts: dict[bytes, Write] = {}
+        for item in items:
+            firsts.setdefault(item.digest, item)
+
+        async def at_once(desk: Desk) -> dict[bytes, int]:
+            pairs = [(item, self._erasures.known_before(item)) for item in firsts.values()]
+            session.committing = True
+            try:
+                return await postgres.write_rows(desk.driver, texts, pairs, self._rules)
+            except Exception as exc:
+                if postgres.refused(exc):
+                    session.committing = False
+                raise
+
+        try:
+            versions = await self._attempt(home, session, at_once, writes=True)
+        except StoreError as exc:
+            if exc.outcome_unknown or not self._concerns_one(exc):
+                raise
+            return nothing
+        return [
+            versions.get(item.digest) if firsts[item.digest] is item else None for item in items
+        ]
+
+    async def _write_carefully(
+        self, home: engines.Home, batch: Batch, items: list[Write]
+    ) -> Sequence[Any]:
+        """Store with a look at each row first; an exception object stands for what failed."""
+
+        async def write(some: list[Write]) -> list[Any]:
+            found = await self._in_transaction(
+                home, batch, transactions.write, some, self._rules, self._erasures.knows
+            )
+            rows, too_old = found
+            self.too_old += too_old
+            for row in rows:
+                self._erasures.saw(row.digest, row.erased_version)
+            return rows
+
+        try:
+            return await write(items)
+        except Exception as exc:  # noqa: BLE001  handed to those who wait
+            return await one_by_one(items, write, exc, self._concerns_one)
+
+    async def _in_transaction(
+        self, home: engines.Home, batch: Batch, work: Callable[..., Awaitable[T]], *args: Any
+    ) -> T:
+        session = batch.session = self._session()
+        return await self._attempt(
+            home, session, partial(self._operate, session, lambda s: work(s, *args)), writes=True
+        )
+
+    async def _purge(self, home: engines.Home) -> None:
+        """Forget tombstones past their time, a few with every so many writes."""
+
+        async def work(session: Session) -> None:
+            now_us = (await session.rows(self.statements.now, session.timed({})))[0][0]
+            values = {"due": now_us, "max_rows": _PURGE_ROWS}
+            for row in await session.rows(self.statements.purgeable, values):
+                await session.run(
+                    self.statements.purge, [{"at_digest": bytes(row.digest), "due": now_us}]
+                )
+
+        session = self._session()
+        try:
+            await self._attempt(home, session, partial(self._operate, session, work), writes=True)
+        except StoreError:
+            return  # the writes it came with are committed; later ones try again
+
+    def _concerns_one(self, error: Exception) -> bool:
+        return concerns_one(error, alone_at_work=self._cannot_stop)
+
+    # Single operations
+
+    async def run(
+        self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
+    ) -> T:
+        """Do ``work`` on a connection within the time limit.
+
+        It runs in a task of its own, so that the caller can leave at once: throwing away a
+        connection that hangs takes the drivers seconds.
+        """
+        home = self.home()
+        session = self._session()
+        task = home.loop.create_task(
+            self._attempt(home, session, partial(self._operate, session, work), writes=writes)
+        )
+        home.running.add(task)
+        task.add_done_callback(lambda done: _finished(home, done))
+        try:
+            async with self._clock.timeout(self._timeout):
+                await asyncio.wait((task,))
+        except TimeoutError:
+            unknown = self._abandon(task, session, writes=writes)
+            raise StoreTimeoutError(
+                f"no answer within {self._timeout:g} s",
+                operation=op,
+                layer=self._name,
+                outcome_unknown=unknown,
+            ) from None
+        except asyncio.CancelledError:
+            self._abandon(task, session, writes=writes)
+            raise
+        try:
+            return task.result()
+        except StoreError as exc:
+            exc.operation = op
+            raise
+
+    def _abandon(self, task: asyncio.Task[Any], session: Session, *, writes: bool) -> bool:
+        """Leave a task behind; return whether what it writes may still be committed."""
+        if self._cannot_stop:
+            # Not cancelled: its thread goes on whatever we do, and SQLAlchemy would throw the
+            # connection away, which for a database in memory is the database.
+            return writes
+        task.cancel()
+        return writes and session.committing
+
+    def _session(self) -> Session:
+        if self._lite is not None:
+            return lite.LiteSession(None, self.statements, self._clock, texts=self._lite)
+        return Session(None, self.statements, self._clock)
+
+    async def _operate(
+        self, session: Session, work: Callable[[Session], Awaitable[T]], desk: Desk
+    ) -> T:
+        if isinstance(session, lite.LiteSession):
+            return await lite.in_thread(desk.driver, lite.do, session, work)
+        session.connection = desk.connection
+        return await work(session)
+
+    async def _attempt(
+        self,
+        home: engines.Home,
+        session: Session,
+        work: Callable[[Desk], Awaitable[T]],
+        *,
+        writes: bool = False,
+    ) -> T:
+        """Do ``work`` with a connection; leave no transaction open on it; raise our errors."""
+        lock = home.writing if writes and self._cannot_stop else None
+        if lock is not None:
+            await lock.acquire()
+        try:
+            desk = await home.desks.take()
+            broken = not self._one_connection
+            try:
+                if not home.ready:
+                    await self._make_ready(home, desk)
+                result = await work(desk)
+                broken = False
+            except Exception as exc:
+                broken = await self._spoilt(session, desk, exc)
+                raise
+            finally:
+                await home.desks.give(desk, broken=broken)
+            return result
+        except Exception as exc:
+            error = translate(
+                exc,
+                operation="",
+                layer=self._name,
+                outcome_unknown=writes and session.committing,
+            )
+            if error is exc:
+                raise
+            raise error from exc
+        finally:
+            if lock is not None:
+                lock.release()
+
+    async def _spoilt(self, session: Session, desk: Desk, exc: Exception) -> bool:
+        """Roll back after an error; tell whether the connection is of no more use."""
+        if self._one_connection:
+            return False
+        if self._lite is not None:
+            return not lite.harmless(exc)
+        closed = getattr(desk.driver, "is_closed", None)
+        if closed is not None and closed():
+            return True
+        if session.open:
+            try:
+                await session.command("ROLLBACK")
+            except Exception:  # noqa: BLE001  it failed before
+                return True
+        return False
+
+    async def _make_ready(self, home: engines.Home, desk: Desk) -> None:
+        async with home.opening:
+            if home.ready:
+                return
+            if self._given is None and home.closer is None:
+                home.closer = await engines.close_with_loop(home)
+            if self._create_tables:
+                await self.statements.create(desk.connection)
+            else:
+                await versions.check(desk.connection, self.statements)
+            home.ready = True
+
+
+class KnownErasures:
+    """Erasures whose order to this process's own writes is known without asking the database.
+
+    Those it made itself, and those that it saw before a write began. Bounded: what is forgotten is
+    only looked at more closely.
+
+    Args:
+        clock: source of time.
+        seconds: how long one is remembered.
+        most: how many are remembered.
+    """
+
+    def __init__(self, clock: Clock, seconds: float = 30.0, most: int = 100_000) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._most = most
+        # By digest: the tombstone's version, when it was noted, its order, whether it is our own.
+        self._known: dict[bytes, tuple[int, float, int, bool]] = {}
+
+    def made(self, digest: bytes, version: int, order: int) -> None:
+        """Note an erasure of this process that has just returned."""
+        self._note(digest, version, order, own=True)
+
+    def saw(self, digest: bytes, version: int | None) -> None:
+        """Note an erasure that a write has met: writes that begin from now on come after it."""
+        if version is None:
+            return
+        known = self._known.get(digest)
+        if known is None or known[0] != version:
+            self._note(digest, version, next_order(), own=False)
+
+    def knows(self, row: transactions.Row, item: Write) -> bool | None:
+        """Tell whether a write began before the row's erasure; None: that is not known here."""
+        known = self._known.get(item.digest)
+        if known is None or known[0] != row.erased_version:
+            return None
+        if known[3]:
+            return item.order < known[2]
+        return False if item.order > known[2] else None
+
+    def before(self, item: Write, version: int) -> bool:
+        """Tell whether this erasure is known to come before the beginning of a write."""
+        known = self._known.get(item.digest)
+        return known is not None and known[0] == version and known[2] <= item.order
+
+    def known_before(self, item: Write) -> int | None:
+        """Return the version of the last erasure known to come before a write."""
+        known = self._known.get(item.digest)
+        return known[0] if known is not None and known[2] <= item.order else None
+
+    def _note(self, digest: bytes, version: int, order: int, *, own: bool) -> None:
+        now = self._clock.monotonic()
+        erasures = self._known
+        erasures.pop(digest, None)
+        erasures[digest] = (version, now, order, own)
+        for oldest in list(erasures)[:2]:
+            if len(erasures) > self._most or erasures[oldest][1] < now - self._seconds:
+                del erasures[oldest]
+
+
+def _finished(home: engines.Home, task: asyncio.Task[Any]) -> None:
+    home.running.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen: its caller may be gone

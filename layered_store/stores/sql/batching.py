@@ -1,0 +1,323 @@
+"""Calls that wait together share one round trip.
+
+A lone call leaves at the end of the turn of the event loop in which it was made. Calls of the same
+turn, and those that come while as many batches are out as may be, leave together in the next one.
+Each call has a future of its own; a failure is the future's *result*, so that one whose caller is
+gone does not complain that nobody looked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from layered_store.clock import Clock, TimerHandle
+    from layered_store.stores.sql.transactions import Session
+
+__all__ = ["MAX_BATCH", "Batch", "Batcher", "Reads", "Writes", "one_by_one", "own_error"]
+
+T = TypeVar("T")
+
+MAX_BATCH: Final = 500
+"""Most calls in one batch: a transaction must not hold its locks for long."""
+
+_STRIKES: Final = 2
+"""Failures in a row that are not about one call; then the others are not tried any more."""
+
+# What is called for, and the future of the caller.
+Entry = tuple[Any, asyncio.Future[Any]]
+
+
+class Batch:
+    """Calls that went out together.
+
+    Args:
+        entries: what was called for and by whom.
+    """
+
+    __slots__ = ("entries", "session", "task")
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.task: asyncio.Task[None] | None = None
+        # Of what it does now; set by whoever runs it.
+        self.session: Session | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return any(not future.done() for _, future in self.entries)
+
+
+class Batcher:
+    """The calls of one kind in one event loop.
+
+    Args:
+        run: does a batch and returns one result per entry, an exception object for those that
+            failed; when it raises, all failed.
+        alone: whether calls that failed together with this error should each be tried alone.
+        clock: source of time.
+        limit: seconds that a call may take, the wait for its batch included.
+        out: most batches under way.
+        stoppable: whether a batch that nobody waits for is cancelled.
+    """
+
+    writes = False
+
+    def __init__(
+        self,
+        run: Callable[[Batch], Awaitable[Sequence[Any]]],
+        alone: Callable[[Exception], bool],
+        clock: Clock,
+        limit: float,
+        *,
+        out: int,
+        stoppable: bool,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.waiting: deque[Entry] = deque()
+        self.out: set[Batch] = set()
+        self._run = run
+        self._alone = alone
+        self._clock = clock
+        self._limit = limit
+        self._most = out
+        self._stoppable = stoppable
+        self._scheduled = False
+        self._deadline = 0.0
+        self._calls: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self._timer: TimerHandle | None = None
+
+    def submit(self, what: Any) -> asyncio.Future[Any]:
+        """Queue a call; the future's result is its result or an exception object."""
+        future = self.loop.create_future()
+        if not self._scheduled:
+            # Calls of one turn of the event loop also share one deadline.
+            self._scheduled = True
+            self._deadline = self._clock.monotonic() + self._limit
+            self.loop.call_soon(self._flush)
+        self.waiting.append((what, future))
+        self._calls.append((future, self._deadline))
+        if self._timer is None:
+            self._timer = self._clock.call_later(self._limit, self._watch)
+        return future
+
+    def left(self) -> None:
+        """Note that a caller was cancelled: a batch that nobody waits for any more is cut off."""
+        if not self._stoppable:
+            return
+        for batch in self.out:
+            if batch.task is not None and not batch.wanted:
+                batch.task.cancel()
+
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+        while self.waiting or self.out:
+            tasks = [batch.task for batch in self.out if batch.task is not None]
+            if tasks:
+                await asyncio.wait(tasks)
+            else:
+                await self._clock.sleep(0)
+
+    def close(self) -> None:
+        """Fail what still waits."""
+        error = ClosedError("this store was closed; build a new one")
+        for future, _ in self._calls:
+            if not future.done():
+                future.set_result(error)
+        self.waiting.clear()
+        self._calls.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        while self.waiting and len(self.out) < self._most:
+            entries = self._take()
+            if not entries:
+                return
+            batch = Batch(entries)
+            self.out.add(batch)
+            # A context of its own: it serves many calls, not the first alone.
+            batch.task = self.loop.create_task(self._do(batch), context=contextvars.Context())
+
+    def _take(self) -> list[Entry]:
+        """Take the next batch off the queue."""
+        raise NotImplementedError
+
+    async def _do(self, batch: Batch) -> None:
+        results: Sequence[Any]
+        try:
+            try:
+                results = await self._run(batch)
+            except Exception as exc:  # noqa: BLE001  handed to those who wait
+                results = await self._each(batch, exc)
+            self._land(batch, results)
+        finally:
+            self.out.discard(batch)
+            for _, future in batch.entries:
+                if not future.done():  # cancelled from outside, as at the end of the event loop
+                    future.cancel()
+            calls = self._calls
+            while calls and calls[0][0].done():
+                calls.popleft()
+            if self.waiting and not self._scheduled:
+                # After those who were answered just now: they may call again and join.
+                self._scheduled = True
+                self._deadline = self._clock.monotonic() + self._limit
+                self.loop.call_soon(self._flush)
+
+    async def _each(self, batch: Batch, error: Exception) -> list[Any]:
+        async def run(entries: list[Entry]) -> Sequence[Any]:
+            if entries[0][1].done():
+                return [None]
+            single = Batch(entries)
+            results = await self._run(single)
+            batch.session = single.session
+            return results
+
+        return await one_by_one(batch.entries, run, error, self._alone)
+
+    def _land(self, batch: Batch, results: Sequence[Any]) -> None:
+        for (_, future), result in zip(batch.entries, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    def _watch(self) -> None:
+        """Give up the calls that wait too long."""
+        self._timer = None
+        calls = self._calls
+        while calls and calls[0][0].done():
+            calls.popleft()
+        if not calls:
+            return
+        left = calls[0][1] - self._clock.monotonic()
+        if left > 0:
+            self._timer = self._clock.call_later(left, self._watch)
+            return
+        # When this process was too busy to look, the answer may be here, unread: two more turns of
+        # the loop read it.
+        self.loop.call_soon(self.loop.call_soon, self._expire)
+
+    def _expire(self) -> None:
+        now = self._clock.monotonic()
+        calls = self._calls
+        sent = {
+            id(future)
+            for batch in self.out
+            if not self._stoppable or (batch.session is not None and batch.session.committing)
+            for _, future in batch.entries
+        }
+        while calls and (calls[0][0].done() or calls[0][1] <= now):
+            future, _ = calls.popleft()
+            if not future.done():
+                future.set_result(
+                    StoreTimeoutError(
+                        f"no answer within {self._limit:g} s",
+                        outcome_unknown=self.writes and id(future) in sent,
+                    )
+                )
+        self.left()
+        if calls and self._timer is None:
+            self._watch()
+
+
+class Reads(Batcher):
+    """Reads by digest; the same digest is asked for once per batch."""
+
+    def _take(self) -> list[Entry]:
+        waiting = self.waiting
+        if len(waiting) <= MAX_BATCH:
+            entries = [entry for entry in waiting if not entry[1].done()]
+            waiting.clear()
+            return entries
+        entries = []
+        while waiting and len(entries) < MAX_BATCH:
+            entry = waiting.popleft()
+            if not entry[1].done():
+                entries.append(entry)
+        return entries
+
+
+class Writes(Batcher):
+    """Writes and erasures, each with a ``digest``: those of one user go in their order.
+
+    A batch holds one kind of them, and nothing of a user of whom another batch is out.
+    """
+
+    writes = True
+
+    def _take(self) -> list[Entry]:
+        barred = {what.digest for batch in self.out for what, _ in batch.entries}
+        entries: list[Entry] = []
+        later: list[Entry] = []
+        waiting = self.waiting
+        while waiting and len(entries) < MAX_BATCH:
+            entry = waiting.popleft()
+            what, future = entry
+            if future.done():
+                continue
+            if what.digest in barred or (entries and type(what) is not type(entries[0][0])):
+                barred.add(what.digest)
+                later.append(entry)
+            else:
+                entries.append(entry)
+        waiting.extendleft(reversed(later))
+        return entries
+
+
+async def one_by_one(
+    items: Sequence[T],
+    run: Callable[[list[T]], Awaitable[Sequence[Any]]],
+    error: Exception,
+    concerns_one: Callable[[Exception], bool],
+) -> list[Any]:
+    """Do what failed together one by one, so that nobody fails for another's sake.
+
+    Args:
+        items: what failed.
+        run: does some of them and returns their results.
+        error: what they failed with.
+        concerns_one: whether an error is about one item; two others in a row end it.
+
+    Returns:
+        The results, an exception object for each that failed.
+    """
+    if len(items) == 1 or isinstance(error, StoreTimeoutError) or _unknown(error):
+        return [error] * len(items)
+    results: list[Any] = []
+    strikes = 0
+    for item in items:
+        if strikes == _STRIKES:
+            results.append(error)
+            continue
+        try:
+            results += await run([item])
+            strikes = 0
+        except Exception as exc:  # noqa: BLE001  handed to the one who waits
+            results.append(exc)
+            strikes = 0 if concerns_one(exc) else strikes + 1
+            error = exc
+    return results
+
+
+def _unknown(error: Exception) -> bool:
+    return isinstance(error, StoreError) and error.outcome_unknown
+
+
+def own_error(error: Exception, operation: str, layer: str) -> Exception:
+    """Return an error that many share as one of this caller's own."""
+    if not isinstance(error, StoreError):
+        return error
+    twin = error.fresh()
+    twin.operation = operation
+    twin.layer = layer
+    return twin

@@ -1,0 +1,302 @@
+"""SQLite's way: a whole operation runs in the connection's own thread, in one go.
+
+aiosqlite gives each connection a thread and hops to it for each statement; here one hop carries a
+whole batch of reads, or a whole transaction with many writes and one commit. The statements are
+those of :mod:`layered_store.stores.sql.dialects`, compiled once.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy.dialects import sqlite
+
+from layered_store.errors import UnavailableError
+from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+
+    from layered_store.stores.sql.dialects import Statements
+    from layered_store.stores.sql.transactions import Rules, Write
+
+__all__ = ["LiteSession", "LiteStatements", "in_thread", "read_rows", "write_rows"]
+
+T = TypeVar("T")
+
+_NAMED: Final = sqlite.dialect(paramstyle="named")
+_TRIM_EVERY: Final = 16
+"""The history is trimmed with every so many versions of a user: reads never show more anyway."""
+
+
+class _Text:
+    """A statement as text; those with lists of values have one text for each length."""
+
+    def __init__(self, statement: Any, columns: Sequence[str] | None = None) -> None:
+        compiled = statement.compile(dialect=_NAMED, column_keys=columns)
+        self._compiled = compiled
+        self._expands = "POSTCOMPILE" in compiled.string
+        self._texts: dict[tuple[int, ...], str] = {}
+        self._fixed = dict(compiled.params)
+        names = [str(column[0]) for column in getattr(compiled, "_result_columns", ())]
+        self.make: Any = tuple
+        if names:
+            make_class: Any = namedtuple  # noqa: PYI024  the names are known at run time
+            self.make = make_class("row", names)._make
+
+    def bind(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the text and the values by name."""
+        if not self._expands:
+            fixed = self._fixed
+            known = {name: values.get(name, fixed[name]) for name in fixed}
+            return self._compiled.string, known
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        shape = tuple(map(len, lists.values()))
+        text = self._texts.get(shape)
+        if text is None:
+            state = self._compiled.construct_expanded_state(values)
+            text = self._texts[shape] = state.statement
+        flat = {name: values.get(name, value) for name, value in self._fixed.items()}
+        for name, several in lists.items():
+            del flat[name]
+            flat.update({f"{name}_{n}": value for n, value in enumerate(several, 1)})
+        return text, flat
+
+
+class LiteStatements:
+    """The texts of a store's statements for SQLite.
+
+    Args:
+        statements: what to compile.
+    """
+
+    def __init__(self, statements: Statements) -> None:
+        self._statements = statements
+        self._texts: dict[int, tuple[Any, _Text]] = {}
+        quote = _NAMED.identifier_preparer.quote
+        tables = statements.tables
+        latest, history = quote(tables.latest.name), quote(tables.history.name)
+        counter = quote(tables.counter.name)
+        self.read = f"SELECT user_id, version, payload FROM {latest} WHERE digest = ?"
+        self.read_many = (
+            f"SELECT digest, user_id, version, payload FROM {latest} WHERE digest IN (%s)"
+        )
+        self.states = f"SELECT digest, version, erased_version FROM {latest} WHERE digest IN (%s)"
+        self.advance = f"UPDATE {counter} SET position = position + 1 WHERE id = 1"
+        self.position = f"SELECT position FROM {counter} WHERE id = 1"
+        self.append = (
+            f"INSERT INTO {history} (digest, version, write_id, recorded_at, payload)"
+            " VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        self.put = (
+            f"INSERT INTO {latest} (digest, user_id, version, payload, write_id,"
+            " updated_at_unix_ms, position) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,"
+            " version = excluded.version, payload = excluded.payload,"
+            " write_id = excluded.write_id, updated_at_unix_ms = excluded.updated_at_unix_ms,"
+            " position = excluded.position, purge_at = NULL"
+        )
+        self.trim = f"DELETE FROM {history} WHERE digest = ? AND version <= ?"
+
+    def text(self, statement: Any) -> _Text:
+        """Return a statement's text, compiled on first use."""
+        known = self._texts.get(id(statement))
+        if known is not None:
+            return known[1]
+        columns = None
+        if statement is self._statements.append:
+            columns = [column.name for column in self._statements.tables.history.c]
+        text = _Text(statement, columns)
+        # The statement stays too, so that no other has its id.
+        self._texts[id(statement)] = (statement, text)
+        return text
+
+
+@dataclass(slots=True)
+class LiteSession(Session):
+    """A session on the ``sqlite3`` connection itself, in its thread. None of its steps waits.
+
+    Args:
+        texts: the compiled statements.
+    """
+
+    texts: LiteStatements = field(kw_only=True)
+
+    async def rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
+        text = self.texts.text(statement)
+        cursor = self.connection.execute(*text.bind(values))
+        return [text.make(row) for row in cursor]
+
+    async def run(self, statement: Any, values: list[dict[str, Any]]) -> None:
+        text = self.texts.text(statement)
+        if values:
+            bound = [text.bind(each) for each in values]
+            self.connection.executemany(bound[0][0], [each for _, each in bound])
+
+    async def command(self, command: str) -> None:
+        self.connection.execute(command)
+
+
+async def in_thread(driver: Any, work: Callable[..., T], *args: Any) -> T:
+    """Run ``work(connection, *args)`` in the thread of an aiosqlite connection."""
+    connection = driver._conn  # noqa: SLF001
+    # aiosqlite logs what it runs, with all arguments: this way there are none.
+    return await driver._execute(lambda: work(connection, *args))  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def harmless(exc: Exception) -> bool:
+    """Tell whether a connection is as good as before: the file was locked, or had no room."""
+    name = getattr(exc, "sqlite_errorname", None)
+    return name is None or name.startswith(("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_LOCKED"))
+
+
+def finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise RuntimeError("an operation on SQLite must not wait")
+
+
+def do(
+    connection: sqlite3.Connection, session: LiteSession, work: Callable[[Session], Awaitable[T]]
+) -> T:
+    """Run an operation on this connection, in its thread; leave no transaction open."""
+    session.connection = connection
+    try:
+        return finish(work(session))  # type: ignore[arg-type]
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def read_rows(
+    connection: sqlite3.Connection, texts: LiteStatements, digests: list[bytes]
+) -> dict[bytes, tuple[Any, ...]]:
+    """Return the rows of these users, each as digest, user id, version, payload."""
+    if len(digests) == 1:
+        row = connection.execute(texts.read, digests).fetchone()
+        return {digests[0]: (digests[0], *row)} if row is not None else {}
+    size = 1 << (len(digests) - 1).bit_length()
+    marks = _marks(size)
+    values = digests + digests[-1:] * (size - len(digests))
+    rows = connection.execute(texts.read_many % marks, values).fetchall()
+    return {row[0]: row for row in rows}
+
+
+_lists: dict[int, str] = {}
+
+
+def _marks(size: int) -> str:
+    marks = _lists.get(size)
+    if marks is None:
+        marks = _lists[size] = ",".join("?" * size)
+    return marks
+
+
+def write_rows(
+    connection: sqlite3.Connection,
+    session: LiteSession,
+    writes: Sequence[Write],
+    rules: Rules,
+    follows: Callable[[Write, int], bool],
+) -> list[int] | None:
+    """Store new snapshots in one transaction; return their versions.
+
+    None, with nothing stored, when any of them needs a closer look: it may have been stored
+    before, or have begun before an erasure.
+
+    Args:
+        connection: in its thread.
+        session: notes that the commit was sent.
+        writes: in their order; several may be of one user.
+        rules: the store's options.
+        follows: whether a write is known to have begun after this erasure.
+    """
+    texts, execute = session.texts, connection.execute
+    execute("BEGIN IMMEDIATE")
+    try:
+        digests = list({item.digest for item in writes})
+        size = 1 << (len(digests) - 1).bit_length()
+        values = digests + digests[-1:] * (size - len(digests))
+        states = {
+            row[0]: row
+            for row in execute(texts.states % _marks(size), values).fetchall()
+        }
+        now = session.clock.time()
+        start, now_us = int(now * 1e3) - 1, int(now * 1e6)
+        versions: dict[bytes, int] = {}
+        last: dict[bytes, Write] = {}
+        entries = []
+        results = []
+        keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
+        floors = []
+        for item in writes:
+            digest = item.digest
+            version = versions.get(digest)
+            if version is None:
+                state = states.get(digest)
+                if state is None:
+                    version = start
+                else:
+                    version = state[1]
+                    if state[2] is not None and not follows(item, state[2]):
+                        execute("ROLLBACK")
+                        return None
+            version += 1
+            versions[digest] = version
+            last[digest] = item
+            entries.append(
+                (
+                    digest,
+                    version,
+                    item.write_id,
+                    now_us,
+                    None if rules.history_limit == 0 else item.payload,
+                )
+            )
+            results.append(version)
+            if keep is not None and version % _TRIM_EVERY == 0:
+                floors.append((digest, version - keep))
+        before = connection.total_changes
+        connection.executemany(texts.append, entries)
+        if connection.total_changes - before != len(entries):
+            execute("ROLLBACK")
+            return None
+        if floors:
+            connection.executemany(texts.trim, floors)
+        execute(texts.advance)
+        found = execute(texts.position).fetchone()
+        if found is None:
+            raise UnavailableError(
+                "the counter table is empty; let create_tables=True fill it", retryable=False
+            )
+        connection.executemany(
+            texts.put,
+            [
+                (
+                    digest,
+                    str(item.user_id),
+                    versions[digest],
+                    item.payload,
+                    item.write_id,
+                    item.updated,
+                    found[0],
+                )
+                for digest, item in sorted(last.items())
+            ],
+        )
+        session.committing = True
+        execute("COMMIT")
+        session.committing = False
+    except BaseException:
+        if connection.in_transaction:
+            execute("ROLLBACK")
+        raise
+    return results

@@ -1,0 +1,118 @@
+"""PostgreSQL's way: hot statements go to asyncpg itself, a batch in one round trip.
+
+The statement that stores a batch is a transaction of its own. It takes the rows' locks in the order
+of digests as all others do, looks at the rows as they are then, and leaves alone those that need a
+closer look: a user who was erased, a write that was stored before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy.dialects import postgresql
+
+from layered_store.stores.sql.transactions import KEPT_WRITE_IDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from layered_store.stores.sql.schema import Tables
+    from layered_store.stores.sql.transactions import Rules, Write
+
+__all__ = ["PostgresStatements", "read_rows", "refused", "write_rows"]
+
+_ALL: Final = 2**62
+
+
+class PostgresStatements:
+    """The texts for one store's tables.
+
+    Args:
+        tables: their names.
+        now_us: SQL for the database's time in microseconds.
+        position: SQL for a transaction's place in the change log.
+    """
+
+    def __init__(self, tables: Tables, now_us: str, position: str) -> None:
+        dialect: Any = postgresql.dialect
+        quote = dialect().identifier_preparer.quote
+        latest, history = quote(tables.latest.name), quote(tables.history.name)
+        columns = "user_id, version, payload"
+        self.read = f"SELECT {columns} FROM {latest} WHERE digest = $1"
+        self.read_many = (
+            f"SELECT digest, {columns} FROM {latest} WHERE digest = ANY($1::bytea[])"
+        )
+        self.write = f"""
+            WITH given AS (
+                SELECT * FROM unnest($1::bytea[], $2::text[], $3::bytea[], $4::bytea[],
+                    $5::bigint[], $6::bigint[]) AS g
+                    (digest, user_id, payload, write_id, updated, after_erasure)
+            ), stored AS (
+                INSERT INTO {latest} AS l (digest, user_id, version, payload, write_id,
+                    updated_at_unix_ms, position, erased_version)
+                SELECT digest, user_id, {now_us} / 1000, payload, write_id, updated, {position},
+                    after_erasure
+                FROM given
+                WHERE NOT EXISTS (SELECT FROM {history} h
+                    WHERE h.digest = given.digest AND h.write_id = given.write_id)
+                ORDER BY digest
+                ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,
+                    version = l.version + 1, payload = excluded.payload,
+                    write_id = excluded.write_id, position = excluded.position,
+                    updated_at_unix_ms = excluded.updated_at_unix_ms, purge_at = NULL
+                WHERE (l.erased_version IS NULL OR l.erased_version = excluded.erased_version)
+                    AND l.write_id IS DISTINCT FROM excluded.write_id
+                RETURNING digest, version, write_id, payload
+            ), kept AS (
+                INSERT INTO {history} (digest, version, write_id, recorded_at, payload)
+                SELECT digest, version, write_id, {now_us}, CASE WHEN $7 THEN payload END
+                FROM stored
+            ), trimmed AS (
+                DELETE FROM {history} h USING stored
+                WHERE h.digest = stored.digest AND h.version <= stored.version - $8::bigint
+                    AND stored.version % 16 = 0
+            )
+            SELECT digest, version FROM stored"""
+
+
+async def read_rows(
+    driver: Any, texts: PostgresStatements, digests: list[bytes]
+) -> dict[bytes, Any]:
+    """Return the rows of these users, each as digest, user id, version, payload."""
+    if len(digests) == 1:
+        row = await driver.fetchrow(texts.read, digests[0])
+        return {digests[0]: (digests[0], *row)} if row is not None else {}
+    return {row[0]: row for row in await driver.fetch(texts.read_many, digests)}
+
+
+async def write_rows(
+    driver: Any, texts: PostgresStatements, writes: Sequence[tuple[Write, int | None]], rules: Rules
+) -> dict[bytes, int]:
+    """Store snapshots of different users; return the versions of those that were stored.
+
+    Args:
+        driver: asyncpg's connection.
+        texts: the statements.
+        writes: each with the erasure that it is known to have begun after.
+        rules: the store's options.
+    """
+    keep = _ALL if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
+    rows = await driver.fetch(
+        texts.write,
+        [item.digest for item, _ in writes],
+        [item.user_id for item, _ in writes],
+        [item.payload for item, _ in writes],
+        [item.write_id for item, _ in writes],
+        [item.updated for item, _ in writes],
+        [erasure for _, erasure in writes],
+        rules.history_limit != 0,
+        keep,
+    )
+    return dict(map(tuple, rows))
+
+
+def refused(error: Exception) -> bool:
+    """Tell whether the server answered that it did not do what it was asked to."""
+    state = getattr(error, "sqlstate", None)
+    # 08 and 57 (shut down, killed) may come after the commit; XX tells nothing.
+    return isinstance(state, str) and state[:2] not in ("08", "57", "58", "XX")
