@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -410,7 +411,12 @@ class Access:
             if self._given is None and home.closer is None:
                 home.closer = await engines.close_with_loop(home)
             if self._create_tables:
-                await self.statements.create(desk.connection)
+                try:
+                    await self.statements.create(desk.connection)
+                except Exception:
+                    with suppress(Exception):  # it may not have begun, or be lost
+                        await desk.connection.exec_driver_sql("ROLLBACK")
+                    raise
             else:
                 await versions.check(desk.connection, self.statements)
             home.ready = True
