@@ -23,6 +23,7 @@ import tomllib
 import traceback
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -43,7 +44,9 @@ class Page:
     def __init__(self, path: Path, placeholders: dict[str, str]) -> None:
         self.path = path
         self.placeholders = placeholders
-        self.names: dict[str, object] = {"__name__": "__page__"}
+        # A module, since dataclasses and typing look their class's module up.
+        module = sys.modules["page"] = ModuleType("page")
+        self.names = module.__dict__
         self.loop = asyncio.new_event_loop()
         self.printed = ""
         self.background: list[subprocess.Popen[bytes]] = []
