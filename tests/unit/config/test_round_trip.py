@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from layered_store.config import json_schema, load_stack, to_config
@@ -154,7 +154,13 @@ def test_every_option(kind: str, name: str) -> None:
         other = values(kind, option)
 
     @given(table=blocks(kind, st.just(MEMORY)), value=other)
-    @settings(deadline=None, max_examples=15, database=None)
+    @settings(
+        deadline=None,
+        max_examples=15,
+        database=None,
+        # Options that need others, such as max_wait, fit few of the drawn tables.
+        suppress_health_check=[HealthCheck.filter_too_much],
+    )
     def check(table: dict[str, Any], value: Any) -> None:
         config = {"store": {**table, name: value}}
         stack = built(config)
