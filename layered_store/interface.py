@@ -86,6 +86,7 @@ class StateStore(ABC):
             ErasureIncompleteError: a tier could not be reached; ``pending`` names it. Repeat.
             UnsupportedError: this store cannot delete.
         """
+        check_user_id(user_id, Op.DELETE)
         raise UnsupportedError(
             "this store cannot delete; implement delete() on it",
             operation=Op.DELETE,
@@ -93,7 +94,7 @@ class StateStore(ABC):
             user_id=user_id,
         )
 
-    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:  # noqa: ARG002
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         """Return up to ``limit`` states of a user, newest first; 0 gives ``[]``.
 
         The answer is as long as what the backend keeps (``history_limit``). A store that keeps no
@@ -102,6 +103,7 @@ class StateStore(ABC):
         Raises:
             ValidationError: ``limit`` is negative or no int.
         """
+        check_user_id(user_id, Op.GET_HISTORY)
         check_limit(limit)
         return []
 

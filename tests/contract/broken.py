@@ -1,0 +1,276 @@
+"""Stores and layers that are each wrong in one way, as people write them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from layered_store import (
+    HealthReport,
+    Layer,
+    MemoryStore,
+    Op,
+    StateSnapshot,
+    StateStore,
+    StoreError,
+    ValidationError,
+)
+from layered_store.layer import AroundLayer
+
+
+class DropsHistory(Layer):
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await StateStore.get_history(self, user_id, limit)
+
+
+class InheritsHealth(Layer):
+    async def health_check(self) -> bool:
+        return await StateStore.health_check(self)
+
+    async def health_report(self) -> HealthReport:
+        return await StateStore.health_report(self)
+
+
+class HidesDelete(Layer):
+    async def delete(self, user_id: str) -> None:
+        await StateStore.delete(self, user_id)
+
+
+class ForgetsDelete(Layer):
+    """A cache that deletes from itself and forgets the store inside."""
+
+    async def delete(self, user_id: str) -> None:
+        pass
+
+
+class SwallowsCancellation(AroundLayer):
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        del op
+        try:
+            return await method(*args, **kwargs)
+        except asyncio.CancelledError:
+            return None
+
+
+class LeavesCallRunning(AroundLayer):
+    """Shields the call below and lets nobody end it."""
+
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        del op
+        return await asyncio.shield(asyncio.ensure_future(method(*args, **kwargs)))
+
+
+class SharesItsList(MemoryStore):
+    """Returns the very list and dict that it keeps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lists: dict[str, list[StateSnapshot]] = {}
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        fresh = await super().get_history(user_id, limit)
+        if limit < 5:
+            return fresh
+        kept = self.lists.setdefault(user_id, fresh)
+        if kept and fresh and fresh[0] != kept[0]:
+            kept[:] = fresh
+        return kept
+
+
+class Loose:
+    """A state that anybody can change, as a third party's dataclass would be."""
+
+    def __init__(self, state: StateSnapshot) -> None:
+        self.__dict__.update({name: getattr(state, name) for name in state.__struct_fields__})
+        self.axes = dict(state.axes)
+
+
+class ReturnsMutable(MemoryStore):
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        found = await super().get_latest(user_id)
+        return None if found is None else Loose(found)  # type: ignore[return-value]
+
+
+class AcceptsNegativeLimit(MemoryStore):
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await super().get_history(user_id, max(0, limit))
+
+
+class OldestFirst(MemoryStore):
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        kept = await super().get_history(user_id, 100)
+        await super().get_history(user_id, limit)
+        return kept[::-1][:limit]
+
+
+class Plain(StateStore):
+    """A dict with two methods, right but for what a subclass does wrong."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, StateSnapshot] = {}
+        self.kept: dict[str, list[StateSnapshot]] = {}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        self.states[snapshot.user_id] = snapshot
+        self.kept.setdefault(snapshot.user_id, []).insert(0, snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return self.states.get(user_id)
+
+
+class IgnoresValidation(Plain):
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        self.states[snapshot.user_id] = snapshot
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        for snapshot in snapshots:
+            await self.upsert_latest(snapshot)
+
+
+class ForgetsClose(Layer):
+    async def aclose(self) -> None:
+        self._refuse_operations()
+
+
+class LeavesTask(MemoryStore):
+    """Starts a loop of its own and forgets it when closed."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        self.task = asyncio.create_task(asyncio.sleep(3600))
+        await super().upsert_latest(snapshot)
+
+
+class RoundsValues(MemoryStore):
+    """Wrong equality: what comes back is nearly what was written."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        axes = {name: round(value, 4) for name, value in snapshot.axes.items()}
+        await super().upsert_latest(
+            StateSnapshot(
+                snapshot.user_id,
+                snapshot.updated_at_unix_ms,
+                snapshot.source,
+                snapshot.confidence,
+                axes,
+            )
+        )
+
+
+class EqualToOthers(MemoryStore):
+    """Wrong equality: any two of them are equal, as plain dataclasses are."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualToOthers)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class LosesBatchItems(Layer):
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await self.inner.upsert_latest_many({s.user_id: s for s in list(snapshots)[:20]}.values())
+
+
+class LosesBatchReads(Layer):
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        return await self.inner.get_latest_many(list(user_ids)[:2])
+
+
+class DeleteLeavesHistory(Plain):
+    async def delete(self, user_id: str) -> None:
+        await self.get_latest(user_id)
+        self.states.pop(user_id, None)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        await StateStore.get_history(self, user_id, limit)
+        await self.get_latest(user_id)
+        return self.kept.get(user_id, [])[:limit]
+
+
+class SwallowsErrors(AroundLayer):
+    """Best effort: what fails is logged and forgotten."""
+
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except ValidationError:
+            raise
+        except StoreError:
+            return {} if op is Op.GET_LATEST_MANY else None
+
+
+class NaiveCache(Layer):
+    """The cache that everybody writes first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.kept: dict[str, StateSnapshot] = {}
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if user_id in self.kept:
+            return self.kept[user_id]
+        found = await self.inner.get_latest(user_id)
+        if found:
+            self.kept[user_id] = found
+        return found
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.inner.upsert_latest(snapshot)
+        self.kept[snapshot.user_id] = snapshot
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        await self.inner.upsert_latest_many(batch)
+        for snapshot in batch:
+            self.kept[snapshot.user_id] = snapshot
+
+    async def delete(self, user_id: str) -> None:
+        await self.inner.delete(user_id)
+        self.kept.pop(user_id, None)
+
+
+class SharedLoad(NaiveCache):
+    """One load for all who ask, awaited by the first: whoever cancels it cancels all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loads: dict[str, asyncio.Task[StateSnapshot | None]] = {}
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        load = self.loads.get(user_id)
+        if load is None:
+            load = self.loads[user_id] = asyncio.ensure_future(self.inner.get_latest(user_id))
+            load.add_done_callback(lambda _: self.loads.pop(user_id, None))
+        return await load
+
+
+class LowersIds(MemoryStore):
+    """Compares ids as some databases do."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        await super().upsert_latest(
+            StateSnapshot(snapshot.user_id.lower(), axes=dict(snapshot.axes))
+        )
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await super().get_latest(user_id.lower() if isinstance(user_id, str) else user_id)
+
+
+class TellsIds(MemoryStore):
+    """Shows the user in its errors."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        try:
+            return await super().get_latest(user_id)
+        except ValidationError as exc:
+            raise ValidationError(f"bad user id {user_id}") from exc
+
+
+class BypassesItself(NaiveCache):
+    """A cache that offers the versions of what is inside, past itself."""
+
+    def capability(self, kind: Any) -> Any:
+        return self.inner.capability(kind)
