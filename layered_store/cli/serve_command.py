@@ -10,24 +10,41 @@ from pathlib import Path
 
 import click
 
-from layered_store.cli.common import build, guarded, notices
+from layered_store.cli.common import build, fail, guarded
 
 __all__ = ["command"]
+
+_KEY = "LAYERED_STORE_API_KEY"
 
 
 @click.command("serve")
 @click.argument("stack", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port to listen on; 0 takes any that is free.",
 )
 @click.option(
     "--api-key-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File that holds the API key; else the environment variable LAYERED_STORE_API_KEY.",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"File that holds the API key; else the environment variable {_KEY}.",
 )
 @click.option(
-    "--max-body", type=click.IntRange(1), default=65_536, show_default=True, help="Bytes."
+    "--max-body",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Most bytes that a request may send.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds in which a caller must have sent its request.",
 )
 @click.option(
     "--drain",
@@ -45,37 +62,35 @@ def command(
     port: int,
     api_key_file: Path | None,
     max_body: int,
+    patience: float,
     drain: int,
+    *,
     public_without_key: bool,
 ) -> None:
-    """Answer HTTP requests from STACK (default: an SQLite file, cached, with metrics)."""
-    try:
-        import uvicorn
+    """Answer HTTP requests from STACK.
 
+    Without STACK: an SQLite file layered_store.db in this directory, cached, with metrics.
+
+    \b
+    layered-store serve
+    layered-store serve stack.toml --port 9000
+    LAYERED_STORE_API_KEY=... layered-store serve stack.toml --host 0.0.0.0
+    """
+    try:
         from layered_store.service import create_app
+        from layered_store.service.server import build_server
     except ImportError as exc:
-        notices.print(
-            f"error: serve needs {exc.name}; install it with: pip install 'layered-store[serve]'",
-            markup=False,
-        )
-        sys.exit(2)
+        fail(f"serve needs {exc.name}; install it with: pip install 'layered-store[serve]'", code=2)
     key = _key(api_key_file)
     if key is None and not _is_local(host) and not public_without_key:
         raise click.UsageError(
-            f"refusing to listen on {host} without an API key; set LAYERED_STORE_API_KEY,"
+            f"refusing to listen on {host} without an API key; set {_KEY},"
             " or give --public-without-key"
         )
-    app = create_app(guarded(lambda: build(stack)), api_key=key, max_body=max_body)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="info",
-        access_log=False,  # it would log user ids
-        timeout_graceful_shutdown=drain,
-        server_header=False,
+    app = guarded(
+        lambda: create_app(build(stack), api_key=key, max_body=max_body, body_seconds=patience)
     )
-    server = uvicorn.Server(config)
+    server = build_server(app, host=host, port=port, drain=drain, patience=patience)
     # The server drains on SIGTERM and then raises it again, for whoever handled it before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -86,10 +101,17 @@ def command(
 
 
 def _key(path: Path | None) -> str | None:
-    key = os.environ.get("LAYERED_STORE_API_KEY") if path is None else path.read_text().strip()
-    if path is not None and not key:
+    if path is None:
+        # Set to nothing is not set: no key, and the rules for that.
+        return os.environ.get(_KEY, "").strip() or None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", None) or "it is no text"
+        raise click.UsageError(f"the API key file cannot be read: {reason}") from None
+    if not key:
         raise click.UsageError("the API key file is empty")
-    return key or None
+    return key
 
 
 def _is_local(host: str) -> bool:

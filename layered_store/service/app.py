@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.routing import Route
 
 from layered_store.errors import (
     CircuitOpenError,
+    ClosedError,
     ConfigError,
     ErasureIncompleteError,
     RejectedError,
@@ -21,6 +23,8 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.health import HealthStatus
+from layered_store.metrics.prometheus import exposition
+from layered_store.options import Seconds, check_count, check_seconds, check_store
 from layered_store.service.guard import Guard, error_body
 from layered_store.service.openapi import document
 from layered_store.stack import walk
@@ -32,44 +36,75 @@ if TYPE_CHECKING:
 
     from layered_store.interface import StateStore
 
-__all__ = ["DEFAULT_MAX_BODY", "create_app"]
+__all__ = ["DEFAULT_BODY_SECONDS", "DEFAULT_MAX_BODY", "create_app"]
+
+_log = logging.getLogger("layered_store.service")
 
 DEFAULT_MAX_BODY: Final = 65_536
+DEFAULT_BODY_SECONDS: Final = 10.0
 MAX_LIMIT: Final = 1_000
 _DEFAULT_LIMIT: Final = 100
+_OWNER: Final = type("create_app", (), {})()  # what errors about its options name
 
 
 def create_app(
-    stack: StateStore, *, api_key: str | None = None, max_body: int = DEFAULT_MAX_BODY
+    stack: StateStore,
+    *,
+    api_key: str | None = None,
+    max_body: int = DEFAULT_MAX_BODY,
+    body_seconds: Seconds = DEFAULT_BODY_SECONDS,
 ) -> Starlette:
     """Return the service for a stack, an ASGI application.
 
-    Run by itself it opens the stack at start and closes it at the end. Mounted in another
+    Run by itself it opens the stack at start and closes it at the end; when the backend cannot be
+    reached at start, it serves all the same and is not ready until it can be. Mounted in another
     application, whose lifespan it does not see, the stack opens on first use and is its owner's
     to close.
 
     Args:
         stack: what answers.
         api_key: when given, requests for states and metrics need ``Authorization: Bearer <key>``.
-        max_body: the largest body in bytes.
+        max_body: the largest body in bytes, at least 1.
+        body_seconds: how long a body may take to arrive, above 0.
 
     Raises:
-        ConfigError: ``max_body`` is below 1.
+        ConfigError: an option is out of range; an empty ``api_key`` is, since it would protect
+            nothing.
     """
-    if type(max_body) is not int or max_body < 1:
-        raise ConfigError("must be an int of at least 1", option="max_body", layer="create_app")
+    check_store(stack, "stack", _OWNER)
+    check_count(max_body, "max_body", _OWNER)
+    seconds = check_seconds(body_seconds, "body_seconds", _OWNER)
+    if api_key is not None and not (isinstance(api_key, str) and api_key.strip() == api_key != ""):
+        raise ConfigError(
+            "must be text without spaces around it, or None for no key",
+            option="api_key",
+            layer="create_app",
+        )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with stack:
+        try:
+            await stack.open()
+        except UnavailableError as exc:
+            if not exc.retryable:
+                raise
+            _log.warning("starting without its backend: %s", exc)
+        try:
             yield
+        finally:
+            await stack.aclose()
 
-    return Starlette(
+    app = Starlette(
         routes=_routes(stack),
-        middleware=[Middleware(Guard, api_key=api_key or None, max_body=max_body)],
+        middleware=[
+            Middleware(Guard, api_key=api_key, max_body=max_body, body_seconds=seconds),
+        ],
         exception_handlers={StoreError: _store_error, HTTPException: _http_error},
         lifespan=lifespan,
     )
+    # A redirect would carry the user id on, and no route ends with a slash.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _routes(stack: StateStore) -> list[Route]:
@@ -108,8 +143,6 @@ def _routes(stack: StateStore) -> list[Route]:
         return JSONResponse({"status": "not ready"}, status_code=503)
 
     async def metrics(request: Request) -> Response:
-        from layered_store.metrics.prometheus import exposition
-
         accept = request.headers.get("accept", "")
         body, content_type = exposition(_registry(stack), accept)
         return Response(body, headers={"content-type": content_type})
@@ -131,13 +164,12 @@ def _routes(stack: StateStore) -> list[Route]:
 
 
 def _registry(stack: StateStore) -> Any:
-    from prometheus_client import REGISTRY
-
+    """Return the registry of the outermost block that has one; None is the client's own."""
     for place in walk(stack):
         registry = getattr(place.store, "registry", None)
         if registry is not None:
             return registry
-    return REGISTRY
+    return None
 
 
 def _limit(text: str | None) -> int:
@@ -164,7 +196,7 @@ async def _store_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, StoreError)
     if isinstance(exc, ValidationError):
         return _error(request, 400, "VALIDATION_ERROR", str(exc))
-    if isinstance(exc, UnavailableError | RejectedError | ErasureIncompleteError):
+    if isinstance(exc, UnavailableError | RejectedError | ErasureIncompleteError | ClosedError):
         wait = exc.retry_after if isinstance(exc, CircuitOpenError) else 1.0
         headers = {"retry-after": str(max(1, round(wait)))}
         return _error(request, 503, "UNAVAILABLE", str(exc), headers)
@@ -173,6 +205,13 @@ async def _store_error(request: Request, exc: Exception) -> Response:
 
 async def _http_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
+    if exc.status_code == 404 and b"%2f" in request.scope.get("raw_path", b"").lower():
+        # Meant as part of a user id, where no '/' may be, and not as a path of its own.
+        return _error(request, 400, "VALIDATION_ERROR", "a user id may not hold '/'")
     code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(exc.status_code, "BAD_REQUEST")
     headers = dict(exc.headers) if exc.headers else None
-    return _error(request, exc.status_code, code, exc.detail, headers)
+    message = {
+        404: "there is no such route; /openapi.json lists them",
+        405: "this route does not take this method",
+    }.get(exc.status_code, exc.detail)
+    return _error(request, exc.status_code, code, message, headers)

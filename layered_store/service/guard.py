@@ -9,19 +9,28 @@ import re
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
+from starlette.requests import ClientDisconnect
+
+from layered_store.clock import SYSTEM_CLOCK, Clock
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Guard", "TooLargeError", "error_body"]
+__all__ = ["Guard", "error_body", "refuse"]
 
 _log = logging.getLogger("layered_store.service")
 _valid_id: Final = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 _OPEN: Final = ("/live", "/ready", "/health", "/openapi.json")
 """Paths that need no key: probes cannot carry one, and they tell nothing about users."""
+_CLOSE: Final = [(b"connection", b"close")]  # the rest of the body is not wanted
 
 
-class TooLargeError(Exception):
+class _TooLargeError(Exception):
     """The request's body is larger than allowed."""
+
+
+class _TooSlowError(Exception):
+    """The request's body took longer than allowed."""
 
 
 def error_body(code: str, message: str, request_id: str) -> bytes:
@@ -37,12 +46,24 @@ class Guard:
         app: what handles requests that pass.
         api_key: the key that ``Authorization: Bearer`` must carry; None lets everyone in.
         max_body: largest body in bytes.
+        body_seconds: how long a body may take to arrive.
+        clock: source of time.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body: int,
+        body_seconds: float,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
+        self._body_seconds = body_seconds
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,7 +86,7 @@ class Guard:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not self._may(path, headers):
             extra = [(b"www-authenticate", b"Bearer")]
-            await _refuse(
+            await refuse(
                 tagged, 401, "UNAUTHORIZED", "a valid API key is needed", request_id, extra
             )
             return
@@ -75,14 +96,19 @@ class Guard:
             return
         try:
             await self._app(scope, self._limited(receive), tagged)
-        except TooLargeError:
+        except _TooLargeError:
             await self._too_large(tagged, request_id)
+        except _TooSlowError:
+            message = f"the body did not arrive within {self._body_seconds:g} s"
+            await refuse(tagged, 408, "REQUEST_TIMEOUT", message, request_id, _CLOSE)
+        except ClientDisconnect:
+            return  # nobody is there to be told
         except Exception as exc:
             # The text of an unforeseen error may hold anything, so only its kind is told.
             _log.error("request %s failed: %s", request_id, type(exc).__name__)
             if started:
                 raise
-            await _refuse(tagged, 500, "STORE_ERROR", "the service failed", request_id)
+            await refuse(tagged, 500, "STORE_ERROR", "the service failed", request_id)
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or path in _OPEN:
@@ -93,24 +119,33 @@ class Guard:
 
     def _limited(self, receive: Receive) -> Receive:
         seen = 0
+        whole = False
+        deadline = self._clock.monotonic() + self._body_seconds
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:
+                return await receive()
+            try:
+                async with self._clock.timeout(max(0.0, deadline - self._clock.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise _TooSlowError from None
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
                 if seen > self._max_body:
-                    raise TooLargeError
+                    raise _TooLargeError
             return message
 
         return limited
 
     async def _too_large(self, send: Send, request_id: str) -> None:
         message = f"the body may have at most {self._max_body} bytes"
-        await _refuse(send, 413, "PAYLOAD_TOO_LARGE", message, request_id)
+        await refuse(send, 413, "PAYLOAD_TOO_LARGE", message, request_id, _CLOSE)
 
 
-async def _refuse(
+async def refuse(
     send: Send,
     status: int,
     code: str,
@@ -118,6 +153,7 @@ async def _refuse(
     request_id: str,
     extra: list[tuple[bytes, bytes]] | None = None,
 ) -> None:
+    """Send an error as the whole answer."""
     body = error_body(code, message, request_id)
     headers: list[Any] = [
         (b"content-type", b"application/json"),

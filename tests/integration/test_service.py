@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -21,18 +26,46 @@ from layered_store.stores.memory import MemoryStore
 KEY = "a-key-for-tests"
 
 
-class Service:
-    """One running process."""
+SERVE = (sys.executable, "-m", "layered_store", "serve")
+STACK = '[store]\nuse = "memory"\nlayers = [{ use = "cached" }]\n'
+SLOW = """
+import asyncio, pathlib
+from layered_store.stores.memory import MemoryStore
 
-    def __init__(self, tmp_path: Path, *arguments: str, key: str | None = None) -> None:
-        stack = tmp_path / "stack.toml"
-        stack.write_text('[store]\nuse = "memory"\nlayers = [{ use = "cached" }]\n')
-        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+class Slow(MemoryStore):
+    async def get_latest(self, user_id):
+        pathlib.Path("asked").touch()
+        await asyncio.sleep(float(user_id[1:]))
+        return await super().get_latest(user_id)
+
+    async def aclose(self):
+        pathlib.Path("closed").touch()
+        await super().aclose()
+"""
+
+
+class Service:
+    """One running process.
+
+    Args:
+        tmp_path: its working directory; blocks in a module ``slow`` there are found.
+        arguments: of ``serve``.
+        key: the API key in its environment.
+        stack: what it serves.
+    """
+
+    def __init__(
+        self, tmp_path: Path, *arguments: str, key: str | None = None, stack: str = STACK
+    ) -> None:
+        (tmp_path / "stack.toml").write_text(stack)
+        paths = (str(tmp_path), os.environ.get("PYTHONPATH", str(Path(__file__).parents[2])))
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
         env.pop("LAYERED_STORE_API_KEY", None)
         if key:
             env["LAYERED_STORE_API_KEY"] = key
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "layered_store", "serve", str(stack), "--port", "0", *arguments],
+            [*SERVE, "stack.toml", "--port", "0", *arguments],
+            cwd=tmp_path,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -109,6 +142,189 @@ def test_body_limit_without_a_length(service: Service) -> None:
     assert answer.json()["error"]["code"] == "PAYLOAD_TOO_LARGE"
 
 
+@pytest.fixture
+def slow(tmp_path: Path) -> str:
+    """A stack whose user ``s2.5`` takes that many seconds."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    info = tmp_path / "slow-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[layered_store.blocks]\nslow = slow:Slow\n")
+    return '[store]\nuse = "slow"\n'
+
+
+def _ask(url: str, answers: list[httpx.Response]) -> Thread:
+    thread = Thread(target=lambda: answers.append(httpx.get(url, timeout=30)))
+    thread.start()
+    return thread
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_the_end_waits_for_running_requests(tmp_path: Path, slow: str) -> None:
+    """SIGTERM during a slow request: it is answered whole, then the stack is closed, exit 0."""
+    running = Service(tmp_path, stack=slow)
+    answers: list[httpx.Response] = []
+    asking = _ask(f"{running.url}/v1/state/s1", answers)
+    _wait_for(tmp_path / "asked")
+    code, text = running.stop()
+    asking.join()
+    assert [answer.json()["error"]["code"] for answer in answers] == ["USER_NOT_FOUND"]
+    assert (tmp_path / "closed").exists()
+    assert code == 0
+    assert "Traceback" not in text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(running.url)
+
+
+def test_the_end_is_bounded(tmp_path: Path, slow: str) -> None:
+    """A request that outlives the drain is told so; the process ends without a traceback."""
+    running = Service(tmp_path, "--drain", "1", stack=slow)
+    answers: list[httpx.Response] = []
+    asking = _ask(f"{running.url}/v1/state/s60", answers)
+    _wait_for(tmp_path / "asked")
+    began = time.monotonic()
+    code, text = running.stop()
+    asking.join()
+    assert time.monotonic() - began < 10
+    assert [answer.status_code for answer in answers] == [503]
+    assert answers[0].json()["error"]["code"] == "UNAVAILABLE"
+    assert answers[0].json()["error"]["request_id"] == answers[0].headers["x-request-id"]
+    assert (tmp_path / "closed").exists()
+    assert code == 0
+    assert "Traceback" not in text
+
+
+def _raw(url: str, data: bytes) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def _all(connection: socket.socket) -> bytes:
+    received = b""
+    try:
+        while more := connection.recv(65536):
+            received += more
+    except ConnectionResetError:
+        pass
+    connection.close()
+    return received
+
+
+def test_callers_that_never_finish(tmp_path: Path) -> None:
+    """Requests that stop half-way are closed in time, and nobody else waits for them."""
+    running = Service(tmp_path, "--patience", "1")
+    try:
+        heads = [_raw(running.url, b"GET /live HTTP/1.1\r\nHost") for _ in range(20)]
+        post = b"POST /v1/state HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        bodies = [_raw(running.url, post) for _ in range(20)]
+        with httpx.Client(base_url=running.url) as client:
+            assert client.get("/live").status_code == 200
+            assert [_all(head) for head in heads] == [b""] * 20
+            answers = [_all(body) for body in bodies]
+            assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
+            assert all(b"REQUEST_TIMEOUT" in answer for answer in answers)
+            # A connection on which one request was answered already.
+            assert client.get("/live").status_code == 200
+    finally:
+        code, text = running.stop()
+    assert code == 0
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET /live HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
+        b"GET /v1/state/\xc3\xbc HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /v1/state HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"GET /live HTTP/1.1\r\nHost: x\r\nX-Request-ID: a\x00b\r\n\r\n",
+    ],
+    ids=range(5),
+)
+def test_what_is_no_http(shared: Service, request_: bytes) -> None:
+    """A malformed request is a 400 in the one shape of errors."""
+    head, _, body = _all(_raw(shared.url, request_)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    error = json.loads(body)["error"]
+    assert error["code"] == "VALIDATION_ERROR"
+    assert f"x-request-id: {error['request_id']}".encode() in head
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("shared"))
+    yield running
+    code, text = running.stop()
+    assert code == 0
+    assert "Traceback" not in text
+
+
+def test_user_ids_of_all_scripts(shared: Service) -> None:
+    """An id in the path is percent-encoded UTF-8 and comes back as it was."""
+    with httpx.Client(base_url=shared.url) as client:
+        for user in ("Grüße", "日本-1", "अमर", "Ⅷ_٣", "a" * 256, "history"):
+            path = f"/v1/state/{quote(user)}"
+            assert client.post("/v1/state", json={"user_id": user}).status_code == 204
+            assert client.get(path).json()["user_id"] == user
+            assert [each["user_id"] for each in client.get(f"{path}/history").json()] == [user]
+            assert client.delete(path).status_code == 204
+            assert client.get(path).status_code == 404
+
+
+def test_body_that_goes_away(shared: Service) -> None:
+    """A caller that leaves in the middle of its body is no error of the service."""
+    _raw(
+        shared.url,
+        b"POST /v1/state HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+    ).close()
+    assert httpx.get(f"{shared.url}/live").status_code == 200
+
+
+def _failed(tmp_path: Path, *arguments: str, stack: str = STACK) -> str:
+    with pytest.raises(AssertionError) as caught:
+        Service(tmp_path, *arguments, stack=stack)
+    text = str(caught.value)
+    assert "Traceback" not in text
+    return text
+
+
+def test_starts_without_its_backend(tmp_path: Path) -> None:
+    """The service waits for a backend that is down: live, not ready, and it says so."""
+    running = Service(
+        tmp_path, stack='[store]\nuse = "redis"\nurl = "redis://:secret-pw@127.0.0.1:1/0"\n'
+    )
+    with httpx.Client(base_url=running.url) as client:
+        assert client.get("/live").status_code == 200
+        assert client.get("/ready").status_code == 503
+        assert client.get("/v1/state/u-1").json()["error"]["code"] == "UNAVAILABLE"
+    code, text = running.stop()
+    assert code == 0
+    assert "starting without its backend" in text
+    assert "secret-pw" not in text
+
+
+def test_failed_starts_are_one_line(tmp_path: Path, shared: Service) -> None:
+    """What keeps the service from starting is told without a traceback."""
+    port = shared.url.rpartition(":")[2]
+    assert "address already in use" in _failed(tmp_path, "--port", port)
+    assert "did you mean 'memory'" in _failed(tmp_path, stack='[store]\nuse = "memry"\n')
+    assert "API key file" in _failed(tmp_path, "--api-key-file", "nothing")
+    (tmp_path / "broken.db").write_text("this is no database" * 100)
+    text = _failed(
+        tmp_path, stack='[store]\nuse = "sql"\nurl = "sqlite+aiosqlite:///broken.db"\n'
+    )
+    assert "SQLStore" in text
+
+
 # The application itself, without a process.
 
 
@@ -157,6 +373,40 @@ async def test_routes() -> None:
         ("GET", "/v1/state/u/history?limit=1e3", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/u/history?limit=99999999999999999999", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/u/history?limit=", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/a%2Fb", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/%00", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=%D9%A1", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=1001", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=1.5", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/u/history?limit=NaN", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state/a%20b/history", b"", 400, "VALIDATION_ERROR"),
+        ("DELETE", "/v1/state/a%20b", b"", 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"\xff"}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"\\ud800"}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","confidence":NaN}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","confidence":1e999}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","confidence":true}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","axes":{"a":null}}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","axes":{"A":0.5}}', 400, "VALIDATION_ERROR"),
+        ("POST", "/v1/state", b'{"user_id":"u","source":"x"}', 400, "VALIDATION_ERROR"),
+        (
+            "POST",
+            "/v1/state",
+            b'{"user_id":"u","updated_at_unix_ms":9999999999999999999999}',
+            400,
+            "VALIDATION_ERROR",
+        ),
+        (
+            "POST",
+            "/v1/state",
+            b'{"user_id":"u","x":' + b"[" * 9_000 + b"]" * 9_000 + b"}",
+            400,
+            "VALIDATION_ERROR",
+        ),
+        ("GET", "/v1/state/", b"", 404, "NOT_FOUND"),
+        ("GET", "/v1/state/u/", b"", 404, "NOT_FOUND"),
+        ("GET", "/v1/state/u/other", b"", 404, "NOT_FOUND"),
+        ("OPTIONS", "/v1/state/u", b"", 405, "METHOD_NOT_ALLOWED"),
         ("GET", "/nowhere", b"", 404, "NOT_FOUND"),
         ("PUT", "/v1/state", b"", 405, "METHOD_NOT_ALLOWED"),
     ],
