@@ -10,11 +10,18 @@ __all__ = ["document"]
 def document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of all routes."""
     share = {"type": "number", "minimum": 0, "maximum": 1}
+    user_id = {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 256,
+        "pattern": r"^[\p{L}\p{N}_-]+$",
+        "description": "letters, digits, '_' and '-' of all scripts; at most 256 UTF-8 bytes",
+    }
     snapshot = {
         "type": "object",
         "required": ["user_id"],
         "properties": {
-            "user_id": {"type": "string", "minLength": 1, "maxLength": 256},
+            "user_id": user_id,
             "updated_at_unix_ms": {"type": "integer", "format": "int64"},
             "source": {"enum": ["self_report", "inferred", "mixed"]},
             "confidence": share,
@@ -42,7 +49,7 @@ def document() -> dict[str, Any]:
         "name": "user_id",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "minLength": 1},
+        "schema": user_id,
     }
     limit = {
         "name": "limit",
@@ -61,6 +68,7 @@ def document() -> dict[str, Any]:
             (400, "An argument was refused"),
             (401, "The API key is missing or wrong"),
             (404, "There is no state of this user"),
+            (408, "The body took too long to arrive"),
             (413, "The body is too large"),
             (500, "The store failed"),
             (503, "The store cannot be reached now"),
