@@ -184,7 +184,10 @@ def _explore(
         loop = _ExploringLoop(schedule, max_steps, unheard)  # type: ignore[abstract]
         try:
             loop.run(scenario(schedule) if takes_schedule else scenario())
-        except Exception as exc:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:
+            # Also a cancellation that reached the scenario, and pytest.fail().
             message = f"schedule {seed} failed: {type(exc).__name__}: {exc}"
             raise ScheduleError(message, seed=seed, trace=schedule.trace) from exc
         steps += len(schedule.trace)

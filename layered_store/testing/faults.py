@@ -179,7 +179,7 @@ class Faults(AroundLayer):
             error: what they raise instead of UnavailableError.
         """
         check_count(times, "times", self)
-        check_choice(fault, "fault", self, tuple(each.value for each in _FAULTS))
+        check_fault(fault, _FAULTS, self)
         names = check_operations(operations, "operations", self)
         self._script.extend([_Script(Fault(fault), names, error)] * times)
 
@@ -194,7 +194,7 @@ class Faults(AroundLayer):
             fault: ``"error"`` for a backend that refuses, ``"hang"`` for one that never answers.
             operations: only calls of these operations, and nothing else; None is everything.
         """
-        check_choice(fault, "fault", self, tuple(each.value for each in _OUTAGES))
+        check_fault(fault, _OUTAGES, self)
         self._outage = (Fault(fault), check_operations(operations, "operations", self))
         return _Outage(self)
 
@@ -341,6 +341,12 @@ class _Outage:
         traceback: TracebackType | None,
     ) -> None:
         self._faults.recover()
+
+
+def check_fault(fault: object, known: tuple[Fault, ...], owner: object) -> None:
+    """Refuse what is not one of the ``known`` faults, by its name or as itself."""
+    plain = fault.value if isinstance(fault, Fault) else fault
+    check_choice(plain, "fault", owner, tuple(each.value for each in known))
 
 
 def check_operations(names: Iterable[str] | None, option: str, owner: object) -> frozenset[str]:

@@ -454,7 +454,8 @@ def _attempts(frame: _Frame) -> int:
     """Return how often a layer with one store below repeated the same call."""
     if len(children_of(frame.store)) != 1:
         return 1
-    return max((_count(frame.below, each) for each in frame.below), default=1)
+    same = [each for each in frame.below if each.op is frame.op]
+    return max((_count(same, each) for each in same), default=1)
 
 
 def _count(frames: Iterable[_Frame], like: _Frame) -> int:
