@@ -23,6 +23,7 @@ from layered_store.coherence.contract import Invalidations, Notice
 from layered_store.errors import (
     ClosedError,
     ErasureIncompleteError,
+    RejectedError,
     StoreError,
     StoreTimeoutError,
     ValidationError,
@@ -519,7 +520,8 @@ class GuardedCopies(Invalidations):
         repaired = self.repaired
         while more:
             page = await self._authority.changes(cursor, PAGE)
-            self._behind = len(page.items)
+            # The last page holds ordinary writes of just now, which are in the tier already.
+            self._behind = len(page.items) if page.more else 0
             if page.items:
                 acted = await self._tier.repair(page.items)
                 self.repaired += len(acted)
@@ -544,6 +546,8 @@ class GuardedCopies(Invalidations):
         it again: it must not cost every call its time limit.
         """
         self.failures[step] += 1
+        if isinstance(exc, RejectedError):
+            return  # a breaker's refusal costs nothing, and it tries the tier again by itself
         self._failures += 1
         if (isinstance(exc, StoreTimeoutError) or self._failures > 1) and self._reachable:
             self._reachable = False
