@@ -378,6 +378,31 @@ def start_postgres() -> Server:
     return Server(command, folder, port, **popen)
 
 
+def start_pgbouncer(postgres_port: int, *, connections: int = 4) -> Server:
+    """Start pgbouncer in transaction mode: each transaction may get another connection."""
+    binary = _find("pgbouncer", "/usr/sbin")
+    if binary is None:
+        raise ServerMissingError("no pgbouncer on this machine")
+    folder, port = _folder("pgbouncer"), free_port()
+    users = folder / "users.txt"
+    users.write_text('"tester" ""\n')
+    path = folder / "pgbouncer.ini"
+    lines = [
+        "[databases]",
+        f"* = host=127.0.0.1 port={postgres_port}",
+        "[pgbouncer]",
+        "listen_addr = 127.0.0.1",
+        f"listen_port = {port}",
+        "unix_socket_dir =",
+        "auth_type = trust",
+        f"auth_file = {users}",
+        "pool_mode = transaction",
+        f"default_pool_size = {connections}",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return Server([binary, str(path)], folder, port, **_unprivileged(folder, "postgres"))
+
+
 def start_mysql() -> Server:
     binary = _find("mariadbd", "/usr/sbin")
     install = _find("mariadb-install-db")

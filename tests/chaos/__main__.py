@@ -7,7 +7,7 @@ import asyncio
 import sys
 import time
 
-from .run import Plan, run
+from .run import SQL, Plan, run
 
 
 def main() -> int:
@@ -18,7 +18,8 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--think", type=float, default=0.015, help="mean pause of a caller, s")
     parser.add_argument("--seconds", type=float, default=1_200.0, help="at most")
-    parser.add_argument("--sql", choices=("postgres", "sqlite"), default="postgres")
+    parser.add_argument("--sql", choices=tuple(SQL), default="postgres")
+    parser.add_argument("--redis", choices=("single", "cluster", "sentinel"), default="single")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--fault", action="append", dest="faults", help="only these faults")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ class Write(NamedTuple):
     version: int
     """What stood in the system of record after it: its own number, or what won; 0: unknown."""
     superseded: bool
+    overtaken: bool
     tombs: tuple[int, ...]
     """Of a delete: the versions of the tombstones it is known to have left."""
     lost: bool
@@ -116,12 +117,14 @@ def check(
                 end, outcome = ends.get(call, (NEVER, "killed"))
                 acked = outcome == "ok"
                 stood, version = said.get((call, user), (None, 0))
-                superseded = kind == "U" and acked and stood != state
+                # Dropped for an erasure; else what stood may be a later write than a repeated one.
+                superseded = kind == "U" and acked and stood is None and version > 0
+                overtaken = kind == "U" and acked and stood not in (None, state)
                 if kind == "U" and not acked:
                     version = versions.get(state, 0)
                 writes[user].append(
                     Write(process, state, start, end if acked else NEVER, outcome, version,
-                          superseded, tuple(tombs[call]), sent[call] > len(tombs[call]))
+                          superseded, overtaken, tuple(tombs[call]), sent[call] > len(tombs[call]))
                 )  # fmt: skip
                 if call not in counted:
                     counted.add(call)
@@ -283,6 +286,8 @@ def _check_stored(
             )
             if not own and not overlapped and write.state not in in_history:
                 report.broken("dropped though no erasure was under way", user, str(write))
+        elif write.overtaken and last_tomb:
+            continue  # an erasure may have come between it and what stood when it was repeated
         elif write.version > last_tomb and not unknown and write.state not in in_history:
             report.broken("lost from the history", user, str(write))
     for state in kept.history:

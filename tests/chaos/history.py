@@ -43,7 +43,9 @@ class Journal:
 
 def read(path: Path) -> list[list[Any]]:
     """Return the entries of one worker; a line cut off by its death is left out."""
-    entries = []
+    entries: list[list[Any]] = []
+    if not path.exists():
+        return entries  # it was ended before it began
     for line in path.read_bytes().splitlines():
         try:
             entries.append(json.loads(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -21,7 +22,15 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 
 import redis  # noqa: E402
-from servers import Server, start_postgres, start_redis  # noqa: E402
+from servers import (  # noqa: E402
+    Cluster,
+    SentinelGroup,
+    Server,
+    start_mysql,
+    start_pgbouncer,
+    start_postgres,
+    start_redis,
+)
 
 from layered_store import SQLStore  # noqa: E402
 
@@ -29,8 +38,35 @@ from .checker import Report, Stored, check  # noqa: E402
 from .history import read  # noqa: E402
 from .proxy import Mode, Proxy  # noqa: E402
 
+_COMPLAINTS = {
+    "Traceback": "complaint of a worker",
+    "Warning": "complaint of a worker",
+    "user-": "a user id in a log",
+}
+"""What no worker may print."""
+
+_SILENT_SECONDS = 30.0
+"""After which a worker that says nothing hangs; none is stopped for so long."""
+
+_SLOTS = (0, 8_000, 16_383)
+"""Of each primary of a cluster one slot, which no run moves."""
+
 _DRIVER_NOISE = "unexpected connection_lost() call"
 """What asyncpg leaves behind when a connection is cut while it is being made."""
+
+
+_POSTGRES = "tester@127.0.0.1:{port}/postgres"
+_MYSQL = "root@127.0.0.1:{port}/chaos"
+
+SQL: dict[str, tuple[Callable[[], Server] | None, str]] = {
+    "sqlite": (None, "sqlite+aiosqlite:///{folder}/states.db"),
+    "postgres": (start_postgres, "postgresql+asyncpg://" + _POSTGRES),
+    "psycopg": (start_postgres, "postgresql+psycopg://" + _POSTGRES),
+    "pgbouncer": (start_postgres, "postgresql+asyncpg://" + _POSTGRES),
+    "mysql": (start_mysql, "mysql+aiomysql://" + _MYSQL),
+    "asyncmy": (start_mysql, "mysql+asyncmy://" + _MYSQL),
+}
+"""The systems of record: what starts their server, and how it is reached."""
 
 
 @dataclass
@@ -45,7 +81,9 @@ class Plan:
         users: how many users they share.
         think: mean pause of a caller between two calls, in seconds.
         seed: of the load and of the faults; real processes do not repeat exactly.
-        sql: ``postgres`` or ``sqlite``.
+        sql: the system of record; a key of :data:`SQL`.
+        redis: ``single``, ``cluster`` (three primaries with a replica each) or ``sentinel`` (three
+            Sentinels, a primary and a replica).
         faults: names of faults; None: all that fit.
         bound: seconds after which every process must show an acknowledged write.
     """
@@ -58,6 +96,7 @@ class Plan:
     think: float = 0.015
     seed: int = 1
     sql: str = "postgres"
+    redis: str = "single"
     faults: list[str] | None = None
     # Trust 2 s and lease 1 s, one attempt at the cache and one at the database (0.25 + 2 s), and
     # what a machine that runs all of it on two cores adds.
@@ -95,16 +134,22 @@ class Worker:
         self.process = process
         self.proxies = proxies
         self.calls = 0
+        self.heard = time.monotonic()
+        self.ready = asyncio.Event()
         self.said: asyncio.Queue[str] = asyncio.Queue()
         self.reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
         while line := await self.process.stdout.readline():
+            self.heard = time.monotonic()
             text = line.decode().strip()
-            if text.startswith("calls "):
+            if text == "ready":
+                self.ready.set()
+            elif text.startswith("calls "):
                 self.calls = int(text[6:])
             else:
                 self.said.put_nowait(text)
+        self.ready.set()
         self.said.put_nowait("ended")
 
     async def tell(self, command: str, answer: str, seconds: float) -> None:
@@ -117,12 +162,19 @@ class Worker:
         except ConnectionError:
             said = "nothing, it is dead"
         except TimeoutError:
-            self.process.send_signal(signal.SIGUSR1)
-            await asyncio.sleep(1.0)
-            said = f"nothing within {seconds:g} s"
+            said = f"nothing within {seconds:g} s; {await self.diagnose()}"
         if said != answer:
             text = self.log.read_text(errors="replace")[-20_000:]
             raise RuntimeError(f"worker {self.number} said {said!r} to {command!r}\n{text}")
+
+
+    async def diagnose(self) -> str:
+        """Have the worker write into its log where it stands; return its state."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        self.process.send_signal(signal.SIGUSR2)
+        self.process.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(2.0)
+        return next(line for line in status.splitlines() if line.startswith("State"))
 
 
 class Fleet:
@@ -132,8 +184,10 @@ class Fleet:
         self.plan = plan
         self.random = random.Random(plan.seed)
         self.folder = Path(tempfile.mkdtemp(prefix="layered_store-chaos-"))
-        self.redis: Server = None  # type: ignore[assignment]
-        self.postgres: Server | None = None
+        self.redis: Server | None = None
+        self.group: Cluster | SentinelGroup | None = None
+        self.database: Server | None = None
+        self.bouncer: Server | None = None
         self.workers: list[Worker] = []
         self.gone = 0
         self.started = 0
@@ -143,32 +197,57 @@ class Fleet:
         self.busy = {"redis": asyncio.Lock(), "sql": asyncio.Lock()}
 
     async def start(self) -> None:
-        self.redis = await asyncio.to_thread(start_redis)
-        if self.plan.sql == "postgres":
-            self.postgres = await asyncio.to_thread(start_postgres)
+        if self.plan.redis == "single":
+            self.redis = await asyncio.to_thread(start_redis)
+        else:
+            kind = Cluster if self.plan.redis == "cluster" else SentinelGroup
+            self.group = await asyncio.to_thread(kind)
+        launch, _ = SQL[self.plan.sql]
+        if launch is not None:
+            self.database = await asyncio.to_thread(launch)
+        if launch is start_mysql:
+            await asyncio.to_thread(self._create_database)
+        if self.plan.sql == "pgbouncer":
+            assert self.database is not None
+            self.bouncer = await asyncio.to_thread(start_pgbouncer, self.database.port)
         async with SQLStore(self.sql_url()) as store:
             await store.head()  # the tables are made by one
         for _ in range(self.plan.workers):
             await self.spawn()
+        for worker in self.workers:
+            await worker.ready.wait()
+
+    def _create_database(self) -> None:
+        import pymysql
+
+        assert self.database is not None
+        connection = pymysql.connect(host="127.0.0.1", port=self.database.port, user="root")
+        with connection, connection.cursor() as cursor:
+            cursor.execute("CREATE DATABASE chaos CHARACTER SET utf8mb4")
 
     def sql_url(self, port: int | None = None) -> str:
-        if self.postgres is None:
-            return f"sqlite+aiosqlite:///{self.folder}/states.db"
-        return f"postgresql+asyncpg://tester@127.0.0.1:{port or self.postgres.port}/postgres"
+        own = self.database.port if self.database is not None else 0
+        return SQL[self.plan.sql][1].format(port=port or own, folder=self.folder)
 
     async def spawn(self) -> None:
         """Start one more worker."""
         self.started += 1
         number = self.started
-        proxies = {"redis": Proxy(self.redis.port)}
-        if self.postgres is not None:
-            proxies["sql"] = Proxy(self.postgres.port)
+        proxies = {}
+        if self.redis is not None:
+            proxies["redis"] = Proxy(self.redis.port)
+        if self.database is not None:
+            proxies["sql"] = Proxy((self.bouncer or self.database).port)
         for proxy in proxies.values():
             await proxy.start()
+        if self.group is not None:
+            redis_url = self.group.url
+        else:
+            redis_url = f"redis://127.0.0.1:{proxies['redis'].port}/0"
         options = {
             "worker": number,
             "seed": self.plan.seed * 1_000 + number,
-            "redis": f"redis://127.0.0.1:{proxies['redis'].port}/0",
+            "redis": redis_url,
             "sql": self.sql_url(proxies["sql"].port if "sql" in proxies else None),
             "journal": str(self.folder / f"{number}.journal"),
             "users": self.plan.users,
@@ -195,24 +274,32 @@ class Fleet:
     def faults(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Return every fault that fits the plan, by name."""
         found: dict[str, Callable[[], Awaitable[None]]] = {
-            f"{server} {mode}": lambda server=server, mode=mode: self.through_proxy(server, mode)
-            for server in (["redis"] if self.postgres is None else ["redis", "sql"])
-            for mode in ("delay", "swallow", "deaf", "refuse", "reset")
+            "worker killed": self.kill_worker,
+            "worker stopped": self.stop_worker,
         }
+        behind = [name for name in ("redis", "sql") if name in self.workers[0].proxies]
+        for server in behind:
+            for mode in ("delay", "swallow", "deaf", "refuse", "reset"):
+                found[f"{server} {mode}"] = functools.partial(self.through_proxy, server, mode)
+        if self.redis is not None:
+            found |= {
+                "redis killed, empty": lambda: self.restart_redis("empty"),
+                "redis killed, older dump": lambda: self.restart_redis("older"),
+                "redis killed, newest dump": lambda: self.restart_redis("newest"),
+            }
         found |= {
-            "redis killed, empty": lambda: self.restart_redis("empty"),
-            "redis killed, older dump": lambda: self.restart_redis("older"),
-            "redis killed, newest dump": lambda: self.restart_redis("newest"),
             "redis stopped": self.stop_redis,
             "redis flushed": lambda: self.command("FLUSHALL"),
             "redis scripts flushed": lambda: self.command("SCRIPT", "FLUSH"),
             "redis subscribers killed": lambda: self.command("CLIENT", "KILL", "TYPE", "pubsub"),
             "redis clients killed": lambda: self.command("CLIENT", "KILL", "TYPE", "normal"),
-            "worker killed": self.kill_worker,
-            "worker stopped": self.stop_worker,
         }
-        if self.postgres is not None:
-            found |= {"sql killed": self.kill_postgres, "sql stopped": self.stop_postgres}
+        if self.group is not None:
+            found["redis primary killed"] = self.kill_primary
+        if isinstance(self.group, Cluster):
+            found["redis slot moved"] = self.move_slot
+        if self.database is not None:
+            found |= {"sql killed": self.kill_database, "sql stopped": self.stop_database}
         if self.plan.faults is not None:
             found = {name: found[name] for name in self.plan.faults}
         return found
@@ -234,6 +321,7 @@ class Fleet:
 
     async def restart_redis(self, what: str) -> None:
         async with self.busy["redis"]:
+            assert self.redis is not None
             dump = self.redis.folder / "dump.rdb"
             older = self.dump
             if what != "empty":
@@ -250,39 +338,77 @@ class Fleet:
             await asyncio.sleep(self.random.choice((0.0, 0.0, 0.5, 3.0)))
             await asyncio.to_thread(self.redis.start)
 
+    def _primaries(self) -> list[Server]:
+        """Return the servers that take writes now."""
+        if self.redis is not None:
+            return [self.redis]
+        if isinstance(self.group, Cluster):
+            return list({id(each): each for each in map(self.group.owner, _SLOTS)}.values())
+        assert self.group is not None
+        return [self.group.primary()]
+
     async def stop_redis(self) -> None:
         async with self.busy["redis"]:
-            self.redis.stop()
+            server = self.random.choice(await asyncio.to_thread(self._primaries))
+            server.stop()
             await asyncio.sleep(self.random.uniform(0.2, 4.0))
-            self.redis.cont()
+            server.cont()
+
+    async def kill_primary(self) -> None:
+        """End a primary, wait until its replica took over, and bring it back as a replica."""
+        async with self.busy["redis"]:
+            server = self.random.choice(await asyncio.to_thread(self._primaries))
+            await asyncio.to_thread(server.kill)
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(Exception):
+                    if server not in await asyncio.to_thread(self._primaries):
+                        break
+            else:
+                raise RuntimeError("no replica took over")
+            await asyncio.sleep(self.random.uniform(0.0, 1.0))
+            await asyncio.to_thread(server.start)
+            await asyncio.sleep(2.0)  # until it has the data again
+
+    async def move_slot(self) -> None:
+        async with self.busy["redis"]:
+            assert isinstance(self.group, Cluster)
+            bucket = self.random.choice("0123456789abcdef")
+            with contextlib.suppress(redis.RedisError):
+                slot = await asyncio.to_thread(self.group.slot, f"{{{bucket}}}")
+                await asyncio.to_thread(self.group.move, slot)
 
     async def command(self, *words: str) -> None:
         async with self.busy["redis"]:
-            with contextlib.suppress(redis.RedisError):
-                await asyncio.to_thread(self._ask, *words)
+            for server in await asyncio.to_thread(self._primaries):
+                with contextlib.suppress(redis.RedisError):
+                    await asyncio.to_thread(self._ask, *words, server=server)
 
-    def _ask(self, *words: str) -> Any:
-        with redis.Redis(port=self.redis.port, socket_timeout=5, protocol=2) as client:
+    def _ask(self, *words: str, server: Server | None = None) -> Any:
+        target = server or self.redis
+        assert target is not None
+        with redis.Redis(port=target.port, socket_timeout=5, protocol=2) as client:
             return client.execute_command(*words)
 
-    async def kill_postgres(self) -> None:
+    async def kill_database(self) -> None:
         async with self.busy["sql"]:
-            assert self.postgres is not None and self.postgres.process is not None
-            send(tree(self.postgres.process.pid), signal.SIGKILL)
-            await asyncio.to_thread(self.postgres.process.wait)
+            database = self.database
+            assert database is not None and database.process is not None
+            send(tree(database.process.pid), signal.SIGKILL)
+            await asyncio.to_thread(database.process.wait)
             await asyncio.sleep(self.random.choice((0.0, 0.5, 2.0)))
             for _ in range(50):
                 # Its shared memory is in use until the last of its processes is gone.
                 with contextlib.suppress(RuntimeError):
-                    await asyncio.to_thread(self.postgres.start)
+                    await asyncio.to_thread(database.start)
                     return
                 await asyncio.sleep(0.2)
-            raise RuntimeError("PostgreSQL did not come back")
+            raise RuntimeError("the database did not come back")
 
-    async def stop_postgres(self) -> None:
+    async def stop_database(self) -> None:
         async with self.busy["sql"]:
-            assert self.postgres is not None and self.postgres.process is not None
-            pids = tree(self.postgres.process.pid)
+            assert self.database is not None and self.database.process is not None
+            pids = tree(self.database.process.pid)
             send(pids, signal.SIGSTOP)
             await asyncio.sleep(self.random.uniform(0.2, 3.0))
             send(pids, signal.SIGCONT)
@@ -334,6 +460,11 @@ class Fleet:
             await asyncio.sleep(0.2)
             if attack.done():
                 attack.result()
+            for worker in self.workers:
+                if time.monotonic() - worker.heard > _SILENT_SECONDS:
+                    state = await worker.diagnose()
+                    text = worker.log.read_text(errors="replace")[-20_000:]
+                    raise RuntimeError(f"worker {worker.number} is silent ({state})\n{text}")
             if time.monotonic() - said > 5:
                 said = time.monotonic()
                 plan.say(
@@ -396,10 +527,10 @@ class Fleet:
                 report.broken("worker failed", "-", f"{worker.number}: {worker.process.returncode}")
         for number in range(1, self.started + 1):
             text = (self.folder / f"{number}.log").read_text(errors="replace")
-            if "Traceback" in text or "Warning" in text:
-                report.broken("complaints of a worker", "-", text[:1500])
-            if "user-" in text:
-                report.broken("a user id in a log", "-", text[:1500])
+            for word, rule in _COMPLAINTS.items():
+                if word in text:
+                    at = text.index(word)
+                    report.broken(rule, "-", text[max(0, at - 200) : at + 2_000])
         report.figures["violations"] = len(report.violations)
 
     async def close(self) -> None:
@@ -410,11 +541,13 @@ class Fleet:
             await worker.reading
             for proxy in worker.proxies.values():
                 await proxy.close()
-        for server in (self.redis, self.postgres):
+        for server in (self.redis, self.bouncer, self.database):
             if server is not None:
                 if server.process is not None:
                     send(tree(server.process.pid), signal.SIGCONT)
                 server.close()
+        if self.group is not None:
+            self.group.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import faulthandler
 import json
 import random
 import signal
@@ -221,12 +222,14 @@ class Load:
             lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin
         )
         loop.add_signal_handler(signal.SIGUSR1, _show_tasks)
+        faulthandler.register(signal.SIGUSR2)
         unhandled: list[str] = []
         loop.set_exception_handler(
             lambda _, context: unhandled.append(
                 f"{context['message']}: {context.get('exception')!r} {context.get('future')!r}"
             )
         )
+        print("ready", flush=True)
         # Opens itself: a worker may be born into an outage.
         try:
             clients = [asyncio.create_task(self.client()) for _ in range(self.clients)]

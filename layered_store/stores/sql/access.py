@@ -13,7 +13,7 @@ from layered_store.stores.sql import engines, lite, postgres, transactions, vers
 from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
 from layered_store.stores.sql.dialects import NOW_US, XID, Statements
-from layered_store.stores.sql.failures import concerns_one, translate
+from layered_store.stores.sql.failures import concerns_one, statement_lost, translate
 from layered_store.stores.sql.schema import build_tables
 from layered_store.stores.sql.transactions import Erasure, Session, Write, padded
 
@@ -100,6 +100,8 @@ class Access:
         self._pool_size = pool_size
         self._clock = clock
         self._name = name
+        # Until a pooler in transaction mode shows that prepared statements do not last.
+        self._prepares = True
         self._writes = 0
         self.too_old = 0
         self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
@@ -115,9 +117,7 @@ class Access:
         engines.forget_dead(self.homes)
         engine = self._given
         if engine is None:
-            engine = engines.build_engine(
-                self._address, size=self._pool_size, wait=self._timeout
-            )
+            engine = self._build()
         size = 1 if self._one_connection else self._pool_size
         home = engines.Home(loop, engine, Desks(engine, size, keep=self._given is None))
         stoppable = not self._cannot_stop
@@ -130,6 +130,11 @@ class Access:
             out=_WRITES_OUT[self._family], stoppable=stoppable,
         )  # fmt: skip
         return self.homes.setdefault(loop, home)
+
+    def _build(self) -> AsyncEngine:
+        return engines.build_engine(
+            self._address, size=self._pool_size, wait=self._timeout, prepares=self._prepares
+        )
 
     def _refuse_loop(self) -> None:
         remedy = (
@@ -349,6 +354,40 @@ class Access:
         return await work(session)
 
     async def _attempt(
+        self,
+        home: engines.Home,
+        session: Session,
+        work: Callable[[Desk], Awaitable[T]],
+        *,
+        writes: bool = False,
+    ) -> T:
+        """Do ``work``; do it again without prepared statements where those do not last."""
+        for _ in range(3):
+            engine = home.engine
+            try:
+                return await self._once(home, session, work, writes=writes)
+            except StoreError as exc:
+                # The statement never ran, COMMIT included: nothing took effect.
+                if self._given is not None or not statement_lost(exc):
+                    raise
+            session.open = session.committing = False
+            await self._do_without_statements(home, engine)
+        return await self._once(home, session, work, writes=writes)
+
+    async def _do_without_statements(self, home: engines.Home, engine: AsyncEngine) -> None:
+        """Replace a loop's engine by one that prepares nothing, for all callers at once."""
+        async with home.opening:
+            self._prepares = False
+            if home.engine is not engine:
+                return
+            closer, home.engine = home.closer, self._build()
+            await home.desks.move(home.engine)
+            home.closer = await engines.close_with_loop(home)
+        if closer is not None:
+            await closer.aclose()
+        await engine.dispose()
+
+    async def _once(
         self,
         home: engines.Home,
         session: Session,

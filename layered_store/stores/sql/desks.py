@@ -23,13 +23,15 @@ class Desk:
     Args:
         connection: SQLAlchemy's, in AUTOCOMMIT mode.
         driver: the driver's own connection below it.
+        engine: what made it.
     """
 
-    __slots__ = ("connection", "driver")
+    __slots__ = ("connection", "driver", "engine")
 
-    def __init__(self, connection: AsyncConnection, driver: Any) -> None:
+    def __init__(self, connection: AsyncConnection, driver: Any, engine: AsyncEngine) -> None:
         self.connection = connection
         self.driver = driver
+        self.engine = engine
 
 
 class Desks:
@@ -65,9 +67,10 @@ class Desks:
             return self._idle.pop()
         connection: AsyncConnection | None = None
         try:
-            connection = await self._engine.connect()
+            engine = self._engine
+            connection = await engine.connect()
             raw = await connection.get_raw_connection()
-            return Desk(connection, raw.driver_connection)
+            return Desk(connection, raw.driver_connection, engine)
         except BaseException:
             self.busy -= 1
             self._next()
@@ -79,7 +82,8 @@ class Desks:
         """Take a connection back; one that failed is not used again unless its pool says so."""
         connection = desk.connection
         try:
-            if broken or connection.invalidated or connection.closed:
+            foreign = desk.engine is not self._engine
+            if broken or foreign or connection.invalidated or connection.closed:
                 await self._end(connection)
             elif self._keep:
                 self._idle.append(desk)
@@ -88,6 +92,11 @@ class Desks:
         finally:
             self.busy -= 1
             self._next()
+
+    async def move(self, engine: AsyncEngine) -> None:
+        """Make connections with another engine from now on; those in use end when given back."""
+        self._engine = engine
+        await self.aclose()
 
     async def _end(self, connection: AsyncConnection) -> None:
         with suppress(Exception):  # it failed before

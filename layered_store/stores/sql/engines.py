@@ -122,13 +122,15 @@ def in_memory(url: URL) -> bool:
     return name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
 
 
-def build_engine(url: URL, *, size: int, wait: float) -> AsyncEngine:
+def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> AsyncEngine:
     """Return an engine of our own for one event loop.
 
     Args:
         url: with an async driver.
         size: most connections; callers beyond wait for one.
         wait: seconds that a caller waits for a connection, and a connection for its server.
+        prepares: whether statements are prepared once and kept (PostgreSQL); a pooler that gives
+            each transaction another connection, such as pgbouncer, does not keep them.
     """
     options: dict[str, Any] = {
         # Each statement commits by itself; write transactions say BEGIN and COMMIT, so that
@@ -145,7 +147,7 @@ def build_engine(url: URL, *, size: int, wait: float) -> AsyncEngine:
             "pool_size": size,
             "max_overflow": 0,
             "pool_timeout": wait,
-            "connect_args": _connect_arguments(url, wait),
+            "connect_args": _connect_arguments(url, wait) | _statement_arguments(url, prepares),
         }
         engine = create_async_engine(url, **options)
     if url.get_backend_name() == "sqlite":
@@ -160,6 +162,21 @@ def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
     if driver in ("aiomysql", "asyncmy", "psycopg", "psycopg_async"):
         return {} if "connect_timeout" in url.query else {"connect_timeout": max(1, int(wait))}
     return {}
+
+
+def _statement_arguments(url: URL, prepares: bool) -> dict[str, Any]:  # noqa: FBT001
+    driver = url.get_driver_name()
+    if prepares:
+        return {}
+    if driver == "asyncpg":
+        # The statement without a name lasts until the next one, which is all that is needed: it
+        # is prepared and run before the connection may be given to another.
+        return {
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": str,
+        }
+    return {"prepare_threshold": None} if driver in ("psycopg", "psycopg_async") else {}
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -15,7 +15,7 @@ from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["concerns_one", "translate"]
+__all__ = ["concerns_one", "statement_lost", "translate"]
 
 _MISSING_TABLE: Final = (
     "a table does not exist; create it (create_tables=True does) or check the table names"
@@ -29,6 +29,10 @@ _BUSY: Final = "the database accepts no more connections or is not ready"
 _LOST: Final = "the connection to the database failed"
 _SLOW: Final = "the database did not answer within the time limit"
 _GARBAGE: Final = "the server does not answer as a database of this kind"
+_NO_STATEMENT: Final = (
+    "prepared statements do not last here, as behind a pooler in transaction mode; pass url=, or"
+    " build the engine without them"
+)
 _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
 
@@ -40,6 +44,8 @@ _Rule = tuple[str, bool]
 # By SQLSTATE, longest prefix first: PostgreSQL manual, appendix A.
 _POSTGRES: Final[dict[str, _Rule]] = {
     "0A000": ("a cached plan is out of date", True),
+    "26000": (_NO_STATEMENT, True),
+    "42P05": (_NO_STATEMENT, True),
     "25006": (_READ_ONLY, True),
     "3D000": (_NO_DATABASE, False),
     "42P01": (_MISSING_TABLE, False),
@@ -173,6 +179,11 @@ def concerns_one(error: Exception, *, alone_at_work: bool) -> bool:
     if error.message.startswith(_CONFLICT):
         return not alone_at_work
     return error.message.startswith(_ABOUT_CALLS)
+
+
+def statement_lost(error: StoreError) -> bool:
+    """Tell whether a prepared statement was not there, or another's stood in its place."""
+    return error.message == _NO_STATEMENT
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
