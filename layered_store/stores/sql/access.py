@@ -101,7 +101,7 @@ class Access:
         self._clock = clock
         self._name = name
         # Until a pooler in transaction mode shows that prepared statements do not last.
-        self._prepares = True
+        self._prepares = address.query.get("prepared_statement_cache_size") != "0"
         self._writes = 0
         self.too_old = 0
         self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
