@@ -519,6 +519,17 @@ class RedisStore(StateStore, Enumerable):
             self.url, limits.connect_timeout, limits.timeout, limits.max_connections
         )
 
+    @property
+    def driver_retries(self) -> int:
+        """How often the driver repeats a call by itself: 0 except for a client that was passed in
+        and is called instead of its connections (a cluster's).
+        """
+        if self.client is None or self._address().connection is not None:
+            return 0
+        retry = getattr(self.client, "retry", None)
+        count = getattr(retry, "get_retries", None)
+        return max(0, int(count())) if callable(count) else 0
+
     def _address_is_cluster(self) -> bool:
         if self.url is not None:
             return self.url.partition("://")[0].endswith("+cluster")

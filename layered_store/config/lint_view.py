@@ -1,0 +1,180 @@
+"""What a rule of the linter sees: one block, with what stands above and below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Final
+
+from layered_store.interface import StateStore
+from layered_store.stack import Place, children_of, kind_of, walk
+
+__all__ = [
+    "RULES",
+    "At",
+    "Check",
+    "Rule",
+    "Severity",
+    "is_a",
+    "number",
+    "places_of",
+    "rule",
+    "where",
+]
+
+
+class Severity(StrEnum):
+    """How much a finding matters."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+LIMITS: Final = ("time_limit", "timeout", "operation_timeout", "command_timeout", "socket_timeout")
+"""Attributes by which a backend says how long a call of it takes at most, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A block with what stands above and below it."""
+
+    place: Place
+    above: tuple[StateStore, ...]
+    places_below: tuple[Place, ...]
+    max_staleness: float | None = None
+    is_first: bool = True
+    is_origin: bool = True
+
+    @property
+    def store(self) -> StateStore:
+        return self.place.store
+
+    def is_a(self, kind: str) -> bool:
+        return is_a(self.store, kind)
+
+    def under(self, kind: str) -> StateStore | None:
+        """The nearest block of this kind above, or None."""
+        return next((store for store in reversed(self.above) if is_a(store, kind)), None)
+
+    def over(self, kind: str) -> list[StateStore]:
+        """The blocks of this kind below."""
+        return [store for store in self.below if is_a(store, kind)]
+
+    @property
+    def below(self) -> tuple[StateStore, ...]:
+        return tuple(place.store for place in self.places_below)
+
+    def ends(self) -> list[StateStore]:
+        return [store for store in self.below if not children_of(store)]
+
+    def child(self, role: str) -> StateStore | None:
+        return children_of(self.store).get(role)
+
+    def call_limits(self) -> list[float | None]:
+        """How long one call may take on the way to each backend below, in seconds.
+
+        The shortest of the limits on that way and of the backend's own; None where there is none,
+        0 for memory, which never waits.
+        """
+        found = []
+        for end in self.places_below:
+            if children_of(end.store):
+                continue
+            limits = [
+                number(place.store, "seconds")
+                for place in self.places_below
+                if is_a(place.store, "timeout") and end.path.startswith(f"{place.path}.")
+            ]
+            limits.append(0.0 if is_a(end.store, "memory") else number(end.store, *LIMITS))
+            found.append(min((limit for limit in limits if limit is not None), default=None))
+        return found
+
+
+Check = Callable[[At], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: it looks at one block and gives a reason, or None."""
+
+    id: str
+    severity: Severity
+    title: str
+    check: Check
+
+
+RULES: Final[dict[str, Rule]] = {}
+"""All rules by id."""
+
+
+def rule(rule_id: str, severity: Severity, title: str) -> Callable[[Check], Check]:
+    """Register a function as the rule of this id."""
+
+    def register(check: Check) -> Check:
+        RULES[rule_id] = Rule(rule_id, severity, title, check)
+        return check
+
+    return register
+
+
+def where(place: Place) -> str:
+    name = getattr(place.store, "block_id", None)
+    known = f", id {name!r}" if name else ""
+    return f"{place.path or 'outermost'} ({kind_of(place.store)}{known})"
+
+
+def places_of(stack: StateStore, max_staleness: float | None) -> Iterator[At]:
+    places = list(walk(stack))
+    seen: set[int] = set()
+    for place in places:
+        prefix = f"{place.path}." if place.path else ""
+        above = tuple(
+            p.store
+            for p in places
+            if p is not place and (not p.path or place.path.startswith(f"{p.path}."))
+        )
+        below = tuple(p for p in places if p is not place and p.path.startswith(prefix))
+        yield At(
+            place,
+            above,
+            below,
+            max_staleness,
+            id(place.store) not in seen,
+            _is_record(place, {p.path: p.store for p in places}),
+        )
+        seen.add(id(place.store))
+
+
+def _is_record(place: Place, by_path: Mapping[str, StateStore]) -> bool:
+    """Tell whether this end of the stack is the system of record, not a tier or a secondary."""
+    if children_of(place.store):
+        return False
+    roles = place.path.split(".") if place.path else []
+    for depth, role in enumerate(roles):
+        holder = by_path[".".join(roles[:depth])]
+        siblings = children_of(holder)
+        if role == "inner" and "origin" in siblings:
+            return False
+        if role == "secondary":
+            return False
+    return True
+
+
+def is_a(store: StateStore, kind: str) -> bool:
+    return any(getattr(cls, "kind", None) == kind for cls in type(store).__mro__) or (
+        kind_of(store) == kind
+    )
+
+
+def number(store: object, *names: str) -> float | None:
+    """Return the first of these options that holds a number."""
+    for name in names:
+        value: object = getattr(store, name, None)
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
