@@ -316,7 +316,7 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
             if field.init:
                 value = getattr(store, field.name)
                 arguments[field.name] = (
-                    _rebuild(value, done) if isinstance(value, StateStore) else _unshared(value)
+                    _rebuild(value, done) if isinstance(value, StateStore) else unshared(value)
                 )
         twin = type(store)(**arguments)
         if (block_id := getattr(store, "block_id", None)) is not None:
@@ -325,7 +325,7 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
     return twin
 
 
-def _unshared(value: Any) -> Any:
+def unshared(value: Any) -> Any:
     """Return an option's value as the rebuilt block may have it: without the old one's state."""
     if isinstance(value, Random):
         return copy.copy(value)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layered_store.testing.report import Report, Result
     from layered_store.testing.scripted import Gate, Scripted, Takes
     from layered_store.testing.store_checks import check_store
+    from layered_store.testing.swap import on_clock
 
 __all__ = [
     "CallPath",
@@ -43,6 +44,7 @@ __all__ = [
     "check_layer",
     "check_store",
     "explore",
+    "on_clock",
     "record",
 ]
 
@@ -62,6 +64,7 @@ _LAZY = {
     "Takes": "scripted",
     "check_layer": "layer_laws",
     "check_store": "store_checks",
+    "on_clock": "swap",
     "record": "path",
 }
 

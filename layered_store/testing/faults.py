@@ -94,6 +94,8 @@ class Faults(AroundLayer):
         hang_after: share of calls that take effect and then never end, unless cancelled.
         corrupt: share of reads that meet a damaged record.
         delay: how many seconds longer a slow call takes.
+        plays: the kind of store that ``inner`` stands for, such as ``"redis"``: what a path
+            (:func:`record`) calls it.
         clock: source of time.
 
     Raises:
@@ -117,6 +119,7 @@ class Faults(AroundLayer):
     hang_after: Shares = field(default=0.0, kw_only=True)
     corrupt: Shares = field(default=0.0, kw_only=True)
     delay: Seconds = field(default=0.1, kw_only=True)
+    plays: str = field(default="", kw_only=True)
     clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
 
     kind: ClassVar[str] = "faults"
@@ -127,6 +130,7 @@ class Faults(AroundLayer):
             raise ConfigError("must be an int", option="seed", layer=self.name)
         self._shares = {op: self._shares_of(op) for op in Op}
         self._delay = check_seconds(self.delay, "delay", self, positive=False)
+        check_a(self.plays, str, "plays", self)
         check_a(self.clock, Clock, "clock", self)
         self._random = _random.Random(self.seed)  # noqa: S311
         self._script: deque[_Script] = deque()

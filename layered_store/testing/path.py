@@ -332,14 +332,22 @@ def _users(args: tuple[Any, ...]) -> set[str]:
 # From frames to words
 
 
-def _steps(frame: _Frame, cut_off_as: str = "") -> Iterator[Step]:
-    """Yield the steps of a call, in the order in which the blocks were entered."""
+def _steps(frame: _Frame, cut_off_as: str = "", plays: str = "") -> Iterator[Step]:
+    """Yield the steps of a call, in the order in which the blocks were entered.
+
+    Args:
+        frame: the call.
+        cut_off_as: the word for what ended here since a layer above ended it.
+        plays: the name of the end that a layer above gave it.
+    """
+    plays = getattr(frame.store, "plays", "") or plays
     if getattr(frame.store, "stands_in", False):
         if frame.error is not None and all(each.error is None for each in frame.below):
             # The fault is told of the block that seems to fail.
             word = _error_word(frame.error)
             word = cut_off_as if word == "cancelled" and cut_off_as else word
-            yield Step(_name(_end_below(frame.store)), word, frame.op.value, frame.store)
+            name = plays or _name(_end_below(frame.store))
+            yield Step(name, word, frame.op.value, frame.store)
             return
         word = ""
     else:
@@ -348,9 +356,11 @@ def _steps(frame: _Frame, cut_off_as: str = "") -> Iterator[Step]:
         # It is told of the block that was too slow.
         cut_off_as, word = _error_word(frame.error), ""
     if word:
-        yield Step(_name(frame.store), word, frame.op.value, frame.store)
+        is_end = not children_of(frame.store)
+        name = plays if plays and is_end else _name(frame.store)
+        yield Step(name, word, frame.op.value, frame.store)
     for each in frame.below:
-        yield from _steps(each, cut_off_as)
+        yield from _steps(each, cut_off_as, plays)
 
 
 def _name(store: StateStore) -> str:
