@@ -1,0 +1,199 @@
+"""A database over the network: the shipped memory store, with a log of what it committed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from layered_store.coherence import Authority, Changes, Versioned
+from layered_store.errors import StoreTimeoutError, UnavailableError
+from layered_store.identity import digest_function
+from layered_store.interface import StateStore
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.explore import LoopClock
+from tests.simulation.loop import Process
+from tests.simulation.network import CutError, Network, Server
+
+__all__ = ["CALL", "Commit", "Database", "PlainStore", "SqlStore"]
+
+CALL: contextvars.ContextVar[int] = contextvars.ContextVar("call", default=0)
+"""The call of the history that is under way."""
+
+CLOCK = LoopClock()
+
+
+class Commit(NamedTuple):
+    """One thing that was committed.
+
+    Args:
+        order: its place among all events of the run.
+        time: when.
+        version: the version it has.
+        value: which write it was; None for an erasure.
+        call: the call that did it, by its place among all events.
+    """
+
+    order: int
+    time: float
+    version: int
+    value: int | None
+    call: int
+
+
+@dataclass
+class Database(Server):
+    """What all processes reach under one address.
+
+    Args:
+        orders: numbers the events of the run.
+    """
+
+    orders: itertools.count[int]
+
+    def __post_init__(self) -> None:
+        super().__init__("sql")
+        self.store = MemoryStore(clock=CLOCK, history_limit=None)
+        self.commits: dict[str, list[Commit]] = {}
+        self.seen: dict[str, int] = {}
+
+    def do(self, context: contextvars.Context, method: str, *args: Any) -> Any:
+        """Run a method of the store, which never waits, and note what it committed."""
+        result = context.run(_at_once, getattr(self.store, method)(*args))
+        if method in ("write", "write_many", "erase"):
+            subject = args[0]
+            if method == "write":
+                users = [subject.user_id]
+            elif method == "erase":
+                users = [subject]
+            else:
+                users = list(dict.fromkeys(each.user_id for each in subject))
+            for user in users:
+                self._note(user, context.get(CALL, 0))
+        return result
+
+    def _note(self, user: str, call: int) -> None:
+        row = self.store._users.get(user)
+        before = self.seen.get(user, 0)
+        if row is None or row.version == before:
+            return
+        self.seen[user] = row.version
+        log = self.commits.setdefault(user, [])
+        now = CLOCK.monotonic()
+        if row.snapshot is None:
+            log.append(Commit(next(self.orders), now, row.version, None, call))
+            return
+        # A batch may hold several states of one user: each is a version of its own.
+        new = row.version - before
+        for state in reversed(list(itertools.islice(row.history, new))):
+            value = state.updated_at_unix_ms
+            log.append(Commit(next(self.orders), now, row.version, value, call))
+
+
+def _at_once(work: Any) -> Any:
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("the memory store waited")
+
+
+class _Client(StateStore):
+    def __init__(
+        self, database: Database, network: Network, process: Process, limit: float = 1.0
+    ) -> None:
+        self._database = database
+        self._network = network
+        self._process = process
+        self._limit = limit
+        self.loads: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        return "SqlModel"
+
+    async def _do(self, method: str, *args: Any, writes: bool = False) -> Any:
+        context = contextvars.copy_context()
+        label = f"sql {method}"
+        try:
+            async with asyncio.timeout(self._limit):
+                return await self._network.call(
+                    self._process,
+                    self._database,
+                    label,
+                    lambda: self._database.do(context, method, *args),
+                )
+        except TimeoutError as exc:
+            raise StoreTimeoutError(
+                "no answer", operation=method, layer="SqlModel", outcome_unknown=writes
+            ) from exc
+        except CutError as exc:
+            raise UnavailableError(
+                "cut off", operation=method, layer="SqlModel", outcome_unknown=writes
+            ) from exc
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self._do("write", snapshot, writes=True)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self.loads[user_id] = self.loads.get(user_id, 0) + 1
+        return (await self._do("read", user_id)).snapshot
+
+    async def delete(self, user_id: str) -> None:
+        await self._do("erase", user_id, writes=True)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return await self._do("get_history", user_id, limit)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        return await self._do("get_latest_many", list(user_ids))
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await self._do("write_many", list(snapshots), writes=True)
+
+
+class PlainStore(_Client):
+    """The database for a stack that knows of no versions."""
+
+
+class SqlStore(_Client, Authority):
+    """The database as a system of record."""
+
+    @property
+    def digest(self) -> digest_function:
+        return self._database.store.digest
+
+    async def read(self, user_id: str) -> Versioned:
+        self.loads[user_id] = self.loads.get(user_id, 0) + 1
+        return await self._do("read", user_id)
+
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
+        return await self._do("read_many", user_ids)
+
+    async def write(self, snapshot: StateSnapshot) -> Versioned:
+        return await self._do("write", snapshot, writes=True)
+
+    async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
+        return await self._do("write_many", snapshots, writes=True)
+
+    async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
+        return await self._do("erase", user_id, tiers, writes=True)
+
+    async def settle(self, digest: bytes, version: int, tier: str) -> None:
+        await self._do("settle", digest, version, tier)
+
+    async def debts(self, user_id: str) -> Sequence[str]:
+        return await self._do("debts", user_id)
+
+    async def head(self) -> str:
+        return await self._do("head")
+
+    async def changes(self, cursor: str, limit: int) -> Changes:
+        return await self._do("changes", cursor, limit)
+
+    async def covers(self, cursor: str) -> bool:
+        return await self._do("covers", cursor)
