@@ -64,11 +64,13 @@ class Change(NamedTuple):
         digest: the user's storage key (16 bytes).
         version: the version the record has now.
         erased: whether it is a tombstone now.
+        owed: whether an erasure of it is still owed to some tier; see :meth:`Authority.settle`.
     """
 
     digest: bytes
     version: int
     erased: bool
+    owed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class Holders(NamedTuple):
         since: for how long the register of holders is whole, in seconds; a holder that was
             registered earlier may be missing.
         others: by process, until when its lease runs and up to which moment it has acknowledged
-            all messages, both on the tier's clock.
+            all messages, both on the tier's clock. Those whose lease ended long ago, by more than
+            that clock may step, are left out.
     """
 
     now: float
@@ -280,6 +283,10 @@ class Authority(Capability):
         """Return the tiers that may still hold copies of this erased user."""
 
     @abstractmethod
+    async def owing(self, tier: str, limit: int) -> Sequence[Change]:
+        """Return up to ``limit`` erased users whose erasure is still owed to this tier."""
+
+    @abstractmethod
     async def head(self) -> str:
         """Return a cursor such that every change committed from now on comes after it."""
 
@@ -306,6 +313,7 @@ class CacheTier(Capability):
         "fill": Op.UPSERT_LATEST,
         "put": Op.UPSERT_LATEST,
         "bury": Op.DELETE,
+        "read_stale": Op.GET_LATEST,
     }
 
     @property
@@ -330,6 +338,10 @@ class CacheTier(Capability):
     @abstractmethod
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         """READ for several users."""
+
+    @abstractmethod
+    async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
+        """STALE: the copy, if the tier was trusted on this server run until so long ago."""
 
     @abstractmethod
     async def ticket(self, user_id: str) -> Ticket | None:
@@ -378,12 +390,20 @@ class CacheTier(Capability):
 
     @abstractmethod
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
-        """STAMP: trust the tier until so long after the pass began; False when it is too late."""
+        """STAMP: note that all changes before ``cursor`` are in the tier, and trust it until so
+        long after the pass began.
+
+        With 0 seconds it only notes how far the pass has come, and keeps other processes off for
+        longer. False: another process took over, this pass counts no more.
+        """
 
     @abstractmethod
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
         """PING: publish this process's echo, register its lease; return for how long (seconds) the
-        tier is trusted still, 0 when it is not."""
+        tier is trusted still, 0 when it is not.
+
+        A lease of fewer than 0 seconds takes the process off the register.
+        """
 
     @abstractmethod
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
@@ -405,6 +425,10 @@ class LeasedCache(Protocol):
 
     def lease(self, until: float) -> None:
         """Answer from the cache until this monotonic time."""
+        ...
+
+    def hear(self, until: float) -> None:
+        """No erasure can have been missed that returns before this monotonic time."""
         ...
 
 
@@ -430,3 +454,13 @@ class Invalidations(Capability):
     @abstractmethod
     def key_of(self) -> Callable[[str], bytes]:
         """The digest of a user id, as notices carry it."""
+
+    @property
+    @abstractmethod
+    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
+        """Read a user's copy from a tier that was trusted until so many seconds ago.
+
+        For when the system of record does not answer. Never a copy of a user whose ``delete``
+        returned, nor older than this process has seen; None when there is none, never an error of
+        the tier.
+        """

@@ -172,6 +172,7 @@ class SimLoop(_ExploringLoop):
         """Close what a dead process left half done, so that nothing is said of it later."""
         for task in process.running():
             task._log_destroy_pending = False
-            with contextlib.suppress(BaseException):
-                task.get_coro().close()  # type: ignore[union-attr]
+            for _ in range(9):  # some go on waiting while they are closed
+                with contextlib.suppress(BaseException):
+                    task.get_coro().close()  # type: ignore[union-attr]
         process.tasks.clear()

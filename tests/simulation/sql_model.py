@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from layered_store.call import _current, current_call
 from layered_store.coherence import Authority, Changes, Versioned
 from layered_store.errors import StoreTimeoutError, UnavailableError
 from layered_store.identity import digest_function
@@ -118,15 +120,21 @@ class _Client(StateStore):
 
     async def _do(self, method: str, *args: Any, writes: bool = False) -> Any:
         context = contextvars.copy_context()
+        call = current_call(CLOCK)
+        # What is sent stays as it is, also when it arrives after its caller has left.
+        sent = copy.copy(call)
+        context.run(_current.set, sent)
         label = f"sql {method}"
         try:
             async with asyncio.timeout(self._limit):
-                return await self._network.call(
+                reply = await self._network.call(
                     self._process,
                     self._database,
                     label,
                     lambda: self._database.do(context, method, *args),
                 )
+                call.superseded = call.superseded or sent.superseded
+                return reply
         except TimeoutError as exc:
             raise StoreTimeoutError(
                 "no answer", operation=method, layer="SqlModel", outcome_unknown=writes
