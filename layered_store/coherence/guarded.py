@@ -16,7 +16,7 @@ import contextvars
 import logging
 import os
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, Notice
@@ -32,12 +32,13 @@ from layered_store.events import log_event
 from layered_store.stats import Reads
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
     from layered_store.clock import Clock
     from layered_store.coherence.contract import (
         Authority,
         CacheTier,
+        Change,
         Holders,
         LeasedCache,
         Ticket,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["GuardedCopies"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("layered_store")
 
@@ -57,6 +60,9 @@ TRUST_SECONDS: Final = 2.0
 
 LEASE_SECONDS: Final = 1.0
 """How long an in-process cache answers after its echo was sent."""
+
+MARGIN_SECONDS: Final = 0.02
+"""How much longer than a lease an erasure waits: clocks of two hosts run up to 1 % apart."""
 
 PING_SECONDS: Final = 0.3
 """Pause between echoes: three may be lost before a lease runs out."""
@@ -74,6 +80,7 @@ PAGE: Final = 500
 """How many changes are repaired at once."""
 
 _POLL_SECONDS: Final = 0.02
+_LEAVE_SECONDS: Final = 0.2
 _CALLER_ERRORS = (ValidationError, ClosedError)
 
 
@@ -105,6 +112,7 @@ class GuardedCopies(Invalidations):
         self._reachable = True
         self._failures = 0
         self._listening = self._repaired_once = self._leased_once = False
+        self._registered = False
         self._closed = False
         self.reads = Reads()
         self.repaired = 0
@@ -115,6 +123,8 @@ class GuardedCopies(Invalidations):
         self._leased_until = float("-inf")
         # Users whose copies may be behind, by digest, and since when; the repair removes them.
         self._unrepaired: OrderedDict[bytes, float] = OrderedDict()
+        # Erasures may be owed to the tier that no replay will come upon.
+        self._look_for_debts = True
         self._behind = 0
 
     @property
@@ -152,24 +162,33 @@ class GuardedCopies(Invalidations):
         if not failed:
             try:
                 read = await self._tier.read(user_id)
-                if (found := read.found) is not None and found.version >= self._floor(user_id):
+                if read.trusted:
+                    self._note_trusted()
+                found = read.found
+                if found is not None and self._believed(user_id, found):
                     if found.snapshot is None:
                         self.reads.negative_hit += 1
                     else:
                         self.reads.hit += 1
                     return found.snapshot
                 ticket = read.ticket
-                if ticket is None and read.trusted and read.found is None:
+                if ticket is None and read.trusted and found is None:
                     ticket = await self._tier.ticket(user_id)
             except _CALLER_ERRORS:
                 raise
             except StoreError as exc:
                 failed = True
                 self._trouble(exc, "read")
+        floor = self._floor(user_id)
         record = await self._authority.read(user_id)
         self._raise_floor(user_id, record.version)
         if ticket is not None:
             await self._fill(user_id, record, ticket)
+        while record.version < (seen := self._floor(user_id)) and seen > floor:
+            # Another call has seen a later state meanwhile; this one must not be kept above.
+            floor = seen
+            record = await self._authority.read(user_id)
+            self._raise_floor(user_id, record.version)
         # The authority answered; the tier's failure to do so must not look like a miss.
         if failed:
             self.reads.error += 1
@@ -191,14 +210,7 @@ class GuardedCopies(Invalidations):
         failed = not self._reachable
         if not failed:
             try:
-                for user_id, read in (await self._tier.read_many(user_ids)).items():
-                    found = read.found
-                    if found is not None and found.version >= self._floor(user_id):
-                        answers[user_id] = found
-                    elif read.trusted and found is None:
-                        ticket = read.ticket or await self._tier.ticket(user_id)
-                        if ticket is not None:
-                            tickets[user_id] = ticket
+                tickets = await self._ask_tier(user_ids, answers)
             except _CALLER_ERRORS:
                 raise
             except StoreError as exc:
@@ -206,16 +218,24 @@ class GuardedCopies(Invalidations):
                 self._trouble(exc, "read")
         absent = sum(found.snapshot is None for found in answers.values())
         present = len(answers) - absent
-        missing = [user_id for user_id in user_ids if user_id not in answers]
-        if missing:
-            records = await self._authority.read_many(missing)
-            for user_id in missing:
-                if user_id not in records:
-                    continue  # what stands there cannot be read; asked for alone, it raises
-                record = answers[user_id] = records[user_id]
+        wanted = missing = [user_id for user_id in user_ids if user_id not in answers]
+        while wanted:
+            floors = {user_id: self._floor(user_id) for user_id in user_ids}
+            # What stands there and cannot be read is left out; asked for alone, it raises.
+            records = await self._authority.read_many(wanted)
+            answers.update(records)
+            for user_id, record in records.items():
                 self._raise_floor(user_id, record.version)
-                if user_id in tickets:
-                    await self._fill(user_id, record, tickets[user_id])
+            filled = [user_id for user_id in tickets if user_id in records]
+            await _together(
+                self._fill(user_id, records[user_id], tickets.pop(user_id)) for user_id in filled
+            )
+            # Another call may have seen later states meanwhile; these must not be kept above.
+            wanted = [
+                user_id
+                for user_id, record in answers.items()
+                if record.version < (seen := self._floor(user_id)) and seen > floors[user_id]
+            ]
         self.reads.hit += present
         self.reads.negative_hit += absent
         if failed:
@@ -228,9 +248,42 @@ class GuardedCopies(Invalidations):
             if user_id in answers and (snapshot := answers[user_id].snapshot) is not None
         }
 
+    async def _ask_tier(
+        self, user_ids: Sequence[str], answers: dict[str, Versioned]
+    ) -> dict[str, Ticket]:
+        """Add what the tier has to ``answers``; return tickets for what it may be given."""
+        reads = await self._tier.read_many(user_ids)
+        absent = []
+        tickets = {}
+        for user_id, read in reads.items():
+            if read.trusted:
+                self._note_trusted()
+            found = read.found
+            if found is not None and self._believed(user_id, found):
+                answers[user_id] = found
+            elif read.ticket is not None:
+                tickets[user_id] = read.ticket
+            elif read.trusted and found is None:
+                absent.append(user_id)
+        taken = await _together(self._tier.ticket(user_id) for user_id in absent)
+        for user_id, ticket in zip(absent, taken, strict=True):
+            if ticket is not None:
+                tickets[user_id] = ticket
+        return tickets
+
+    def _believed(self, user_id: str, found: Versioned) -> bool:
+        """Tell whether a copy is not older than what this process has seen; note it as seen."""
+        if found.version < self._floor(user_id):
+            return False
+        self._raise_floor(user_id, found.version)
+        return True
+
     async def _fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
-        if record.version == 0 or not self._reachable:
-            return  # absent users are not stored: anybody can ask for any number of them
+        if record.snapshot is None or not self._reachable:
+            # Absent users are not stored: anybody can ask for any number of them. An erasure is
+            # not either: other processes would not be told of it, and the repair, which tells them
+            # of what it finds missing, would take it for told.
+            return
         try:
             await self._tier.fill(user_id, record, ticket)
         except _CALLER_ERRORS:
@@ -250,19 +303,24 @@ class GuardedCopies(Invalidations):
     async def upsert_latest_many(self, snapshots: Sequence[StateSnapshot]) -> None:
         await self._started()
         users = list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
-        tickets = {user_id: await self._ticket(user_id) for user_id in users}
-        await self._committed(await self._authority.write_many(snapshots), tickets)
+        taken = await _together(self._ticket(user_id) for user_id in users)
+        tickets = dict(zip(users, taken, strict=True))
+        records = await self._authority.write_many(snapshots)
+        await self._committed(records, tickets)
 
     async def _ticket(self, user_id: str) -> Ticket | None:
         if not self._reachable:
             return None
         try:
-            return await self._tier.ticket(user_id)
+            ticket = await self._tier.ticket(user_id)
         except _CALLER_ERRORS:
             raise
         except StoreError as exc:
             self._trouble(exc, "write")
             return None
+        if ticket is not None:
+            self._note_trusted()
+        return ticket
 
     async def _committed(
         self, records: Mapping[str, Versioned], tickets: Mapping[str, Ticket | None]
@@ -270,27 +328,32 @@ class GuardedCopies(Invalidations):
         """Raise the copies to what was committed; what cannot be is left to the repair."""
         for user_id, record in records.items():
             self._raise_floor(user_id, record.version)
-        for user_id, record in records.items():
-            # Twice, since a lost connection is made anew at once and others wait for the message.
-            for _ in range(2):
-                if not self._reachable:
-                    self._note_behind(user_id)
-                    self._kick()
-                    break
-                try:
-                    await self._tier.put(user_id, record, tickets.get(user_id))
-                    self._note_even(user_id)
-                    break
-                except _CALLER_ERRORS:
-                    raise
-                except StoreError as exc:
-                    self._note_behind(user_id)
-                    self._trouble(exc, "write")
-                except BaseException:
-                    # Cancelled after the commit: the copy is behind, and nobody else knows it.
-                    self._note_behind(user_id)
-                    self._kick()
-                    raise
+        await _together(
+            self._put(user_id, record, tickets.get(user_id)) for user_id, record in records.items()
+        )
+
+    async def _put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
+        # Twice, since a lost connection is made anew at once and others wait for the message.
+        for _ in range(2):
+            if not self._reachable:
+                self._note_behind(user_id)
+                self._kick()
+                return
+            try:
+                await self._tier.put(user_id, record, ticket)
+            except _CALLER_ERRORS:
+                raise
+            except StoreError as exc:
+                self._note_behind(user_id)
+                self._trouble(exc, "write")
+            except BaseException:
+                # Cancelled after the commit: the copy is behind, and nobody else knows it.
+                self._note_behind(user_id)
+                self._kick()
+                raise
+            else:
+                self._note_even(user_id)
+                return
 
     # Erasing
 
@@ -306,6 +369,11 @@ class GuardedCopies(Invalidations):
             await self._wait_for_leases(user_id, holders)
         except _CALLER_ERRORS:
             raise
+        except asyncio.CancelledError:
+            # The debt stands; the repair comes upon it, and need not wait for its time.
+            self._note_behind(user_id)
+            self._kick()
+            raise
         except StoreError as exc:
             self._note_behind(user_id)
             self._trouble(exc, "erase")
@@ -315,24 +383,39 @@ class GuardedCopies(Invalidations):
                 pending=(self._tier.tier_name,),
                 user_id=user_id,
             ) from exc
-        await self._authority.settle(digest, version, self._tier.tier_name)
+        try:
+            await self._authority.settle(digest, version, self._tier.tier_name)
+        except StoreError:
+            # The user is gone everywhere; that nothing is owed any more is noted later.
+            self._look_for_debts = True
 
     async def _wait_for_leases(self, user_id: str, holders: Holders) -> None:
-        """Wait until no other process can answer from a lease that predates the erasure."""
+        """Wait until no other process can answer from a lease that predates the erasure.
+
+        A process that was given a lease after the erasure was published has received the message:
+        its echo came behind it. Those before have run out when a lease's time has passed here, on
+        a clock that nobody sets; who acknowledges the message is not waited for that long.
+        """
+        end = self._clock.monotonic() + LEASE_SECONDS + MARGIN_SECONDS
         buried = holders.now
-        give_up = self._clock.monotonic() + LEASE_SECONDS + TRUST_SECONDS
-        # A register that is younger than a lease may not know all who hold one.
-        blind_until = buried + max(0.0, LEASE_SECONDS - holders.since)
-        suspects = {name: until for name, (until, seen) in holders.others.items() if seen < buried}
-        while suspects or holders.now < blind_until:
-            if self._clock.monotonic() > give_up:
-                return  # every lease that predates the erasure has run out by now
-            await self._clock.sleep(_POLL_SECONDS)
-            holders = await self._tier.holders(user_id, self._me)
-            for name, until in list(suspects.items()):
-                seen = holders.others.get(name, (0.0, 0.0))[1]
-                if seen >= buried or until <= holders.now:
-                    del suspects[name]
+        if holders.since < LEASE_SECONDS:
+            # A register that is younger than a lease may not know all who hold one.
+            await self._clock.sleep(LEASE_SECONDS - max(0.0, holders.since) + MARGIN_SECONDS)
+        suspects = {name for name, (_, seen) in holders.others.items() if seen < buried}
+        while suspects and (left := end - self._clock.monotonic()) > 0:
+            await self._clock.sleep(min(left, _POLL_SECONDS))
+            try:
+                holders = await self._tier.holders(user_id, self._me)
+            except StoreError:
+                await self._clock.sleep(max(0.0, end - self._clock.monotonic()))
+                return
+            # A moment later than now was acknowledged before the tier's clock was set back.
+            acknowledged = {
+                name
+                for name, (_, seen) in holders.others.items()
+                if buried <= seen <= holders.now
+            }
+            suspects -= acknowledged
 
     # What is known to be behind in the tier
 
@@ -346,6 +429,11 @@ class GuardedCopies(Invalidations):
     def _note_even(self, user_id: str) -> None:
         if self._unrepaired:
             self._unrepaired.pop(self._authority.digest(user_id), None)
+
+    def _note_trusted(self) -> None:
+        """Note that the tier is trusted: the pass behind it began at most so long ago, anywhere."""
+        if self._unrepaired:
+            self._note_repaired(self._clock.monotonic() - TRUST_SECONDS)
 
     def _note_repaired(self, since: float) -> None:
         """Forget what fell behind before ``since``: a pass that began then has repaired it."""
@@ -390,6 +478,23 @@ class GuardedCopies(Invalidations):
     def key_of(self) -> Callable[[str], bytes]:
         return self._authority.digest
 
+    @property
+    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
+        return self._stale
+
+    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+        if not self._reachable:
+            return None
+        try:
+            found = await self._tier.read_stale(user_id, seconds)
+        except StoreError as exc:
+            self._trouble(exc, "read")
+            return None
+        if found is None or found.snapshot is None or found.version < self._floor(user_id):
+            return None
+        self.reads.stale += 1
+        return found.snapshot
+
     def _tell(self, notice: Notice) -> None:
         for cache in self._caches:
             cache.invalidate(notice)
@@ -397,6 +502,7 @@ class GuardedCopies(Invalidations):
     def _distrust(self) -> None:
         for cache in self._caches:
             cache.lease(float("-inf"))
+            cache.hear(float("-inf"))
             cache.distrust()
 
     async def _listen(self) -> None:
@@ -458,6 +564,7 @@ class GuardedCopies(Invalidations):
             number += 1
             self._pings = {key: ping for key, ping in self._pings.items() if key >= number - 4}
             self._pings[number] = [self._clock.monotonic(), 0.0, 0.0]
+            self._registered = True
             try:
                 trusted = await self._tier.ping(self._me, LEASE_SECONDS, self._seen, number)
             except StoreError as exc:
@@ -466,8 +573,7 @@ class GuardedCopies(Invalidations):
                 self._well()
                 self._half(number, trusted=trusted)
                 if trusted:
-                    # The pass behind this trust began at most so long ago, maybe elsewhere.
-                    self._note_repaired(self._clock.monotonic() - TRUST_SECONDS)
+                    self._note_trusted()
             await self._wait(self._ping_now, PING_SECONDS)
 
     def _half(self, number: int, *, trusted: float = 0.0, echoed: bool = False) -> None:
@@ -480,7 +586,10 @@ class GuardedCopies(Invalidations):
         if ping is None:
             return
         ping[1] = ping[1] or trusted
-        ping[2] = ping[2] or float(echoed)
+        if echoed:
+            ping[2] = 1.0
+            for cache in self._caches:
+                cache.hear(ping[0] + LEASE_SECONDS)
         if ping[1] and ping[2]:
             del self._pings[number]
             self._leased_until = ping[0] + min(LEASE_SECONDS, ping[1])
@@ -512,32 +621,55 @@ class GuardedCopies(Invalidations):
         if begun is None:
             return
         cursor = begun.cursor
-        if not await self._authority.covers(cursor):
+        if begun.fresh:
+            self._look_for_debts = True
+        elif not await self._authority.covers(cursor):
             # Erasures since then may be forgotten: no copy of that time may count.
+            self._look_for_debts = True
             await self._tier.renew(begun.generation, head)
             return
-        more = True
         repaired = self.repaired
-        while more:
+        owed: list[Change] = []
+        while True:
             page = await self._authority.changes(cursor, PAGE)
             # The last page holds ordinary writes of just now, which are in the tier already.
             self._behind = len(page.items) if page.more else 0
             if page.items:
-                acted = await self._tier.repair(page.items)
-                self.repaired += len(acted)
-                for change in acted:
-                    if change.erased:
-                        await self._authority.settle(
-                            change.digest, change.version, self._tier.tier_name
-                        )
-            cursor, more = page.cursor, page.more
+                self.repaired += len(await self._tier.repair(page.items))
+                owed += [change for change in page.items if change.owed]
+            cursor = page.cursor
+            # After each page, so that a long way back is gone once, whoever goes on with it.
+            stamped = await self._tier.stamp(begun, cursor, 0.0 if page.more else TRUST_SECONDS)
+            if not page.more or not stamped:
+                break
         self._behind = 0
-        await self._tier.stamp(begun, cursor, TRUST_SECONDS)
-        self._note_repaired(started)
-        if self._ping_now is not None and self._leased_until <= self._clock.monotonic():
-            self._ping_now.set()  # what the last ping was refused for is there now
+        if stamped:
+            self._note_repaired(started)
+            if self._ping_now is not None and self._leased_until <= self._clock.monotonic():
+                self._ping_now.set()  # what the last ping was refused for is there now
         if self.repaired > repaired:
             log_event("tier_repaired", tier=self._tier.tier_name, users=self.repaired - repaired)
+        await self._settle(owed)
+        if self._look_for_debts:
+            await self._pay_debts()
+
+    async def _settle(self, owed: Sequence[Change]) -> None:
+        """Note that erasures have reached the tier."""
+        for change in owed:
+            try:
+                await self._authority.settle(change.digest, change.version, self._tier.tier_name)
+            except StoreError:
+                self._look_for_debts = True
+                raise
+
+    async def _pay_debts(self) -> None:
+        """Make up for erasures that a process began and did not finish, however long ago."""
+        tier = self._tier.tier_name
+        while owed := await self._authority.owing(tier, PAGE):
+            await self._tier.repair(owed)
+            for change in owed:
+                await self._authority.settle(change.digest, change.version, tier)
+        self._look_for_debts = False
 
     def _trouble(self, exc: StoreError, step: str) -> None:
         """Note that the tier did not answer.
@@ -561,8 +693,13 @@ class GuardedCopies(Invalidations):
             log_event("tier_back", tier=self._tier.tier_name)
 
     def _kick(self) -> None:
-        if self._repair_now is not None:
+        """Have the next repair pass begin at once."""
+        if self._repair_now is None or self._loop is None or self._loop.is_closed():
+            return
+        if self._loop is asyncio.get_running_loop():
             self._repair_now.set()
+        else:
+            self._loop.call_soon_threadsafe(self._repair_now.set)
 
     # Life
 
@@ -616,8 +753,30 @@ class GuardedCopies(Invalidations):
         self._closed = True
         self._distrust()
         tasks, self._tasks = self._tasks, []
-        if self._loop is not asyncio.get_running_loop():
+        loop = self._loop
+        if loop is not None and loop is not asyncio.get_running_loop():
+            for task in tasks:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(task.cancel)
             return
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._registered:
+            # Nothing is held any more: whoever erases need not wait for this process.
+            with contextlib.suppress(StoreError, TimeoutError):
+                async with self._clock.timeout(_LEAVE_SECONDS):
+                    await self._tier.ping(self._me, -LEASE_SECONDS, self._seen, 0)
+            self._registered = False
+
+
+async def _together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
+    """Do all at once, so that they share round trips; a single one without a task of its own."""
+    coroutines = list(work)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    results = await asyncio.gather(*coroutines, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]

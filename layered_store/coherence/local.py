@@ -262,8 +262,12 @@ class LocalCopies:
         self.doubt(user_id)
         try:
             await self._tier.upsert_latest(snapshot)
-        except StoreError:
-            self.failures["write"] += 1
+        except BaseException as exc:
+            if isinstance(exc, StoreError):
+                self.failures["write"] += 1
+            if not isinstance(exc, NOT_HAPPENED):
+                # It may still arrive, and would then put what is old over what is new.
+                self.doubt(user_id, quarantine=True)
             raise
         self._clear(user_id)
 

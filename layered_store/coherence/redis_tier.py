@@ -53,6 +53,9 @@ _TOKEN_MS: Final = 10_000
 _COPY_MS: Final = 7 * 86_400_000
 """Life of a copy when the store has no ``ttl``: no longer than tombstones are kept."""
 
+_STEP_SECONDS: Final = 1.0
+"""How far the server's clock may be set forward: a lease that looks ended may run for so long."""
+
 _LOCK_MS: Final = 750
 """How long one process repairs alone: three passes."""
 
@@ -175,6 +178,20 @@ class RedisTier(CacheTier):
             return TierRead(trusted=True)
         return TierRead(Versioned(record.version, snapshot), trusted=True)
 
+    async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
+        digest, bucket = self._place(user_id)
+        keys = (self._store.key(digest), self._repair(bucket))
+        record = unpack(await self._run(bucket, "STALE", keys, int(seconds * 1000)))
+        if record is None or record.kind not in (STATE, FILLED):
+            return None
+        try:
+            snapshot = self._store.codec.decode(record.body, user_id)
+        except CodecError:
+            self._store.note_corrupt()
+            return None
+        self._store.reads.stale += 1
+        return Versioned(record.version, snapshot)
+
     async def ticket(self, user_id: str) -> Ticket | None:
         digest, bucket = self._place(user_id)
         token = MAGIC + TOKEN + bytes(8) + os.urandom(16)
@@ -290,11 +307,24 @@ class RedisTier(CacheTier):
             # Each on the clock of its own server.
             until = part.began + int(seconds * 1000)
             reply = await self._run(
-                bucket, "STAMP", keys, begun.owner, part.generation, cursor, until, number
+                bucket,
+                "STAMP",
+                keys,
+                begun.owner,
+                part.generation,
+                cursor,
+                until,
+                number,
+                int(seconds * 1000),
+                _LOCK_MS,
             )
             return bool(reply)
 
-        return all(await _together(stamp(*item) for item in self._parts.items()))
+        stamped = all(await _together(stamp(*item) for item in self._parts.items()))
+        # Each cursor has a number of its own: a bucket that loses its newest must not look like
+        # one that has it.
+        self._parts = {key: part._replace(number=number) for key, part in self._parts.items()}
+        return stamped
 
     def _next_number(self) -> int:
         return max((part.number for part in self._parts.values()), default=0) + 1
@@ -568,6 +598,6 @@ def _holders(reply: Any, me: str) -> Holders:
         until, bar, seen = value.partition(b"|")
         if not bar or name == me.encode():
             continue
-        if float(until) / 1000 > now:
+        if float(until) / 1000 > now - _STEP_SECONDS:
             others[name.decode()] = (float(until) / 1000, float(seen) / 1000)
     return Holders(now, now - born, others)

@@ -23,6 +23,7 @@ __all__ = [
     "PUT",
     "RENEW",
     "REPAIR",
+    "STALE",
     "STAMP",
     "TICKET",
     "source",
@@ -152,6 +153,7 @@ BURY: Final = (
 local g = redis.call('GET', KEYS[2])
 local r, kind = fetch(KEYS[1])
 local newer = r and (kind == 'S' or kind == 'F' or kind == 'D') and version(r) > tonumber(ARGV[1])
+  and g and generation(r) == string.sub(g, 1, 16)
 if not newer then
   if g then
     redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])
@@ -224,16 +226,32 @@ STAMP: Final = (
     + """
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
 if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[2] then return 0 end
-local left = tonumber(ARGV[4]) - now()
-if left <= 0 then return 0 end
 redis.call('HSET', KEYS[2], 'cursor', ARGV[3], 'pass', ARGV[5])
-redis.call('SET', KEYS[1], ARGV[2] .. server, 'PX', text(left))
+redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[7])
+local left = math.min(tonumber(ARGV[4]) - now(), tonumber(ARGV[6]))
+if left > 0 then
+  redis.call('SET', KEYS[1], ARGV[2] .. server, 'PX', text(left))
+  redis.call('HSET', KEYS[2], 'run', server, 'until', text(now() + left))
+end
 return 1
 """
 )
 """Keys: guard, repair, lock. Arguments: process, generation, cursor, end of trust in ms, number of
-the pass.
+the pass, longest trust in ms (the clock may have been set back since the pass began), life of the
+lock in ms. Returns 0 when another process took over.
 """
+
+STALE: Final = (
+    _LIBRARY
+    + """
+local known = redis.call('HMGET', KEYS[2], 'gen', 'run', 'until')
+if not known[3] or known[2] ~= server or now() > known[3] + tonumber(ARGV[1]) then return false end
+local r, kind = fetch(KEYS[1])
+if r and (kind == 'S' or kind == 'F') and generation(r) == known[1] then return r end
+return false
+"""
+)
+"""Keys: record, repair. Arguments: how long ago trust may have ended, in ms."""
 
 PING: Final = (
     _LIBRARY

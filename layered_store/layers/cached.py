@@ -236,6 +236,8 @@ class Cached(Layer):
         # The event loop on which the channel was seen to stand.
         self._following: asyncio.AbstractEventLoop | None = None
         self._trust = Trust()
+        # Until when no erasure can have been missed, whether or not the tier is trusted.
+        self._heard_until = math.inf
         self._flights: dict[str, _Flight] = {}
         self._writing: dict[str, _Writers] = {}
         self._quarantine: dict[str, float] = {}
@@ -255,6 +257,7 @@ class Cached(Layer):
             self._channel = self.inner.capability(Invalidations)
             if self._channel is not None:
                 self._trust.lease(_NEVER)
+                self._heard_until = _NEVER
                 self._channel.attach(self)
             elif self.invalidation == "required":
                 raise ConfigError(
@@ -670,6 +673,9 @@ class Cached(Layer):
 
     def lease(self, until: float) -> None:
         self._trust.lease(until)
+
+    def hear(self, until: float) -> None:
+        self._heard_until = until
 
     # The rest of a layer
 

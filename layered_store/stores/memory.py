@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -64,6 +65,10 @@ class MemoryStore(StateStore, Authority, Enumerable):
         # Users by the position of their last change: the change log, each user once.
         self._log: OrderedDict[str, int] = OrderedDict()
         self._position = 0
+        # What is gone with this process must not be taken for known by a tier that outlives it.
+        self._run = os.urandom(8).hex()
+        # Erased users whose erasure is owed to some tier, by digest.
+        self._owing: dict[bytes, str] = {}
         # The users in order, and the position they were sorted at: sorted once a listing.
         self._listed: tuple[int, list[str]] = (0, [])
         self._tombstones: deque[tuple[float, str]] = deque()
@@ -164,7 +169,10 @@ class MemoryStore(StateStore, Authority, Enumerable):
             row.write_ids.clear()
             row.erased_at = self.clock.monotonic()
             row.erased_order = next_order()
+            row.erased_version = row.version
             row.debts |= set(tiers)
+            if row.debts:
+                self._owing[self.digest(user_id)] = user_id
             self._tombstones.append((row.erased_at, user_id))
             self._note(user_id)
             self._sweep(row.erased_at)
@@ -172,20 +180,38 @@ class MemoryStore(StateStore, Authority, Enumerable):
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:
         with self._lock:
-            for user_id, row in self._users.items():
-                if self.digest(user_id) == digest and row.version <= version:
-                    row.debts.discard(tier)
+            user_id = self._owing.get(digest)
+            row = None if user_id is None else self._users.get(user_id)
+            if row is None:
+                self._owing.pop(digest, None)
+            elif row.erased_version <= version:
+                row.debts.discard(tier)
+                if not row.debts:
+                    del self._owing[digest]
 
     async def debts(self, user_id: str) -> Sequence[str]:
         row = self._users.get(user_id)
         return () if row is None else sorted(row.debts)
 
+    async def owing(self, tier: str, limit: int) -> Sequence[Change]:
+        self._check_open(Op.GET_LATEST_MANY)
+        with self._lock:
+            rows = ((digest, self._users.get(user_id)) for digest, user_id in self._owing.items())
+            return [
+                Change(digest, row.version, row.snapshot is None, owed=True)
+                for digest, row in islice(
+                    ((digest, row) for digest, row in rows if row and tier in row.debts), limit
+                )
+            ]
+
     async def head(self) -> str:
-        return str(self._position)
+        return f"{self._run}.{self._position}"
 
     async def changes(self, cursor: str, limit: int) -> Changes:
         self._check_open(Op.GET_LATEST_MANY)
-        after = int(cursor)
+        after = self._read_cursor(cursor)
+        if after is None:
+            after = 0  # another store's, or of an earlier run
         items: list[Change] = []
         with self._lock:
             newest_first = []
@@ -197,14 +223,19 @@ class MemoryStore(StateStore, Authority, Enumerable):
             for position, user_id in islice(reversed(newest_first), limit):
                 row = self._users.get(user_id)
                 if row is not None:
-                    erased = row.snapshot is None
-                    items.append(Change(self.digest(user_id), row.version, erased))
+                    erased, owed = row.snapshot is None, bool(row.debts)
+                    items.append(Change(self.digest(user_id), row.version, erased, owed))
                 after = position
             more = len(newest_first) > limit
-            return Changes(items, str(after if more else self._position), more)
+            return Changes(items, f"{self._run}.{after if more else self._position}", more)
 
     async def covers(self, cursor: str) -> bool:
-        return int(cursor) <= self._position
+        after = self._read_cursor(cursor)
+        return after is not None and after <= self._position
+
+    def _read_cursor(self, cursor: str) -> int | None:
+        run, _, position = cursor.partition(".")
+        return int(position) if run == self._run and position.isdecimal() else None
 
     async def users(self, cursor: str, limit: int) -> UserPage:
         self._check_open(Op.GET_LATEST_MANY)
@@ -250,6 +281,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
             if row is not None and row.snapshot is None and row.erased_at == erased_at:
                 del self._users[user_id]
                 self._log.pop(user_id, None)
+                self._owing.pop(self.digest(user_id), None)
 
     def _check_open(self, operation: str) -> None:
         if self._closed:
@@ -263,6 +295,7 @@ class _Row:
         "debts",
         "erased_at",
         "erased_order",
+        "erased_version",
         "history",
         "snapshot",
         "version",
@@ -276,4 +309,5 @@ class _Row:
         self.write_ids: deque[bytes] = deque(maxlen=_WRITE_IDS)
         self.erased_at = float("-inf")
         self.erased_order = 0
+        self.erased_version = 0
         self.debts: set[str] = set()

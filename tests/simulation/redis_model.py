@@ -121,8 +121,7 @@ class RedisServer(Server):
         spaces[b"redis"] = _LUA.table_from(
             {b"call": self._call, b"pcall": self._pcall, b"error_reply": _error_reply}
         )
-        result = _from_lua(_COMPILED[sha]())
-        return result
+        return _from_lua(_COMPILED[sha]())
 
     def _call(self, *command: Any) -> Any:
         return _to_lua(self._command(command[0].upper(), [_raw(each) for each in command[1:]]))

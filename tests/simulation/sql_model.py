@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from layered_store.call import _current, current_call
-from layered_store.coherence import Authority, Changes, Versioned
+from layered_store.coherence import Authority, Change, Changes, Versioned
 from layered_store.errors import StoreTimeoutError, UnavailableError
 from layered_store.identity import digest_function
 from layered_store.interface import StateStore
@@ -196,6 +196,9 @@ class SqlStore(_Client, Authority):
 
     async def debts(self, user_id: str) -> Sequence[str]:
         return await self._do("debts", user_id)
+
+    async def owing(self, tier: str, limit: int) -> Sequence[Change]:
+        return await self._do("owing", tier, limit)
 
     async def head(self) -> str:
         return await self._do("head")

@@ -99,6 +99,7 @@ class Statements:
     now: Any = field(init=False)
     horizon: Any = field(init=False)
     changes: Any = field(init=False)
+    owing: Any = field(init=False)
     users: Any = field(init=False)
     purgeable: Any = field(init=False)
     purge: Any = field(init=False)
@@ -232,7 +233,13 @@ class Statements:
         self.horizon = select(end.label("horizon"), now_us.label("now_us"))
         after = bindparam("after_position", type_=BigInteger)
         self.changes = (
-            select(latest.c.digest, latest.c.version, latest.c.user_id, latest.c.position)
+            select(
+                latest.c.digest,
+                latest.c.version,
+                latest.c.user_id,
+                latest.c.position,
+                latest.c.debts,
+            )
             .where(
                 or_(
                     latest.c.position > after,
@@ -245,6 +252,15 @@ class Statements:
                 latest.c.position > 0,
             )
             .order_by(latest.c.position, latest.c.digest)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        # Tombstones alone are in the index of purge_at.
+        self.owing = (
+            select(latest.c.digest, latest.c.version)
+            .where(
+                latest.c.purge_at.is_not(None),
+                latest.c.debts.like(bindparam("tier_pattern"), escape="/"),
+            )
             .limit(bindparam("max_rows", type_=BigInteger))
         )
         self.users = (

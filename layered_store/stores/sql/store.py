@@ -376,6 +376,17 @@ class SQLStore(StateStore, Authority, Enumerable):
         found = await self._run("debts", work)
         return tuple(json.loads(found[0].debts or "[]")) if found else ()
 
+    async def owing(self, tier: str, limit: int) -> Sequence[Change]:
+        self._check_open("owing")
+        pattern = re.sub(r"([/%_])", r"/\1", json.dumps(tier))
+        values = {"tier_pattern": f"%{pattern}%", "max_rows": limit}
+
+        async def work(session: Session) -> Sequence[Any]:
+            return await session.rows(self._statements.owing, values)
+
+        rows = await self._run("owing", work)
+        return [Change(bytes(row.digest), row.version, erased=True, owed=True) for row in rows]
+
     async def head(self) -> str:
         self._check_open("head")
         horizon, now_us = await self._run("head", self._horizon)
@@ -399,7 +410,13 @@ class SQLStore(StateStore, Authority, Enumerable):
         horizon, now_us, rows = await self._run("changes", work)
         more = len(rows) > limit
         items = [
-            Change(bytes(row.digest), row.version, row.user_id is None) for row in rows[:limit]
+            Change(
+                bytes(row.digest),
+                row.version,
+                row.user_id is None,
+                owed=row.debts not in (None, "[]"),
+            )
+            for row in rows[:limit]
         ]
         if not more:
             last = max(horizon - 1, position)
