@@ -411,9 +411,7 @@ class GuardedCopies(Invalidations):
                 return
             # A moment later than now was acknowledged before the tier's clock was set back.
             acknowledged = {
-                name
-                for name, (_, seen) in holders.others.items()
-                if buried <= seen <= holders.now
+                name for name, (_, seen) in holders.others.items() if buried <= seen <= holders.now
             }
             suspects -= acknowledged
 
@@ -605,6 +603,8 @@ class GuardedCopies(Invalidations):
             try:
                 await self._repair()
                 self._well()
+                if self._look_for_debts:
+                    await self._pay_debts()
             except StoreError:
                 self.failures["repair"] += 1
             except Exception as exc:  # noqa: BLE001  a third party's store: repair must go on
@@ -629,6 +629,7 @@ class GuardedCopies(Invalidations):
             await self._tier.renew(begun.generation, head)
             return
         repaired = self.repaired
+        looking = self._look_for_debts
         owed: list[Change] = []
         while True:
             page = await self._authority.changes(cursor, PAGE)
@@ -637,6 +638,8 @@ class GuardedCopies(Invalidations):
             if page.items:
                 self.repaired += len(await self._tier.repair(page.items))
                 owed += [change for change in page.items if change.owed]
+                # No replay comes upon them again, should this process not come to settle them.
+                self._look_for_debts = self._look_for_debts or bool(owed)
             cursor = page.cursor
             # After each page, so that a long way back is gone once, whoever goes on with it.
             stamped = await self._tier.stamp(begun, cursor, 0.0 if page.more else TRUST_SECONDS)
@@ -649,18 +652,10 @@ class GuardedCopies(Invalidations):
                 self._ping_now.set()  # what the last ping was refused for is there now
         if self.repaired > repaired:
             log_event("tier_repaired", tier=self._tier.tier_name, users=self.repaired - repaired)
-        await self._settle(owed)
-        if self._look_for_debts:
-            await self._pay_debts()
-
-    async def _settle(self, owed: Sequence[Change]) -> None:
-        """Note that erasures have reached the tier."""
         for change in owed:
-            try:
-                await self._authority.settle(change.digest, change.version, self._tier.tier_name)
-            except StoreError:
-                self._look_for_debts = True
-                raise
+            await self._authority.settle(change.digest, change.version, self._tier.tier_name)
+        if owed:
+            self._look_for_debts = looking
 
     async def _pay_debts(self) -> None:
         """Make up for erasures that a process began and did not finish, however long ago."""

@@ -18,6 +18,7 @@ from layered_store.errors import (
     ErasureIncompleteError,
     RejectedError,
     StoreError,
+    StoreTimeoutError,
     UnsupportedError,
     ValidationError,
 )
@@ -265,7 +266,8 @@ class LocalCopies:
         except BaseException as exc:
             if isinstance(exc, StoreError):
                 self.failures["write"] += 1
-            if not isinstance(exc, NOT_HAPPENED):
+            late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
+            if late and not isinstance(exc, NOT_HAPPENED):
                 # It may still arrive, and would then put what is old over what is new.
                 self.doubt(user_id, quarantine=True)
             raise

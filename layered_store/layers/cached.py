@@ -413,6 +413,13 @@ class Cached(Layer):
             if self._flights.get(user_id) is flight:
                 del self._flights[user_id]
                 self._keep(user_id, value)
+            elif self._channel is not None:
+                # It may be newer than what another load left here, before the channel told of it;
+                # whoever sees it must not see the older one afterwards.
+                entry = self._entries.get(user_id)
+                if entry is not None and entry.value != value:
+                    self._remove(user_id)
+                    self._unindex(user_id)
 
     def _leave_flight(self, user_id: str, flight: _Flight) -> bool:
         """End a load that keeps nothing; tell whether it was still current."""
