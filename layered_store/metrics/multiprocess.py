@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from layered_store.errors import ConfigError
 from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
 from layered_store.metrics.prometheus import Exporter, Key, Labels, combined
 
@@ -46,6 +47,13 @@ class MultiprocessExporter(Exporter):
     def __init__(self) -> None:
         super().__init__()
         import prometheus_client as client  # noqa: PLC0415  an optional driver
+
+        if not Path(_folder()).is_dir():
+            raise ConfigError(
+                "PROMETHEUS_MULTIPROC_DIR names no folder; create it, empty, before the start",
+                option="registry",
+                layer="Metrics",
+            )
 
         # Only their files are read, so they belong to no registry that is scraped.
         private = client.CollectorRegistry()
@@ -129,7 +137,10 @@ class MultiprocessExporter(Exporter):
     def _flush_for_ever(self) -> None:
         pause = threading.Event()
         while not pause.wait(_FLUSH_SECONDS):
-            self.flush()
+            try:
+                self.flush()
+            except Exception as exc:  # noqa: BLE001  the disk may be full now and not later
+                self._warn("the folder of several processes", type(exc).__name__)
 
     def _forked(self) -> None:
         # The parent hands over what was counted before; the child begins from there.
@@ -154,14 +165,16 @@ class MultiprocessExporter(Exporter):
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
 
 
+def _folder() -> str:
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
+
+
 def _forget_dead_processes() -> None:
     """Take away the gauges of processes that ended without doing so, killed ones for example.
 
     The client leaves that to a hook of gunicorn, which other servers do not have.
     """
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if not folder:
-        return
+    folder = _folder()
     from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415
 
     for path in Path(folder).glob("gauge_live*_*.db"):
@@ -173,5 +186,5 @@ def _forget_dead_processes() -> None:
         except ProcessLookupError:
             with contextlib.suppress(OSError):
                 mark_process_dead(int(pid), folder)  # type: ignore[no-untyped-call]
-        except OSError:
+        except (OSError, OverflowError):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -43,7 +42,7 @@ def export(metrics: Metrics, registry: Any) -> Exporter:
     with _lock:
         exporter = _exporters.get(registry)
         if exporter is None:
-            if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            if _several_processes():
                 from layered_store.metrics.multiprocess import (  # noqa: PLC0415  imports this one
                     MultiprocessExporter,
                 )
@@ -71,7 +70,7 @@ def exposition(registry: Any = None, accept: str = "") -> tuple[bytes, str]:
     from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
 
     registry = prometheus_client.REGISTRY if registry is None else registry
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if _several_processes():
         from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
 
         exporter = _exporters.get(registry)
@@ -81,6 +80,13 @@ def exposition(registry: Any = None, accept: str = "") -> tuple[bytes, str]:
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
+
+
+def _several_processes() -> bool:
+    """Tell whether the client shares its figures over files: it decides when it is imported."""
+    from prometheus_client import values  # noqa: PLC0415
+
+    return values.ValueClass is not values.MutexValue
 
 
 class Exporter:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboards import DASHBOARDS, GRAFANA, RULES, SERIES, expressions, load, metric_names, panels
+from committed_dashboards import (
+    DASHBOARDS,
+    GRAFANA,
+    RULES,
+    SERIES,
+    expressions,
+    load,
+    metric_names,
+    panels,
+)
 
 ROOT = GRAFANA.parent
 UNITS = {"short", "ops", "percentunit", "s", "cpm"}

@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from dashboards import RULES, expressions
+from committed_dashboards import RULES, expressions
+from outage_scenario import begin
 from prometheus_client import generate_latest
-from scenario import begin
 from servers import Server
 
 ALERTS = set(re.findall(r"alert: (\S+)", RULES[1].read_text()))

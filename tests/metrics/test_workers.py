@@ -114,8 +114,17 @@ def totals(figures: Figures) -> Figures:
     return kept
 
 
-UVICORN = ["uvicorn", "app:app", "--port", "{port}", "--log-level", "warning"]
-GUNICORN = ["gunicorn", "app:app", "-b", "127.0.0.1:{port}", "-k", "asgi", "--log-level", "warning"]
+UVICORN = ["uvicorn", "worker_app:app", "--port", "{port}", "--log-level", "warning"]
+GUNICORN = [
+    "gunicorn",
+    "worker_app:app",
+    "-b",
+    "127.0.0.1:{port}",
+    "-k",
+    "asgi",
+    "--log-level",
+    "warning",
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -706,3 +707,43 @@ async def test_another_registry_shows_nothing_of_it() -> None:
     await default.aclose()
     await stack.aclose()
     assert "by-default" not in generate_latest(REGISTRY).decode()
+
+
+# Threads
+
+
+def test_calls_of_several_threads_are_counted_exactly(registry: CollectorRegistry) -> None:
+    """Each with an event loop of its own, while another thread scrapes."""
+    stack = Metrics(MemoryStore(), name="s", registry=registry)
+    done = threading.Event()
+    broken: list[BaseException] = []
+
+    async def calls() -> None:
+        for number in range(5_000):
+            await stack.get_latest(f"u-{number % 7}")
+
+    def scrape() -> None:
+        last = 0.0
+        while not done.is_set():
+            try:
+                now = outcomes(registry, "get_latest").get("ok", 0.0)
+                assert now >= last
+                last = now
+            except BaseException as exc:  # handed to the test
+                broken.append(exc)
+                return
+
+    scraping = threading.Thread(target=scrape)
+    scraping.start()
+    callers = [threading.Thread(target=asyncio.run, args=(calls(),)) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    done.set()
+    scraping.join()
+    assert not broken
+    assert outcomes(registry, "get_latest") == {"ok": 20_000}
+    assert figures(registry, "layered_store_operations_in_flight") == {("s",): 0}
+    reads = figures(registry, "layered_store_reads_total", result="miss")
+    assert reads == {("s", "1.memory"): 20_000}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dashboards import RULES, expressions
+from committed_dashboards import RULES, expressions
 from prometheus_client import CollectorRegistry, start_http_server
 from servers import Server
 

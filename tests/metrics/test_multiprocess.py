@@ -1,0 +1,211 @@
+"""Multiprocess mode in one process and its forks: what is handed over, and when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+COMMON = """
+import asyncio, gc, os, sys
+from prometheus_client.parser import text_string_to_metric_families as parse
+from layered_store import Cached, MemoryStore, Metrics, StateSnapshot
+from layered_store.metrics.prometheus import exposition
+
+def figures(name):
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in parse(exposition()[0].decode())
+        for sample in family.samples if sample.name == "layered_store_" + name
+    }
+
+def calls(operation):
+    counted = figures("operations_total")
+    return sum(value for labels, value in counted.items() if operation in labels)
+
+def one(figure):
+    (value,) = figure.values()
+    return value
+
+async def use(stack, calls):
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    for _ in range(calls):
+        await stack.get_latest("u-1")
+"""
+
+
+def run(script: str, folder: Path | None) -> str:
+    """Run a script in a process of its own; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    if folder is not None:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMON + textwrap.dedent(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_is_added_to_a_call(tmp_path: Path) -> None:
+    """The client's values are touched when somebody looks, not when somebody calls."""
+    run(
+        """
+        from prometheus_client import values
+        touched = 0
+        for method in ("inc", "set"):
+            def counted(self, *args, _real=getattr(values.ValueClass, method)):
+                global touched
+                touched += 1
+                return _real(self, *args)
+            setattr(values.ValueClass, method, counted)
+        from layered_store.metrics import multiprocess
+        multiprocess._FLUSH_SECONDS = 1e6
+        stack = Metrics(Cached(MemoryStore()), name="s")
+        asyncio.run(use(stack, 5_000))
+        assert touched == 0, touched
+        assert calls("get_latest") == 5_000
+        assert touched > 0
+        """,
+        tmp_path,
+    )
+
+
+def test_stacks_of_one_name_add_up_and_closing_one_loses_and_doubles_nothing(
+    tmp_path: Path,
+) -> None:
+    """Counters stay, the gauges of what was closed come to rest."""
+    run(
+        """
+        async def main():
+            one_, two = (Metrics(Cached(MemoryStore()), name="s") for _ in range(2))
+            await use(one_, 10)
+            await use(two, 20)
+            assert calls("get_latest") == 30, calls("get_latest")
+            assert one(figures("cache_entries")) == 2, figures("cache_entries")
+            await use(one_, 5)
+            await one_.health_report()
+            assert set(figures("health_status").values()) == {2}
+            await one_.aclose()
+            assert calls("get_latest") == 35, calls("get_latest")
+            assert one(figures("cache_entries")) == 1, figures("cache_entries")
+            await use(two, 7)
+            assert calls("get_latest") == 42, calls("get_latest")
+            await two.aclose()
+            assert calls("get_latest") == 42, calls("get_latest")
+            assert one(figures("cache_entries")) == 0, figures("cache_entries")
+            assert set(figures("health_status").values()) == {2}, figures("health_status")
+            three = Metrics(Cached(MemoryStore()), name="s")
+            await use(three, 1)
+            assert calls("get_latest") == 43, calls("get_latest")
+            count = figures("operation_duration_seconds_count")
+            assert sum(v for k, v in count.items() if "get_latest" in k) == 43, count
+        asyncio.run(main())
+        """,
+        tmp_path,
+    )
+
+
+def test_a_stack_that_is_gone_leaves_its_counters(tmp_path: Path) -> None:
+    """And its successor of the same name is counted from the start."""
+    run(
+        """
+        def life(number):
+            stack = Metrics(Cached(MemoryStore()), name="s")
+            asyncio.run(use(stack, number))
+            figures("operations_total")
+        for number in (10, 3):
+            life(number)
+            gc.collect()
+        assert calls("get_latest") == 13, calls("get_latest")
+        assert one(figures("cache_entries")) == 0
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_stack_built_before_the_fork_counts_each_call_once(tmp_path: Path) -> None:
+    """As with a preloaded application: parent and children add up."""
+    run(
+        """
+        stack = Metrics(Cached(MemoryStore()), name="s")
+        asyncio.run(use(stack, 100))
+        children = []
+        for number in range(3):
+            pid = os.fork()
+            if not pid:
+                asyncio.run(use(stack, 10))
+                stack._exporter.flush()
+                os._exit(0)
+            children.append(pid)
+        for pid in children:
+            os.waitpid(pid, 0)
+        assert calls("get_latest") == 130, calls("get_latest")
+        assert one(figures("cache_entries")) == 1  # of the processes that live
+        """,
+        tmp_path,
+    )
+
+
+def test_a_process_hands_over_at_its_end(tmp_path: Path) -> None:
+    """What was counted since the last second is not lost; its gauges go."""
+    run(
+        """
+        from layered_store.metrics import multiprocess
+        multiprocess._FLUSH_SECONDS = 1e6
+        stack = Metrics(Cached(MemoryStore()), name="s")
+        asyncio.run(use(stack, 12))
+        """,
+        tmp_path,
+    )
+    assert not list(tmp_path.glob("gauge_*"))
+    run(
+        """
+        assert calls("get_latest") == 12, calls("get_latest")
+        """,
+        tmp_path,
+    )
+
+
+def test_a_missing_folder_is_a_mistake_that_is_named(tmp_path: Path) -> None:
+    """At once, not when the first figure is written."""
+    run(
+        """
+        from layered_store import ConfigError
+        from prometheus_client import CollectorRegistry
+        registry = CollectorRegistry()
+        try:
+            Metrics(MemoryStore(), name="s", registry=registry)
+        except ConfigError as exc:
+            assert "PROMETHEUS_MULTIPROC_DIR" in str(exc)
+        else:
+            raise AssertionError("accepted")
+        assert not registry._collector_to_names
+        """,
+        tmp_path / "missing",
+    )
+
+
+def test_a_variable_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
+    """The client decides when it is imported; figures are then those of this process."""
+    run(
+        f"""
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = {str(tmp_path)!r}
+        stack = Metrics(Cached(MemoryStore()), name="s")
+        asyncio.run(use(stack, 4))
+        assert calls("get_latest") == 4, calls("get_latest")
+        """,
+        None,
+    )
