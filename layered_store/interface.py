@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from layered_store.errors import UnsupportedError
+from layered_store.errors import UnsupportedError, ValidationError
 from layered_store.health import HealthReport, SharedProbe
 from layered_store.identity import check_user_id
 from layered_store.snapshot import StateSnapshot
@@ -195,8 +195,6 @@ class StateStore(ABC):
 
 def check_limit(limit: object) -> int:
     """Return ``limit``, or raise ValidationError unless it is an int of at least 0."""
-    from layered_store.errors import ValidationError  # noqa: PLC0415
-
     if type(limit) is not int or limit < 0:
         raise ValidationError(
             "must be an int of at least 0", field="limit", operation=Op.GET_HISTORY
@@ -214,8 +212,6 @@ def listed(values: Iterable[T], field: str, operation: str) -> list[T]:
             return list(values)
         except TypeError:
             pass
-    from layered_store.errors import ValidationError  # noqa: PLC0415
-
     raise ValidationError(
         f"must be a list (or another iterable), not one {type(values).__name__}",
         field=field,
@@ -245,8 +241,6 @@ def check_snapshot(
     snapshot: object, snapshot_type: type[StateSnapshot], operation: str = Op.UPSERT_LATEST
 ) -> None:
     """Raise ValidationError unless ``snapshot`` is a valid one of exactly ``snapshot_type``."""
-    from layered_store.errors import ValidationError  # noqa: PLC0415
-
     if type(snapshot) is not snapshot_type:
         raise ValidationError(
             f"must be a {snapshot_type.__name__}, not {type(snapshot).__name__}; build the stores"

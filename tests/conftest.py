@@ -107,7 +107,12 @@ def postgres_url(postgres_session_url: str) -> str:
     name = f"t_{uuid.uuid4().hex}"
 
     async def create() -> None:
-        connection = await asyncpg.connect(postgres_session_url.replace("+asyncpg", ""))
+        for _ in range(300):
+            try:
+                connection = await asyncpg.connect(postgres_session_url.replace("+asyncpg", ""))
+                break
+            except asyncpg.CannotConnectNowError:  # it listens already and still starts up
+                await asyncio.sleep(0.05)
         try:
             await connection.execute(f"CREATE DATABASE {name}")
         finally:

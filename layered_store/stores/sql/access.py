@@ -33,7 +33,7 @@ _READS_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
 """Batches of reads under way. SQLite's thread and this one share the interpreter: two would only
 be in each other's way."""
 
-_WRITES_OUT: Final = {"sqlite": 1, "postgresql": 4, "mysql": 4}
+_WRITES_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
 """Batches of writes under way. A commit waits for the disk, and the server flushes several at
 once; SQLite admits one writer."""
 
@@ -129,6 +129,8 @@ class Access:
             partial(self._write_batch, home), self._concerns_one, self._clock, self._timeout,
             out=_WRITES_OUT[self._family], stoppable=stoppable,
         )  # fmt: skip
+        # asyncpg's statement stores one write per user.
+        home.writes.one_each = self._asyncpg is not None
         return self.homes.setdefault(loop, home)
 
     def _build(self) -> AsyncEngine:

@@ -31,6 +31,9 @@ MAX_BATCH: Final = 500
 _STRIKES: Final = 2
 """Failures in a row that are not about one call; then the others are not tried any more."""
 
+_DOUBLES: Final = 16
+"""Further writes of users already in a batch that may wait for the next one."""
+
 # What is called for, and the future of the caller.
 Entry = tuple[Any, asyncio.Future[Any]]
 
@@ -254,13 +257,17 @@ class Writes(Batcher):
     """
 
     writes = True
+    one_each = False
+    """Whether a batch holds one write per user while that leaves few behind."""
 
     def _take(self) -> list[Entry]:
         barred = {what.digest for batch in self.out for what, _ in batch.entries}
         entries: list[Entry] = []
+        doubles: list[Entry] = []
         later: list[Entry] = []
+        taken: set[bytes] = set()
         waiting = self.waiting
-        while waiting and len(entries) < MAX_BATCH:
+        while waiting and len(entries) + len(doubles) < MAX_BATCH:
             entry = waiting.popleft()
             what, future = entry
             if future.done():
@@ -268,8 +275,15 @@ class Writes(Batcher):
             if what.digest in barred or (entries and type(what) is not type(entries[0][0])):
                 barred.add(what.digest)
                 later.append(entry)
+            elif self.one_each and what.digest in taken:
+                doubles.append(entry)
             else:
+                taken.add(what.digest)
                 entries.append(entry)
+        if len(doubles) > _DOUBLES:
+            entries += doubles
+        else:
+            later[:0] = doubles
         waiting.extendleft(reversed(later))
         return entries
 

@@ -97,8 +97,10 @@ class LiteStatements:
             " ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,"
             " version = excluded.version, payload = excluded.payload,"
             " write_id = excluded.write_id, updated_at_unix_ms = excluded.updated_at_unix_ms,"
-            " position = excluded.position, purge_at = NULL"
+            " position = excluded.position"
         )
+        # Only of a user who was erased: setting it costs a page of its index.
+        self.revive = f"UPDATE {latest} SET purge_at = NULL WHERE digest = ?"
         self.trim = f"DELETE FROM {history} WHERE digest = ? AND version <= ?"
 
     def text(self, statement: Any) -> _Text:
@@ -237,6 +239,7 @@ def write_rows(
         results = []
         keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
         floors = []
+        revived = []
         for item in writes:
             digest = item.digest
             version = versions.get(digest)
@@ -246,9 +249,11 @@ def write_rows(
                     version = start
                 else:
                     version = state[1]
-                    if state[2] is not None and not follows(item, state[2]):
-                        execute("ROLLBACK")
-                        return None
+                    if state[2] is not None:
+                        if not follows(item, state[2]):
+                            execute("ROLLBACK")
+                            return None
+                        revived.append((digest,))
             version += 1
             versions[digest] = version
             last[digest] = item
@@ -292,6 +297,8 @@ def write_rows(
                 for digest, item in sorted(last.items())
             ],
         )
+        if revived:
+            connection.executemany(texts.revive, revived)
         session.committing = True
         execute("COMMIT")
         session.committing = False

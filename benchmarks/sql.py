@@ -1,0 +1,152 @@
+"""Rows 8 and 9: reads and upserts in SQLite and PostgreSQL, against their drivers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiosqlite
+
+from benchmarks.figures import Figure, Result
+from benchmarks.rounds import Costs, compare, load
+from benchmarks.setting import Setting, encoded, snapshot, user
+from layered_store import SQLStore
+
+__all__ = ["run"]
+
+_USERS = 2_000
+_POOL = 10
+_GET = "SELECT user_id, data FROM raw WHERE user_id = {}"
+_PUT = (
+    "INSERT INTO raw (user_id, data) VALUES ({}, {})"
+    " ON CONFLICT (user_id) DO UPDATE SET data = excluded.data"
+)
+
+
+async def run(setting: Setting) -> list[Result]:
+    """Measure both."""
+    return [await _sqlite(setting), await _postgres(setting)]
+
+
+async def _sqlite(setting: Setting) -> Result:
+    raw = await aiosqlite.connect(setting.folder / "raw.db", isolation_level=None)
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):  # as durable as ours
+        await raw.execute(f"PRAGMA {pragma}")
+    await raw.execute("CREATE TABLE raw (user_id TEXT PRIMARY KEY, data BLOB)")
+    get, put = _GET.format("?"), _PUT.format("?", "?")
+
+    async def read(user_id: str) -> Any:
+        return await raw.execute_fetchall(get, (user_id,))
+
+    async def upsert(user_id: str) -> Any:
+        async with raw.execute(put, (user_id, payload)):
+            pass
+
+    payload = encoded(user(0))
+    store = SQLStore(f"sqlite+aiosqlite:///{setting.folder}/ours.db")
+    users = await _fill(store, upsert, setting)
+    assert await read(users[0])
+    result = Result(
+        "SQLite (WAL, synchronous=FULL), against raw aiosqlite on one connection",
+        columns=["operation", "callers", "aiosqlite /s", "ours /s", "times", "CPU"],
+        note="Ours decodes what it reads, keeps versions, the history and write ids.",
+    )
+    for callers in (1, 16, 64, 256):
+        for name, theirs, ours in (
+            ("read", read, store.get_latest),
+            ("upsert", upsert, _upserting(store)),
+        ):
+            costs = await _race(setting, users, callers, theirs, ours)
+            _note(result, 8, name, callers, costs, "aiosqlite", {"read": 5, "upsert": 3})
+    await store.aclose()
+    await raw.close()
+    return result
+
+
+async def _postgres(setting: Setting) -> Result:
+    import asyncpg
+
+    dsn = await setting.postgres()
+    pool = await asyncpg.create_pool(dsn, min_size=_POOL, max_size=_POOL)
+    await pool.execute("CREATE TABLE raw (user_id TEXT PRIMARY KEY, data BYTEA)")
+    get, put = _GET.format("$1"), _PUT.format("$1", "$2")
+    payload = encoded(user(0))
+
+    async def read(user_id: str) -> Any:
+        return await pool.fetchrow(get, user_id)
+
+    async def upsert(user_id: str) -> Any:
+        await pool.execute(put, user_id, payload)
+
+    store = SQLStore(dsn.replace("postgresql:", "postgresql+asyncpg:"), pool_size=_POOL)
+    users = await _fill(store, upsert, setting)
+    assert await read(users[0])
+    result = Result(
+        "PostgreSQL (commits wait for the disk), against a raw asyncpg pool of 10",
+        columns=["operation", "callers", "asyncpg /s", "ours /s", "times", "CPU"],
+        note="Ours decodes what it reads, keeps versions, the history and write ids.",
+    )
+    for callers in (1, 16, 64, 256):
+        for name, theirs, ours in (
+            ("read", read, store.get_latest),
+            ("upsert", upsert, _upserting(store)),
+        ):
+            costs = await _race(setting, users, callers, theirs, ours)
+            goals = {"read": 0.95, "upsert": 0.95} if callers == 1 else {"read": 4, "upsert": 2.5}
+            _note(result, 9, name, callers, costs, "asyncpg", goals)
+            if callers == 64:
+                share = costs.cpu_ratio("ours", "asyncpg")
+                what = f"PostgreSQL {name}, 64 callers, CPU per call"
+                result.figures.append(Figure(9, what, share, at_most=0.2))
+    await store.aclose()
+    await pool.close()
+    return result
+
+
+def _upserting(store: SQLStore) -> Any:
+    made = {user(n): snapshot(user(n)) for n in range(_USERS)}
+
+    async def upsert(user_id: str) -> None:
+        await store.upsert_latest(made[user_id])
+
+    return upsert
+
+
+async def _fill(store: SQLStore, upsert: Any, setting: Setting) -> list[str]:
+    users = [user(n) for n in range(_USERS)]
+    await store.upsert_latest_many(snapshot(user_id) for user_id in users)
+    await asyncio.gather(*map(upsert, users))
+    assert await store.get_latest(users[0]) == snapshot(users[0])
+    return users
+
+
+async def _race(
+    setting: Setting, users: list[str], callers: int, theirs: Any, ours: Any
+) -> Costs:
+    calls = setting.some(300 if callers == 1 else 3_000, 100 if callers == 1 else 600)
+    keys = [setting.random.choice(users) for _ in range(calls)]
+    contenders = {"raw": load(theirs, keys, callers), "ours": load(ours, keys, callers)}
+    costs = await compare(contenders, setting.some(9, 2))
+    return Costs({("raw" if name == "raw" else name): c for name, c in costs.by_name.items()})
+
+
+def _note(
+    result: Result, row: int, name: str, callers: int, costs: Costs, raw: str, goals: dict[str, Any]
+) -> None:
+    costs.by_name[raw] = costs.by_name["raw"]
+    times = costs.faster("ours", raw)
+    result.rows.append(
+        [
+            name,
+            callers,
+            1 / costs.wall(raw),
+            1 / costs.wall("ours"),
+            str(times),
+            str(costs.cpu_ratio("ours", raw)),
+        ]
+    )
+    # One caller of SQLite is bimodal by where the two threads run: no target.
+    if (row == 9 and callers in (1, 64)) or (row == 8 and callers > 1):
+        database = "SQLite" if row == 8 else "PostgreSQL"
+        what = f"{database} {name}, {callers} caller{'s' * (callers > 1)}"
+        result.figures.append(Figure(row, what, times, at_least=goals[name]))
