@@ -4,7 +4,8 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from enum import StrEnum
+from datetime import date, time, timedelta, tzinfo
+from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, dataclass_transform
 
@@ -58,7 +59,8 @@ _GENERATED = frozenset(
 
 
 _SCALARS = frozenset({str, int, float, bool, bytes, "str", "int", "float", "bool", "bytes"})
-_COPIED = (dict, list, set, bytearray)
+_UNCHANGEABLE = (str, int, float, complex, bytes, Enum, date, time, timedelta, tzinfo, type(None))
+"""What can be handed out as it is; anything else may hold something that can be changed."""
 
 
 # Type checkers then know that a subclass is frozen without saying so.
@@ -70,6 +72,13 @@ class _SnapshotMeta(msgspec.StructMeta):
     """
 
     _containers: dict[str, Any]
+
+    def __new__(
+        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any
+    ) -> Any:
+        if config.get("frozen") is False:
+            raise TypeError(f"{name} must be frozen: snapshots cannot be changed; leave frozen out")
+        return super().__new__(mcs, name, bases, namespace, **config)
 
     def __init__(
         cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any
@@ -88,11 +97,14 @@ class _SnapshotMeta(msgspec.StructMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__call__(*args, **kwargs)
         for slot in cls._containers.values():
-            if isinstance(value := slot.__get__(self), _COPIED):
+            if not isinstance(value := slot.__get__(self), _UNCHANGEABLE):
                 slot.__set__(self, copy.deepcopy(value))
         axes = _raw_axes(self)
         try:
-            own = {name: _as_float(value) for name, value in axes.items()}
+            own = {
+                name: value if type(value) is float else _as_float(value)
+                for name, value in axes.items()
+            }
         except AttributeError:
             own = axes  # not a mapping: ``validate`` says so
         _axes_slot.__set__(self, own)
@@ -116,7 +128,7 @@ class _SnapshotMeta(msgspec.StructMeta):
 def _copier(slot: Any) -> Any:
     def read(self: Any) -> Any:
         value = slot.__get__(self)
-        return copy.deepcopy(value) if isinstance(value, _COPIED) else value
+        return value if isinstance(value, _UNCHANGEABLE) else copy.deepcopy(value)
 
     return read
 
@@ -195,8 +207,11 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
             ValidationError: a field cannot be written as JSON.
         """
         try:
+            # JSON has no NaN and no infinity: they would be written as null, and not be read again.
+            if not math.isfinite(self.confidence + sum(_raw_axes(self).values())):
+                raise OverflowError
             return _json_encoder.encode(self)
-        except (TypeError, ValueError, msgspec.MsgspecError, OverflowError) as exc:
+        except (TypeError, ValueError, AttributeError, msgspec.MsgspecError, OverflowError) as exc:
             raise self._refuse(
                 "snapshot", f"cannot be written as JSON ({type(exc).__name__})"
             ) from None
@@ -210,7 +225,7 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
         """
         try:
             snapshot = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError, TypeError) as exc:
             raise ValidationError(_decode_problem(exc), field="snapshot") from None
         snapshot.validate()
         return snapshot
@@ -254,7 +269,7 @@ def _count(snapshot: StateSnapshot) -> str:
 
 
 def _is_share(value: object) -> bool:
-    return type(value) is float and 0.0 <= value <= 1.0
+    return type(value) is float and 0.0 <= value <= 1.0  # a NaN compares false with everything
 
 
 # Names that were found good: an application has few, and looking at 23 one by one costs more than
