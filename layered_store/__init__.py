@@ -37,9 +37,15 @@ if TYPE_CHECKING:
     from layered_store.layers.bulkhead import Bulkhead
     from layered_store.layers.cached import Cached
     from layered_store.layers.circuit_breaker import CircuitBreaker
+    from layered_store.layers.compressed import Compressed
+    from layered_store.layers.encrypted import Encrypted
     from layered_store.layers.fallback import Fallback
     from layered_store.layers.metrics import Metrics
+    from layered_store.layers.prefixed import Prefixed
+    from layered_store.layers.ramp import Ramp
+    from layered_store.layers.read_only import ReadOnly
     from layered_store.layers.retry import Retry
+    from layered_store.layers.shadow import Shadow
     from layered_store.layers.timeout import Timeout
     from layered_store.layers.tracing import Tracing
     from layered_store.layers.write_through import WriteThrough
@@ -55,8 +61,10 @@ __all__ = [
     "CircuitBreaker",
     "CircuitOpenError",
     "ClosedError",
+    "Compressed",
     "ConfigError",
     "CorruptDataError",
+    "Encrypted",
     "ErasureIncompleteError",
     "Fallback",
     "HealthReport",
@@ -66,10 +74,14 @@ __all__ = [
     "Metrics",
     "Op",
     "OverloadedError",
+    "Prefixed",
+    "Ramp",
+    "ReadOnly",
     "RedisStore",
     "RejectedError",
     "Retry",
     "SQLStore",
+    "Shadow",
     "Source",
     "StateSnapshot",
     "StateStore",
@@ -97,12 +109,18 @@ _LAZY = {
     "Bulkhead": "layered_store.layers.bulkhead",
     "Cached": "layered_store.layers.cached",
     "CircuitBreaker": "layered_store.layers.circuit_breaker",
+    "Compressed": "layered_store.layers.compressed",
+    "Encrypted": "layered_store.layers.encrypted",
     "Fallback": "layered_store.layers.fallback",
     "MemoryStore": "layered_store.stores.memory",
     "Metrics": "layered_store.layers.metrics",
+    "Prefixed": "layered_store.layers.prefixed",
+    "Ramp": "layered_store.layers.ramp",
+    "ReadOnly": "layered_store.layers.read_only",
     "RedisStore": "layered_store.stores.redis",
     "Retry": "layered_store.layers.retry",
     "SQLStore": "layered_store.stores.sql",
+    "Shadow": "layered_store.layers.shadow",
     "SyncStore": "layered_store.sync",
     "Timeout": "layered_store.layers.timeout",
     "Tracing": "layered_store.layers.tracing",

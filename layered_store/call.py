@@ -79,6 +79,20 @@ class Call:
             stored.append(snapshot)
         return self.part(2**31 + index) if index else self.write_id
 
+    def again(self, write_id: bytes | None = None) -> Call:
+        """Return this write for one more store: begun when it was, with an outcome of its own.
+
+        Args:
+            write_id: another id, for one snapshot of a batch.
+        """
+        return Call(
+            self.write_id if write_id is None else write_id,
+            self.started,
+            self.clock,
+            self.order,
+            self.system_started,
+        )
+
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
         return self.write_id[:12] + index.to_bytes(4, "big")

@@ -1,25 +1,34 @@
 """Snapshot <-> bytes, for backends that keep bytes.
 
-The form is one byte that names it, then MessagePack of the fields by name. Unknown fields are
-ignored and missing ones take their defaults, so that a fleet can be upgraded process by process;
-a form byte from the future is recognised and not misread. Nothing in it can run code.
+The form is one byte that names it, then MessagePack: of the fields by name, or of user id, time and
+bytes of a sealed snapshot. Unknown fields are ignored and missing ones take their defaults, so that
+a fleet can be upgraded process by process; a form byte from the future is recognised and not
+misread. Nothing in it can run code.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
 from layered_store.errors import StoreError
+from layered_store.sealed import SealedSnapshot
+from layered_store.snapshot import Int64
 
 if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["FORM_MSGPACK", "CodecError", "SnapshotCodec"]
+__all__ = ["FORM_MSGPACK", "FORM_SEALED", "CodecError", "SnapshotCodec"]
 
 FORM_MSGPACK: Final = 1
-"""First byte of what this version writes."""
+"""First byte of a snapshot."""
+
+FORM_SEALED: Final = 2
+"""First byte of a snapshot that a layer above sealed."""
+
+_encode_sealed = msgspec.msgpack.Encoder().encode
+_decode_sealed = msgspec.msgpack.Decoder(tuple[str, Int64, bytes]).decode
 
 S = TypeVar("S", bound="StateSnapshot")
 
@@ -43,11 +52,14 @@ class SnapshotCodec(Generic[S]):
         self._decode = msgspec.msgpack.Decoder(snapshot_type).decode
 
     def encode(self, snapshot: S) -> bytes:
-        """Return the stored form of a validated snapshot."""
+        """Return the stored form of a validated snapshot, sealed or not."""
+        if isinstance(snapshot, SealedSnapshot):
+            fields = (snapshot.user_id, snapshot.updated_at_unix_ms, snapshot.sealed)
+            return b"\x02" + _encode_sealed(fields)
         return b"\x01" + self._encode(snapshot)
 
     def decode(self, data: bytes, user_id: str | None = None) -> S:
-        """Return the snapshot that ``data`` holds.
+        """Return the snapshot that ``data`` holds, or the sealed one that stands in its place.
 
         Ranges of numbers and the kinds of all fields are checked; the names of axes are not, as
         they were when written.
@@ -61,12 +73,19 @@ class SnapshotCodec(Generic[S]):
         """
         if not data:
             raise CodecError("the record is empty")
-        if data[0] != FORM_MSGPACK:
-            raise CodecError(f"the record has form {data[0]}, which this version does not know")
+        form = data[0]
+        if form not in (FORM_MSGPACK, FORM_SEALED):
+            raise CodecError(f"the record has form {form}, which this version does not know")
         try:
-            snapshot = self._decode(memoryview(data)[1:])
+            body = memoryview(data)[1:]
+            snapshot: S = self._decode(body) if form == FORM_MSGPACK else _sealed(body)
         except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as exc:
             raise CodecError(f"the record cannot be decoded ({type(exc).__name__})") from None
         if user_id is not None and snapshot.user_id != user_id:
             raise CodecError("the record belongs to another user")
         return snapshot
+
+
+def _sealed(body: memoryview) -> Any:
+    user_id, updated_at_unix_ms, sealed = _decode_sealed(body)
+    return SealedSnapshot(user_id, updated_at_unix_ms, sealed=sealed)

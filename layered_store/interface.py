@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from layered_store.errors import UnsupportedError, ValidationError
 from layered_store.health import HealthReport, SharedProbe
 from layered_store.identity import check_user_id
+from layered_store.sealed import SealedSnapshot
 from layered_store.snapshot import StateSnapshot
 
 if TYPE_CHECKING:
@@ -240,8 +241,11 @@ def check_snapshots(
 def check_snapshot(
     snapshot: object, snapshot_type: type[StateSnapshot], operation: str = Op.UPSERT_LATEST
 ) -> None:
-    """Raise ValidationError unless ``snapshot`` is a valid one of exactly ``snapshot_type``."""
-    if type(snapshot) is not snapshot_type:
+    """Raise ValidationError unless ``snapshot`` is a valid one of exactly ``snapshot_type``.
+
+    A sealed one (:class:`layered_store.sealed.SealedSnapshot`) may stand in its place.
+    """
+    if type(snapshot) is not snapshot_type and type(snapshot) is not SealedSnapshot:
         raise ValidationError(
             f"must be a {snapshot_type.__name__}, not {type(snapshot).__name__}; build the stores"
             " with snapshot_type= to keep a subclass with all its fields",

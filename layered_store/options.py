@@ -13,6 +13,7 @@ __all__ = [
     "check_a",
     "check_choice",
     "check_count",
+    "check_salt",
     "check_seconds",
     "check_share",
     "check_snapshot_type",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 type_of = type
+_MAX_SALT_BYTES = 64
 Seconds = float | timedelta
 """A duration: seconds, or a timedelta. Strings like ``"30s"`` live in config files only."""
 
@@ -112,6 +114,12 @@ def check_share(
     left = "0" if zero else "above 0"
     right = "1" if one else "below 1"
     raise _refuse(f"must be a share from {left} to {right}", option, owner, value)
+
+
+def check_salt(value: object, owner: object) -> None:
+    """Refuse a ``salt`` that is no text of at most 64 UTF-8 bytes."""
+    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > _MAX_SALT_BYTES:
+        raise _refuse("must be a str of at most 64 UTF-8 bytes", "salt", owner, value)
 
 
 def check_choice(value: object, option: str, owner: object, choices: tuple[Any, ...]) -> Any:

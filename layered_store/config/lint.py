@@ -2,8 +2,8 @@
 
 Three severities: an *error* cannot work as meant, and :func:`load_stack` refuses it unless the file
 allows the rule; a *warning* is probably not meant; a *note* is worth knowing. The rules are in
-``rules_of_calls.py`` and ``rules_of_state.py``; they look at kinds and options, never at classes,
-so that they judge third parties' blocks too.
+``rules_of_calls.py``, ``rules_of_state.py`` and ``rules_of_blocks.py``; they look at kinds and
+options, never at classes, so that they judge third parties' blocks too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from layered_store.config import rules_of_calls, rules_of_state
+from layered_store.config import rules_of_blocks, rules_of_calls, rules_of_state
 from layered_store.config.durations import parse_duration
 from layered_store.config.lint_view import RULES, Severity, places_of, where
 from layered_store.config.registry import nearest, shown
@@ -25,6 +25,7 @@ from layered_store.stack import walk
 __all__ = ["RULES", "Finding", "LintPolicy", "LintWarning", "Severity", "enforce", "lint"]
 
 assert rules_of_calls, "imported for the rules that it registers"
+assert rules_of_blocks, "likewise"
 _TEST_ONLY: Final = frozenset({"LS022", "LS028"})
 
 

@@ -149,7 +149,7 @@ def places_of(stack: StateStore, max_staleness: float | None) -> Iterator[At]:
 
 
 def _is_record(place: Place, by_path: Mapping[str, StateStore]) -> bool:
-    """Tell whether this end of the stack is the system of record, not a tier or a secondary."""
+    """Tell whether this end of the stack is the system of record, no tier, secondary or trial."""
     if children_of(place.store):
         return False
     roles = place.path.split(".") if place.path else []
@@ -158,7 +158,7 @@ def _is_record(place: Place, by_path: Mapping[str, StateStore]) -> bool:
         siblings = children_of(holder)
         if role == "inner" and "origin" in siblings:
             return False
-        if role == "secondary":
+        if role in ("secondary", "candidate"):
             return False
     return True
 

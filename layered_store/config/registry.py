@@ -43,6 +43,12 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "fallback": "layered_store.layers.fallback:Fallback",
     "bulkhead": "layered_store.layers.bulkhead:Bulkhead",
     "tracing": "layered_store.layers.tracing:Tracing",
+    "encrypted": "layered_store.layers.encrypted:Encrypted",
+    "compressed": "layered_store.layers.compressed:Compressed",
+    "prefixed": "layered_store.layers.prefixed:Prefixed",
+    "read_only": "layered_store.layers.read_only:ReadOnly",
+    "shadow": "layered_store.layers.shadow:Shadow",
+    "ramp": "layered_store.layers.ramp:Ramp",
 }
 """The library's own blocks by kind; a module is imported when a config uses its block."""
 
@@ -261,14 +267,15 @@ def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
             facts["duration"] = True
         elif origin in (list, tuple, set, frozenset, Sequence):
             accepts.add(list)
-            items = [a for a in typing.get_args(part) if a is not Ellipsis]
-            facts["item"] = items[0] if items and isinstance(items[0], type) else None
-            if facts["item"] not in (str, int, float, bool):
+            # Of several kinds of items, such as str | bytes, the one that a file can hold.
+            items = [each for a in typing.get_args(part) if a is not Ellipsis for each in _parts(a)]
+            facts["item"] = next((a for a in items if a in (str, int, float, bool)), None)
+            if facts["item"] is None:
                 accepts.discard(list)
         elif origin is type:
             accepts.add(type)
         elif origin in (dict, Mapping):
-            if all(arg in (str, int, float, bool) for arg in typing.get_args(part)):
+            if all(arg in (str, int, float, bool, Any) for arg in typing.get_args(part)):
                 accepts.add(dict)
         elif isinstance(origin, type) and issubclass(origin, StateStore):
             facts["store"] = True

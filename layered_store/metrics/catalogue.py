@@ -186,6 +186,55 @@ CATALOGUE: Final[dict[str, Metric]] = {
         "counter",
         "Stored records that could not be read back or belong to another user.",
     ),
+    "shadow_comparisons": Metric(
+        "layered_store_shadow_comparisons",
+        "counter",
+        "Answers of a shadow's candidate that were compared, by result (same, missing, extra,"
+        " older, newer, value, history, error, dropped).",
+        ("result",),
+    ),
+    "shadow_writes": Metric(
+        "layered_store_shadow_writes",
+        "counter",
+        "Writes that were mirrored to a shadow's candidate, by outcome (ok, error, dropped).",
+        ("outcome",),
+    ),
+    "shadow_pending": Metric(
+        "layered_store_shadow_pending",
+        "gauge",
+        "Calls of a shadow's candidate that wait or run.",
+    ),
+    "ramp_share": Metric(
+        "layered_store_ramp_share",
+        "gauge",
+        "Share of the users that a ramp sends the other way.",
+        over="max",
+    ),
+    "ramp_reads": Metric(
+        "layered_store_ramp_reads",
+        "counter",
+        "Users that were read through a ramp, by the way they went (inner, other).",
+        ("side",),
+    ),
+    "ramp_behind": Metric(
+        "layered_store_ramp_behind",
+        "gauge",
+        "Users whose latest write a ramp's alternative missed.",
+    ),
+    "refused_writes": Metric(
+        "layered_store_refused_writes", "counter", "Writes that a read-only layer refused."
+    ),
+    "compression_bytes": Metric(
+        "layered_store_compression_bytes",
+        "counter",
+        "Bytes of states that were worth compressing, before and after.",
+        ("stage",),
+    ),
+    "old_key_reads": Metric(
+        "layered_store_old_key_reads",
+        "counter",
+        "Records that were read with another key than the one that writes now.",
+    ),
     "stale_writes": Metric(
         "layered_store_stale_writes",
         "counter",

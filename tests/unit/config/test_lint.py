@@ -14,6 +14,11 @@ from layered_store.errors import ConfigError, StoreError, UnavailableError
 from layered_store.interface import Op, StateStore
 from layered_store.layer import AroundLayer, Layer
 from layered_store.layers.cached import Cached
+from layered_store.layers.compressed import Compressed
+from layered_store.layers.encrypted import Encrypted
+from layered_store.layers.ramp import Ramp
+from layered_store.layers.read_only import ReadOnly
+from layered_store.layers.shadow import Shadow
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
@@ -209,7 +214,44 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
         lambda: Redis(url="redis://u:s@h"),
     ),
     ("LS042", lambda: Redis(ttl=60), lambda: WriteThrough(Redis(ttl=60), origin=Sql())),
+    ("LS050", lambda: _sealed(Compressed(Sql())), lambda: Compressed(_sealed(Sql()))),
+    ("LS051", lambda: _sealed(Cached(Sql())), lambda: Cached(_sealed(Sql()))),
+    (
+        "LS052",
+        lambda: WriteThrough(Redis(), origin=_sealed(Sql())),
+        lambda: WriteThrough(MemoryStore(), origin=_sealed(Sql())),
+    ),
+    (
+        "LS052",
+        lambda: WriteThrough(_sealed(Redis()), origin=Sql()),
+        lambda: WriteThrough(_sealed(Redis()), origin=_sealed(Sql())),
+    ),
+    (
+        "LS053",
+        lambda: _sealed(WriteThrough(Redis(), origin=Sql())),
+        lambda: _sealed(WriteThrough(MemoryStore(), origin=Sql())),
+    ),
+    ("LS054", lambda: _sealed(Sql(), accept_plain=True), lambda: _sealed(Sql())),
+    (
+        "LS055",
+        lambda: WriteThrough(Retry(ReadOnly(Redis(timeout=1))), origin=Sql()),
+        lambda: ReadOnly(WriteThrough(Redis(), origin=ReadOnly(Sql()))),
+    ),
+    (
+        "LS056",
+        lambda: Shadow(Cached(Sql()), candidate=Sql()),
+        lambda: Cached(Shadow(Sql(), candidate=MemoryStore())),
+    ),
+    (
+        "LS057",
+        lambda: WriteThrough(Redis(), origin=Ramp(Sql(), alternative=Sql())),
+        lambda: Ramp(WriteThrough(Redis(), origin=Sql()), alternative=Sql()),
+    ),
 ]
+
+
+def _sealed(inner: StateStore, **options: Any) -> StateStore:
+    return Encrypted(inner, keys=[bytes(32)], **options)
 
 
 @pytest.mark.parametrize(("rule", "wrong", "right"), WRONG_AND_RIGHT)

@@ -42,8 +42,11 @@ TEXTS: dict[str, Any] = {
     "order": st.sampled_from(["arrival", "snapshot_time"]),
     "invalidation": st.sampled_from(["auto", "off"]),
     "time_hits": st.sampled_from(["sampled", "all"]),
+    "prefixed.prefix": st.text("abc_-ü", min_size=1, max_size=9).filter(lambda text: text != "-"),
+    "level": st.integers(1, 9),
+    "layer": st.sampled_from([{"use": "timeout", "seconds": 2.5}, {"use": "cached", "ttl": "5s"}]),
 }
-"""Values of the options that take text, but not any text."""
+"""Values of the options that take text, but not any text, and of others with a range."""
 
 DURATIONS = st.sampled_from(["30s", "250ms", "5m", "1h", "1h30m", "2d", 7, 0.5, 12.25])
 
@@ -53,8 +56,8 @@ def values(kind: str, option: Option) -> st.SearchStrategy[Any]:
     forms = []
     if option.name == "url":
         forms.append(st.sampled_from(URLS[kind]))
-    elif option.name in TEXTS:
-        forms.append(TEXTS[option.name])
+    elif (name := f"{kind}.{option.name}") in TEXTS or (name := option.name) in TEXTS:
+        forms.append(TEXTS[name])
     elif option.choices:
         forms.append(st.sampled_from(option.choices))
     elif option.duration:
@@ -90,10 +93,21 @@ def blocks(kind: str, inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         given = inner if option.store else values(kind, option)
         must = option.required or option.name == "url"
         (required if must else optional)[option.name] = given
-    return st.fixed_dictionaries(required, optional=optional)
+    # One of two options that exclude each other.
+    one_of = [optional.pop(name) for name in ("alternative", "layer") if name in optional]
+    tables = [
+        st.fixed_dictionaries({**required, name: given}, optional=optional)
+        for name, given in zip(("alternative", "layer"), one_of, strict=False)
+    ]
+    return st.one_of(tables) if tables else st.fixed_dictionaries(required, optional=optional)
 
 
-LAYERS = [kind for kind in BUILT_IN if spec_of(kind).is_layer]
+def needs_secret(kind: str) -> bool:
+    """Tell whether a block cannot be built from what ``to_config`` gives."""
+    return any(option.secret and option.required for option in spec_of(kind).options)
+
+
+LAYERS = [kind for kind in BUILT_IN if spec_of(kind).is_layer and not needs_secret(kind)]
 ENDS = [kind for kind in BUILT_IN if not spec_of(kind).is_layer]
 
 stacks = st.recursive(
@@ -140,6 +154,7 @@ def test_layers_and_inner_are_equal(data: st.DataObject, inner: str) -> None:
     [
         (kind, option.name)
         for kind in BUILT_IN
+        if not needs_secret(kind)
         for option in spec_of(kind).options
         if option.from_file and not option.store and not option.secret
     ],

@@ -1,0 +1,522 @@
+"""Send a share of the users another way, and change the share while running."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+from layered_store.call import call_begins, call_continues
+from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.coherence.contract import Invalidations
+from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
+from layered_store.enumerable import Enumerable, enumerable_of
+from layered_store.errors import (
+    ConfigError,
+    ErasureIncompleteError,
+    StoreError,
+    UnavailableError,
+    UnsupportedError,
+)
+from layered_store.health import HealthReport, HealthStatus
+from layered_store.identity import check_user_id
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_limit,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+)
+from layered_store.layer import Layer
+from layered_store.options import check_a, check_salt, check_share, check_store
+from layered_store.sharing import place_of
+from layered_store.stack import walk
+from layered_store.stats import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["Ramp"]
+
+C = TypeVar("C")
+
+_MAX_BEHIND: Final = 100_000
+"""How many users may be behind at the alternative before it answers for nobody."""
+
+
+class _Turn:
+    """The writes of one user that are under way or wait: one at a time.
+
+    Args:
+        lock: held by the one that is under way.
+        count: how many there are.
+        to_other: the side that answers reads meanwhile, whatever the share becomes.
+    """
+
+    __slots__ = ("count", "lock", "loop", "to_other")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, to_other: bool) -> None:
+        self.loop = loop
+        self.lock = asyncio.Lock()
+        self.count = 0
+        self.to_other = to_other
+
+
+@dataclass(eq=False, repr=False)
+class Ramp(Layer):
+    """Send a share of the users through ``layer`` or to ``alternative``, the rest to ``inner``.
+
+    Always the same users: a larger share holds all those of a smaller one. Set :attr:`share` at any
+    time, ``ramp.share = 0.2``; reads of a user never go back behind a write that returned, through
+    any change of it.
+
+    With ``layer``, both ways end in ``inner``. Users who were ever in the share go on writing and
+    erasing through the layer, since it may hold something of theirs; only their reads leave it. A
+    cache in the layer answers as any cache: what other processes wrote shows after its TTL.
+
+    With ``alternative``, a second store takes every write and erasure of all users after ``inner``
+    did, whatever the share, and answers the reads of the share. ``inner`` has everything at all
+    times, so taking the share back to 0 is safe at any moment. Begin with an empty alternative: a
+    user it does not have yet is read from ``inner``. When it misses a write of a user outside the
+    share, the write stands and the user is read from ``inner`` until the next one reaches both; in
+    the share, the write raises. Histories of the share begin with the first write that reached it.
+
+    Args:
+        inner: the way of everybody else.
+        alternative: another store of the same class of snapshots.
+        layer: in its place, what is put around ``inner``: a function that takes a store and gives
+            one around it, or a table as in a config file, ``{"use": "cached", "ttl": 5.0}``.
+        share: the share of users that goes the other way, 0 to 1.
+        salt: chooses other users, 0 to 64 bytes.
+        clock: source of time.
+
+    Raises:
+        ConfigError: an option is out of range, or not exactly one of ``alternative`` and ``layer``
+            is given.
+        UnavailableError: from an upsert of the share that ``inner`` took and the alternative did
+            not, with ``outcome_unknown``; repeat it.
+        ErasureIncompleteError: from ``delete``, when one of the two could not erase.
+
+    Order:
+        Above ``WriteThrough`` and below ``Cached``, which makes its choice cost nothing on a hit.
+        Right: ``Cached(Ramp(stack, layer={"use": "timeout", "seconds": 0.2}, share=0.1))``.
+        Wrong: ``WriteThrough(redis, origin=Ramp(sql, alternative=other))``, as no versions pass it
+        and processes would not agree.
+
+    Cancellation:
+        A cancelled write may have reached ``inner`` and not the alternative; the user is then read
+        from ``inner`` until the next write.
+    """
+
+    alternative: StateStore | None = field(default=None, kw_only=True)
+    layer: Callable[[StateStore], StateStore] | Mapping[str, Any] | None = field(
+        default=None, kw_only=True, metadata={"mask": lambda layer: _masked(layer)}
+    )
+    share: float = field(default=0.0, kw_only=True)
+    salt: str = field(default="", kw_only=True)
+    clock: Clock = field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+
+    kind: ClassVar[str] = "ramp"
+    _reached: ClassVar[float] = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "share":
+            value = check_share(value, "share", self)
+            # Whoever was in the share once may still have something on that way.
+            self.__dict__["_reached"] = max(self._reached, value)
+        super().__setattr__(name, value)
+
+    def __post_init__(self) -> None:
+        check_salt(self.salt, self)
+        check_a(self.clock, Clock, "clock", self)
+        if (self.alternative is None) == (self.layer is None):
+            raise ConfigError(
+                "give either alternative= or layer=", option="alternative", layer=self.name
+            )
+        if self.alternative is not None:
+            check_store(self.alternative, "alternative", self)
+        if isinstance(self.layer, Mapping):
+            # Read-only: a table is an option like any other, and no state to be emptied.
+            self.layer = MappingProxyType(dict(self.layer))
+        super().__post_init__()
+        self._other: StateStore = self.alternative or self._layered()
+        if self._other.snapshot_type is not self.inner.snapshot_type:
+            raise ConfigError(
+                "both ways must be built with the same snapshot_type=",
+                option="snapshot_type",
+                layer=self.name,
+            )
+        self._turns: dict[str, _Turn] = {}
+        self._behind: OrderedDict[str, None] = OrderedDict()
+        self._all_behind = False
+        # Writes under way that pass the layer by, and users of whom one may still take effect.
+        self._direct: Counter[str] = Counter()
+        self._doubtful: dict[str, float] = {}
+        self._reads: Counter[str] = Counter({"inner": 0, "other": 0})
+
+    # Which way
+
+    def takes(self, user_id: str) -> bool:
+        """Tell whether reads of a user go the other way now."""
+        turn = self._turns.get(user_id)
+        if turn is not None:
+            return turn.to_other
+        return (
+            place_of(user_id, self.salt) < self.share
+            and not self._all_behind
+            and user_id not in self._behind
+            and user_id not in self._direct
+            and not self._doubted(user_id)
+        )
+
+    def _doubted(self, user_id: str) -> bool:
+        """Tell whether a write that passed the layer by may still take effect."""
+        until = self._doubtful.get(user_id) if self._doubtful else None
+        return until is not None and self.clock.monotonic() < until
+
+    @contextmanager
+    def _writing(self, users: Iterable[str]) -> Iterator[dict[str, StateStore]]:
+        """Give the way of each user's write, where both end in ``inner``.
+
+        While a write passes the layer by, so do the user's reads: the layer would not hear of it.
+        """
+        ways = {
+            user_id: self._other if place_of(user_id, self.salt) < self._reached else self.inner
+            for user_id in users
+        }
+        direct = [user_id for user_id, way in ways.items() if way is self.inner]
+        self._direct.update(direct)
+        try:
+            yield ways
+        except BaseException as exc:
+            if not isinstance(exc, NOT_HAPPENED):
+                self._doubt(direct)
+            raise
+        finally:
+            for user_id in direct:
+                self._direct[user_id] -= 1
+                if not self._direct[user_id]:
+                    del self._direct[user_id]
+
+    def _doubt(self, users: Iterable[str]) -> None:
+        now = self.clock.monotonic()
+        for user_id in users:
+            self._doubtful.pop(user_id, None)
+            self._doubtful[user_id] = now + QUARANTINE_SECONDS
+        while self._doubtful and self._doubtful[first := next(iter(self._doubtful))] <= now:
+            del self._doubtful[first]
+
+    @property
+    def behind(self) -> int:
+        """How many users the alternative missed a write of."""
+        return len(self._behind)
+
+    # Reading
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        check_user_id(user_id, Op.GET_LATEST)
+        if not self.takes(user_id):
+            self._reads["inner"] += 1
+            return await self.inner.get_latest(user_id)
+        self._reads["other"] += 1
+        found = await self._other.get_latest(user_id)
+        if found is None and self.alternative is not None:
+            return await self.inner.get_latest(user_id)  # not written since the ramp began
+        return found
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        check_user_id(user_id, Op.GET_HISTORY)
+        check_limit(limit)
+        if not self.takes(user_id):
+            return await self.inner.get_history(user_id, limit)
+        found = await self._other.get_history(user_id, limit)
+        if not found and limit and self.alternative is not None:
+            return await self.inner.get_history(user_id, limit)
+        return found
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        wanted = check_user_ids(user_ids)
+        other = [user_id for user_id in wanted if self.takes(user_id)]
+        found: dict[str, StateSnapshot] = {}
+        if other:
+            self._reads["other"] += len(other)
+            found.update(await self._other.get_latest_many(other))
+        answered = set(found) if self.alternative is not None else set(other)
+        rest = [user_id for user_id in wanted if user_id not in answered]
+        if rest:
+            self._reads["inner"] += len(wanted) - len(other)
+            found.update(await self.inner.get_latest_many(rest))
+        return {user_id: found[user_id] for user_id in wanted if user_id in found}
+
+    # Writing
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        check_snapshot(snapshot, self.snapshot_type)
+        if self.alternative is None:
+            with self._writing([snapshot.user_id]) as ways:
+                await ways[snapshot.user_id].upsert_latest(snapshot)
+            return
+        await self._write([snapshot], Op.UPSERT_LATEST)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = check_snapshots(snapshots, self.snapshot_type)
+        if self.alternative is not None:
+            await self._write(batch, Op.UPSERT_LATEST_MANY)
+            return
+        with call_begins(), self._writing({each.user_id: None for each in batch}) as ways:
+            for way in (self.inner, self._other):
+                part = [each for each in batch if ways[each.user_id] is way]
+                if part:
+                    await way.upsert_latest_many(part)
+
+    async def _write(self, batch: Sequence[StateSnapshot], op: Op) -> None:
+        """Write to ``inner``, which acknowledges, then to the alternative."""
+        # In one order everywhere, so that two batches never wait for each other.
+        users = sorted({snapshot.user_id for snapshot in batch})
+        turns: list[tuple[str, _Turn]] = []
+        try:
+            for user_id in users:
+                await self._begin(user_id, turns)
+            with call_begins() as call:
+                try:
+                    await _upsert(self.inner, batch, op)
+                except BaseException as exc:
+                    if not isinstance(exc, NOT_HAPPENED):
+                        self._fall_behind(users)
+                    raise
+                in_share = any(place_of(user_id, self.salt) < self.share for user_id in users)
+                if call.superseded:
+                    # An erasure or a newer state won in inner; who knows what would here.
+                    self._fall_behind(users)
+                    return
+                try:
+                    with call_continues(call.again()):
+                        await _upsert(self._other, batch, op)
+                except Exception as exc:
+                    self._fall_behind(users)
+                    if in_share:
+                        raise self._unknown(exc, op) from exc
+                except BaseException:
+                    self._fall_behind(users)
+                    raise
+                else:
+                    self._catch_up(users)
+        finally:
+            self._end(turns)
+
+    def _unknown(self, exc: Exception, op: Op) -> UnavailableError:
+        return UnavailableError(
+            "inner took the write, the alternative did not; repeat it",
+            operation=op,
+            layer=self.name,
+            retryable=getattr(exc, "retryable", False),
+            outcome_unknown=True,
+        )
+
+    async def delete(self, user_id: str) -> None:
+        check_user_id(user_id, Op.DELETE)
+        if self.alternative is None:
+            with self._writing([user_id]) as ways:
+                await ways[user_id].delete(user_id)
+            return
+        turns: list[tuple[str, _Turn]] = []
+        try:
+            await self._begin(user_id, turns)
+            pending: list[str] = []
+            first: Exception | None = None
+            # Until both have erased, only inner tells the truth.
+            self._fall_behind([user_id])
+            for store in (self.inner, self._other):
+                try:
+                    await store.delete(user_id)
+                except Exception as exc:  # noqa: BLE001  whatever it was, the other must erase
+                    first = first or exc
+                    nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
+                    pending.extend(nested or (store.name,))
+            if first is not None:
+                raise ErasureIncompleteError(
+                    "not every store has the user erased; repeat the delete",
+                    pending=pending,
+                    layer=self.name,
+                    user_id=user_id,
+                ) from first
+            self._catch_up([user_id])
+        finally:
+            self._end(turns)
+
+    async def _begin(self, user_id: str, turns: list[tuple[str, _Turn]]) -> None:
+        """Wait for the user's other writes; until the end, reads stay on the side they are on."""
+        loop = asyncio.get_running_loop()
+        turn = self._turns.get(user_id)
+        if turn is None:
+            turn = self._turns[user_id] = _Turn(loop, to_other=self.takes(user_id))
+        elif turn.loop is not loop:
+            raise UnsupportedError(
+                "one user is written from two event loops at the same time; use one stack per loop",
+                layer=self.name,
+            )
+        turn.count += 1
+        try:
+            await turn.lock.acquire()
+        except BaseException:
+            self._leave(user_id, turn)
+            raise
+        turns.append((user_id, turn))
+
+    def _end(self, turns: list[tuple[str, _Turn]]) -> None:
+        for user_id, turn in turns:
+            turn.lock.release()
+            self._leave(user_id, turn)
+
+    def _leave(self, user_id: str, turn: _Turn) -> None:
+        turn.count -= 1
+        if not turn.count:
+            del self._turns[user_id]
+
+    def _fall_behind(self, users: Iterable[str]) -> None:
+        for user_id in users:
+            self._behind[user_id] = None
+            self._turns[user_id].to_other = False
+        if len(self._behind) > _MAX_BEHIND:
+            self._all_behind = True
+
+    def _catch_up(self, users: Iterable[str]) -> None:
+        for user_id in users:
+            self._behind.pop(user_id, None)
+
+    # The rest of a layer
+
+    def capability(self, kind: type[C]) -> C | None:
+        if isinstance(self, kind):
+            return self
+        if kind is Enumerable:
+            return enumerable_of(self.inner)  # type: ignore[return-value]
+        if kind is Invalidations and self.alternative is None:
+            # What is written through the layer ends in inner too.
+            return self.inner.capability(kind)
+        return None
+
+    async def health_report(self) -> HealthReport:
+        if self.alternative is None:
+            below = await (self._other if self._reached else self.inner).health_report()
+            return HealthReport(self.name, below.status, below.latency_ms, "", (below,))
+        inner, other = await asyncio.gather(
+            self.inner.health_report(), self._other.health_report()
+        )
+        status, message = inner.status, ""
+        if other.status is HealthStatus.UNHEALTHY and status is HealthStatus.HEALTHY:
+            status = HealthStatus.DEGRADED
+            message = "the alternative is down: calls of the share and all deletes fail"
+        latency = max(inner.latency_ms, other.latency_ms)
+        return HealthReport(self.name, status, latency, message, (inner, other))
+
+    async def open(self) -> None:
+        await self.inner.open()
+        if self.alternative is not None:
+            try:
+                await self._other.open()
+            except StoreError:
+                if self.share > 0.0:
+                    raise
+
+    def children(self) -> Mapping[str, StateStore]:
+        if self.alternative is None:
+            return {"inner": self.inner}
+        return {"inner": self.inner, "alternative": self.alternative}
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what ``describe`` says of this block: where the share goes."""
+        if self.alternative is not None:
+            return (f"{self.share:.6g} of the users read from the alternative",)
+        layers = [type(store).__name__ for store in self._layers()]
+        return (f"{self.share:.6g} of the users go through {', '.join(layers) or 'nothing more'}",)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample("ramp_share", self.share)
+        for side, reads in self._reads.items():
+            yield Sample("ramp_reads", reads, (side,))
+        if self.alternative is not None:
+            yield Sample("ramp_behind", len(self._behind))
+            return
+        # The layers of the share are this block's own: what they count is counted here.
+        totals: dict[tuple[str, tuple[str, ...]], float] = {}
+        for store in self._layers():
+            for sample in store.samples():
+                key = (sample.metric, sample.labels)
+                totals[key] = totals.get(key, 0.0) + sample.value
+        for (metric, labels), value in totals.items():
+            yield Sample(metric, value, labels)
+
+    async def aclose(self) -> None:
+        self._refuse_operations()
+        results = await asyncio.gather(self._other.aclose(), return_exceptions=True)
+        await self._close_children()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    # The layers of the share
+
+    def _layers(self) -> list[StateStore]:
+        below = {id(place.store) for place in walk(self.inner)}
+        return [place.store for place in walk(self._other) if id(place.store) not in below]
+
+    def _layered(self) -> StateStore:
+        if isinstance(self.layer, Mapping):
+            built = _built(self.inner, self.layer)
+        elif callable(self.layer):
+            built = self.layer(self.inner)
+        else:
+            raise self._refuse_layer("must be a function, or a table such as {'use': 'cached'}")
+        if not isinstance(built, StateStore) or built is self.inner:
+            raise self._refuse_layer("must give a store around the one that it is given")
+        if all(place.store is not self.inner for place in walk(built)):
+            raise self._refuse_layer("must be put around the store that it is given, not another")
+        return built
+
+    def _refuse_layer(self, message: str) -> ConfigError:
+        return ConfigError(message, option="layer", layer=self.name)
+
+
+async def _upsert(store: StateStore, batch: Sequence[StateSnapshot], op: Op) -> None:
+    if op is Op.UPSERT_LATEST:
+        await store.upsert_latest(batch[0])
+    else:
+        await store.upsert_latest_many(batch)
+
+
+def _built(inner: StateStore, table: Mapping[str, Any]) -> StateStore:
+    """Return the layer of a config file's table around ``inner``."""
+    from layered_store.config import load_stack  # noqa: PLC0415  the loader imports every block
+
+    end = "ramp.inner"
+    stack = {"store": {"use": "memory", "id": end, "layers": [dict(table)]}}
+    return load_stack(stack, overrides={end: inner})
+
+
+def _masked(layer: object) -> object:
+    """Return what may be shown of the option ``layer``: of a table, all but its secrets."""
+    if isinstance(layer, list | tuple):
+        return [_masked(each) for each in layer]
+    if not isinstance(layer, Mapping):
+        return f"<{type(layer).__name__}>"
+    from layered_store.config.registry import spec_of  # noqa: PLC0415
+
+    known = {option.name: option for option in spec_of(str(layer.get("use"))).options}
+    shown = {}
+    for name, value in layer.items():
+        option = known.get(name)
+        if name == "layers" or (option is not None and option.store):
+            shown[name] = _masked(value)
+        elif option is not None and option.mask is not None:
+            shown[name] = option.mask(value)
+        else:
+            shown[name] = "***" if option is not None and option.secret else value
+    return shown

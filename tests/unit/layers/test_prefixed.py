@@ -1,0 +1,218 @@
+"""Prefixed: tenants never meet, whatever they and their users are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layered_store import (
+    Cached,
+    ConfigError,
+    CorruptDataError,
+    MemoryStore,
+    Prefixed,
+    Retry,
+    StateSnapshot,
+    UnavailableError,
+    ValidationError,
+    WriteThrough,
+    describe,
+    load_stack,
+    replace,
+    to_config,
+)
+from layered_store.coherence.contract import Authority
+from layered_store.enumerable import enumerable_of, pages
+from layered_store.testing import check_store
+
+NAMES = st.text("ab-_1ü", min_size=1, max_size=6)
+
+
+class Mood(StateSnapshot):
+    mood: str = ""
+
+
+def state(user_id: str = "user-1", value: float = 0.5) -> StateSnapshot:
+    return StateSnapshot(user_id, updated_at_unix_ms=5, axes={"a": value})
+
+
+async def test_it_is_a_store_like_any_other_but_for_the_longest_ids() -> None:
+    """Every rule of the interface holds; ids end a prefix earlier."""
+    report = await check_store(lambda: Prefixed(MemoryStore(), prefix="acme"))
+    failed = [result for result in report.results if result.outcome == "failed"]
+    assert [("at most 251 UTF-8 bytes" in result.message) for result in failed] == [True], failed
+
+
+@given(
+    tenants=st.lists(NAMES.filter(lambda name: name != "-"), min_size=2, max_size=2),
+    users=st.lists(NAMES, min_size=2, max_size=2),
+)
+def test_two_tenants_never_share_a_user(tenants: list[str], users: list[str]) -> None:
+    """Ids below are equal only when tenant and user are; and each leads back."""
+    one, two = (Prefixed(MemoryStore(), prefix=tenant) for tenant in tenants)
+    below = one.id_below(users[0], ""), two.id_below(users[1], "")
+    same = tenants[0].removesuffix("-") == tenants[1].removesuffix("-") and users[0] == users[1]
+    assert (below[0] == below[1]) == same
+    assert one.id_above(below[0], None) == users[0]
+    if tenants[0].removesuffix("-") != tenants[1].removesuffix("-"):
+        assert two.id_above(below[0], None) is None
+
+
+async def test_everything_stays_within_the_tenant() -> None:
+    """Reads, batches, histories, erasures and listings; the ids that come back are the caller's."""
+    inner = MemoryStore()
+    one, two = Prefixed(inner, prefix="a"), Prefixed(inner, prefix="a-b")
+    await one.upsert_latest(state("b-1", 0.1))
+    await two.upsert_latest_many([state("1", 0.2), state("2", 0.3)])
+    assert await one.get_latest("b-1") == state("b-1", 0.1)
+    assert await two.get_latest("1") == state("1", 0.2)
+    assert await one.get_latest("1") is None
+    assert await two.get_latest_many(["1", "2", "b-1"]) == {
+        "1": state("1", 0.2),
+        "2": state("2", 0.3),
+    }
+    assert await two.get_history("1", 9) == [state("1", 0.2)]
+    for store, users in ((one, {"b-1"}), (two, {"1", "2"})):
+        listing = enumerable_of(store)
+        assert listing is not None
+        found = [user async for page in pages(listing, 1) for user in page.user_ids]
+        assert set(found) == users
+    await one.delete("b-1")
+    await one.delete("1")
+    assert await one.get_latest("b-1") is None
+    assert await two.get_latest("1") == state("1", 0.2)
+
+
+async def test_the_id_below_is_the_prefix_and_the_id() -> None:
+    """What others look for in the database: 'acme-u-1', with or without the '-' in the option."""
+    for prefix in ("acme", "acme-"):
+        inner = MemoryStore()
+        await Prefixed(inner, prefix=prefix).upsert_latest(state("u-1"))
+        assert (await inner.users("", 9)).user_ids == ["acme-u-1"]
+        assert await inner.get_latest("acme-u-1") == state("acme-u-1")
+
+
+async def test_ids_may_be_as_long_as_the_rest_of_an_id() -> None:
+    """Prefix and id have 256 bytes together; one more is a ValidationError that says how many."""
+    store = Prefixed(MemoryStore(), prefix="tenant")
+    for longest in ("u" * 249, "ü" * 124 + "u"):
+        await store.upsert_latest(state(longest))
+        assert await store.get_latest(longest) == state(longest)
+        assert await store.get_history(longest, 1) == [state(longest)]
+        longer = longest + "u"
+        for call in (
+            store.upsert_latest(state(longer)),
+            store.upsert_latest_many([state(longer)]),
+            store.get_latest(longer),
+            store.get_latest_many([longer]),
+            store.get_history(longer, 1),
+            store.delete(longer),
+        ):
+            with pytest.raises(ValidationError, match="at most 249 UTF-8 bytes") as caught:
+                await call
+            assert caught.value.field == "user_id"
+            assert longer not in str(caught.value)
+
+
+async def test_a_record_of_another_user_is_never_returned() -> None:
+    """Also when the store below mixes its users up."""
+
+    class Mixed(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return state("acme-user-2")
+
+    with pytest.raises(CorruptDataError):
+        await Prefixed(Mixed(), prefix="acme").get_latest("user-1")
+
+
+async def test_subclasses_and_their_fields_pass() -> None:
+    """Only the id changes; containers of a snapshot are not shared with the caller's."""
+    inner = MemoryStore(snapshot_type=Mood)
+    store = Prefixed(inner, prefix="acme")
+    await store.upsert_latest(Mood("user-1", mood="calm"))
+    found = await store.get_latest("user-1")
+    assert isinstance(found, Mood)
+    assert (found.user_id, found.mood) == ("user-1", "calm")
+
+
+async def test_a_repeated_attempt_is_stored_once() -> None:
+    """The write keeps its identity below."""
+
+    class LosesReply(MemoryStore):
+        lost = False
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await super().upsert_latest(snapshot)
+            if not self.lost:
+                self.lost = True
+                raise UnavailableError("the reply was lost", outcome_unknown=True)
+
+    stack = Retry(Prefixed(LosesReply(), prefix="acme"), base_delay=0.0)
+    await stack.upsert_latest(state())
+    assert len(await stack.get_history("user-1", 9)) == 1
+
+
+async def test_errors_from_below_carry_the_callers_id() -> None:
+    """And the text of none."""
+
+    class Down(MemoryStore):
+        async def delete(self, user_id: str) -> None:
+            raise UnavailableError("down", user_id=user_id)
+
+    with pytest.raises(UnavailableError) as caught:
+        await Prefixed(Down(), prefix="acme").delete("user-1")
+    assert caught.value.user_id == "user-1"
+
+
+@pytest.mark.parametrize("prefix", ["", "-", "a b", "a:", "x" * 129, "a\x00", 5, None])
+def test_a_prefix_that_can_be_no_part_of_an_id_is_refused(prefix: Any) -> None:
+    """The error names the rule."""
+    with pytest.raises(ConfigError, match="1 to 128 UTF-8 bytes") as caught:
+        Prefixed(MemoryStore(), prefix=prefix)
+    assert caught.value.option == "prefix"
+
+
+async def test_tiers_of_one_tenant_agree_and_others_are_refused() -> None:
+    """The digests that key rows are those of the ids below."""
+    inner = MemoryStore()
+    one = Prefixed(inner, prefix="a").capability(Authority)
+    same = Prefixed(MemoryStore(), prefix="a-").capability(Authority)
+    other = Prefixed(inner, prefix="b").capability(Authority)
+    assert one is not None
+    assert same is not None
+    assert other is not None
+    assert one.digest("u") == same.digest("u") == MemoryStore.digest("a-u")
+    assert one.digest.fingerprint == same.digest.fingerprint != other.digest.fingerprint
+
+
+async def test_it_may_stand_anywhere() -> None:
+    """Above a cache, below it, around both tiers."""
+    origin = MemoryStore()
+    for stack in (
+        Prefixed(Cached(origin), prefix="a"),
+        Cached(Prefixed(origin, prefix="a")),
+        WriteThrough(Prefixed(MemoryStore(), prefix="a"), origin=Prefixed(origin, prefix="a")),
+        Prefixed(WriteThrough(MemoryStore(), origin=origin), prefix="a"),
+        Prefixed(Prefixed(origin, prefix="b"), prefix="c"),
+    ):
+        await stack.upsert_latest(state(value=0.25))
+        assert await stack.get_latest("user-1") == state(value=0.25)
+        await stack.upsert_latest(state(value=0.75))
+        assert await stack.get_latest("user-1") == state(value=0.75)
+        await stack.delete("user-1")
+        assert await stack.get_latest("user-1") is None
+
+
+def test_it_comes_from_a_config_file_and_can_be_swapped() -> None:
+    """Options in, options out; the prefix is no secret."""
+    config = {"store": {"use": "memory", "layers": [{"use": "prefixed", "prefix": "acme"}]}}
+    stack = load_stack(config)
+    assert to_config(stack) == config
+    assert repr(stack) == "Prefixed(MemoryStore(), prefix='acme')"
+    assert repr(replace(stack, MemoryStore, MemoryStore(history_limit=1))) == (
+        "Prefixed(MemoryStore(history_limit=1), prefix='acme')"
+    )
+    assert describe(stack)[0].options == {"prefix": "acme"}

@@ -1,0 +1,674 @@
+"""Ramp: who goes which way, and that no change of the share shows anybody an older state."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from layered_store import (
+    Cached,
+    ConfigError,
+    ErasureIncompleteError,
+    HealthStatus,
+    MemoryStore,
+    Ramp,
+    StateSnapshot,
+    Timeout,
+    UnavailableError,
+    UnsupportedError,
+    ValidationError,
+    describe,
+    load_stack,
+    replace,
+    to_config,
+)
+from layered_store.coherence.contract import Authority, CacheTier, Invalidations
+from layered_store.enumerable import Enumerable
+from layered_store.layer import Layer
+from layered_store.layers import ramp as module
+from layered_store.sharing import place_of
+from layered_store.testing import check_layer, check_store
+from layered_store.testing.clock import FakeClock, settle
+from layered_store.testing.explore import LoopClock, explore
+
+USERS = [f"u-{n}" for n in range(200)]
+LOW = min(USERS, key=place_of)
+"""A user in every share that is not tiny."""
+HIGH = max(USERS, key=place_of)
+"""A user in almost no share but the whole."""
+BEST = {"use": "cached", "ttl": 60.0}
+
+
+class Mood(StateSnapshot):
+    mood: str = ""
+
+
+class Down(MemoryStore):
+    """Fails as told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.error: Exception | None = None
+        self.after = False
+        self.gate: asyncio.Event | None = None
+        self.reads = 0
+
+    async def _enter(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None and not self.after:
+            raise self.error
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self.reads += 1
+        await self._enter()
+        return await super().get_latest(user_id)
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self._enter()
+        await super().upsert_latest(snapshot)
+        if self.error is not None:
+            raise self.error
+
+    async def upsert_latest_many(self, snapshots: Any) -> None:
+        await self._enter()
+        await super().upsert_latest_many(snapshots)
+
+    async def delete(self, user_id: str) -> None:
+        await self._enter()
+        await super().delete(user_id)
+
+    async def health_check(self) -> bool:
+        return self.error is None
+
+    async def open(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def state(user_id: str = LOW, value: float = 0.5) -> StateSnapshot:
+    return StateSnapshot(user_id, updated_at_unix_ms=5, axes={"a": value})
+
+
+def samples(layer: Any) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {(sample.metric, sample.labels): sample.value for sample in layer.samples()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+async def test_it_is_a_store_and_a_layer_like_any_other(share: float) -> None:
+    """Every rule of stores and every law of layers holds, both ways, at every share."""
+    for layer in (BEST, None):
+        report = await check_store(
+            lambda: Ramp(
+                MemoryStore(),
+                layer=layer,  # noqa: B023
+                alternative=None if layer else MemoryStore(),  # noqa: B023
+                share=share,
+            )
+        )
+        assert report.ok, str(report)
+        laws = await check_layer(
+            lambda inner: Ramp(
+                inner,
+                layer=layer,  # noqa: B023
+                alternative=None if layer else MemoryStore(snapshot_type=inner.snapshot_type),  # noqa: B023
+                share=share,
+            )
+        )
+        assert laws.ok, str(laws)
+
+
+# The share
+
+
+async def test_a_larger_share_holds_the_users_of_a_smaller_one() -> None:
+    """Nobody leaves while it grows, and the same users come back when it shrinks."""
+    ramp = Ramp(MemoryStore(), layer=BEST)
+    taken = {}
+    for share in (0.0, 0.1, 0.4, 1.0, 0.4):
+        ramp.share = share
+        found = {user_id for user_id in USERS if ramp.takes(user_id)}
+        assert abs(len(found) / len(USERS) - share) < 0.1
+        assert taken.setdefault(share, found) == found
+    assert taken[0.0] == set()
+    assert taken[0.1] < taken[0.4] < taken[1.0] == set(USERS)
+    other = Ramp(MemoryStore(), layer=BEST, share=0.4, salt="other")
+    assert {user_id for user_id in USERS if other.takes(user_id)} != taken[0.4]
+
+
+def test_places_are_the_same_for_ever() -> None:
+    """Every process and every release sends a user the same way."""
+    assert round(place_of("u-1"), 6) == PLACES["u-1"]
+    assert round(place_of("ünal", "salt"), 6) == PLACES["ünal"]
+    assert all(0.0 <= place_of(user_id) < 1.0 for user_id in USERS)
+
+
+PLACES = {"u-1": 0.493796, "ünal": 0.14815}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "half", None, True])
+def test_a_share_out_of_range_is_refused_also_later(share: Any) -> None:
+    """And the one before stays."""
+    with pytest.raises(ConfigError) as caught:
+        Ramp(MemoryStore(), layer=BEST, share=share)
+    assert caught.value.option == "share"
+    ramp = Ramp(MemoryStore(), layer=BEST, share=0.25)
+    with pytest.raises(ConfigError):
+        ramp.share = share
+    assert ramp.share == 0.25
+
+
+# A layer around the same store
+
+
+async def test_only_the_share_goes_through_the_layer() -> None:
+    """The others pay nothing for it and get nothing of it."""
+    inner = Down()
+    await inner.upsert_latest_many([state(LOW), state(HIGH)])
+    ramp = Ramp(inner, layer=BEST, share=0.5)
+    for _ in range(3):
+        await ramp.get_latest(LOW)
+        await ramp.get_latest(HIGH)
+    assert inner.reads == 1 + 3
+    assert samples(ramp)["ramp_reads", ("other",)] == 3
+    assert samples(ramp)["ramp_reads", ("inner",)] == 3
+    assert samples(ramp)["ramp_share", ()] == 0.5
+    assert samples(ramp)["reads", ("hit",)] == 2
+    assert await ramp.get_latest_many([LOW, HIGH, "nobody"]) == {
+        LOW: state(LOW),
+        HIGH: state(HIGH),
+    }
+
+
+async def test_the_layer_hears_of_writes_after_its_users_left() -> None:
+    """A cache in the layer still holds them: their writes pass it, until they come back."""
+    ramp = Ramp(MemoryStore(), layer=BEST, share=1.0)
+    await ramp.upsert_latest(state(value=0.1))
+    assert await ramp.get_latest(LOW) == state(value=0.1)
+    ramp.share = 0.0
+    await ramp.upsert_latest(state(value=0.2))
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    ramp.share = 1.0
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    ramp.share = 0.0
+    await ramp.delete(LOW)
+    ramp.share = 1.0
+    assert await ramp.get_latest(LOW) is None
+    ramp.share = 0.0
+    await ramp.upsert_latest_many([state(value=0.3), state(HIGH, 0.4)])
+    ramp.share = 1.0
+    assert await ramp.get_latest(LOW) == state(value=0.3)
+
+
+async def test_a_write_that_passed_the_layer_by_is_not_missed_by_it() -> None:
+    """While it is under way the user is read past the layer too, also when the share grows."""
+    inner = Down()
+    await inner.upsert_latest(state(value=0.1))
+    ramp = Ramp(inner, layer=BEST, share=0.0)
+    inner.gate = asyncio.Event()
+    write = asyncio.create_task(ramp.upsert_latest(state(value=0.2)))
+    await settle()
+    ramp.share = 1.0
+    inner.gate.set()
+    read = await ramp.get_latest(LOW)
+    await write
+    assert read in (state(value=0.1), state(value=0.2))
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    assert ramp._direct == {}
+
+
+async def test_a_write_of_unknown_outcome_keeps_its_user_off_the_layer_for_a_while() -> None:
+    """It may still take effect behind a cache's back: for 5 s nothing is read through it."""
+    clock = FakeClock()
+    inner = Down()
+    ramp = Ramp(inner, layer=BEST, share=0.0, clock=clock)
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+    with pytest.raises(UnavailableError):
+        await ramp.upsert_latest(state(value=0.2))
+    inner.error = None
+    ramp.share = 1.0
+    assert not ramp.takes(LOW)
+    await clock.advance(5)
+    assert ramp.takes(LOW)
+    inner.error = ValidationError("refused")
+    ramp.share = 0.0
+    fresh = Ramp(inner, layer=BEST, clock=clock)
+    with pytest.raises(ValidationError):
+        await fresh.upsert_latest(state(value=0.2))
+    fresh.share = 1.0
+    assert fresh.takes(LOW)
+
+
+async def test_a_change_of_the_share_shows_nobody_an_older_state() -> None:
+    """Readers, writers and somebody who turns the share, in any order, with a cache in the layer
+    and with an alternative: what a reader saw or a writer was told never goes back."""
+
+    async def scenario(*, layered: bool) -> None:
+        clock = LoopClock()
+        dice = random.Random(7)
+
+        class Slow(MemoryStore):
+            async def get_latest(self, user_id: str) -> StateSnapshot | None:
+                await asyncio.sleep(0)
+                found = await super().get_latest(user_id)
+                await asyncio.sleep(0)
+                return found
+
+            async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+                await asyncio.sleep(0)
+                await super().upsert_latest(snapshot)
+                await asyncio.sleep(0)
+
+        inner = Slow(clock=clock)
+        ramp = (
+            Ramp(inner, layer=lambda store: Cached(store, clock=clock), clock=clock)
+            if layered
+            else Ramp(inner, alternative=Slow(clock=clock), clock=clock)
+        )
+        told = 0.0
+
+        async def write() -> None:
+            nonlocal told
+            for number in range(1, 6):
+                await ramp.upsert_latest(state(value=number / 10))
+                told = number / 10
+                await asyncio.sleep(0)
+
+        async def read() -> None:
+            latest = 0.0
+            for _ in range(8):
+                least = max(told, latest)
+                found = await ramp.get_latest(LOW)
+                value = 0.0 if found is None else found.get_axis("a")
+                assert value >= least, f"{value} after {least}"
+                latest = value
+
+        async def turn() -> None:
+            for _ in range(8):
+                ramp.share = dice.choice([0.0, 1.0])
+                await asyncio.sleep(0)
+
+        await asyncio.gather(write(), read(), read(), turn())
+        assert ramp._turns == {}
+        assert ramp._direct == {}
+        await ramp.aclose()
+
+    for layered in (True, False):
+        await asyncio.to_thread(
+            explore,
+            lambda: scenario(layered=layered),  # noqa: B023
+            schedules=150,
+            seed=3,
+        )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "cached",
+        5,
+        lambda inner: inner,
+        lambda inner: None,
+        lambda inner: Cached(MemoryStore()),
+    ],
+)
+def test_what_is_no_layer_around_the_store_is_refused(layer: Any) -> None:
+    """The error says what a layer is."""
+    with pytest.raises(ConfigError) as caught:
+        Ramp(MemoryStore(), layer=layer)
+    assert caught.value.option == "layer"
+
+
+def test_a_table_with_a_mistake_says_where() -> None:
+    """As in a config file."""
+    with pytest.raises(ConfigError, match="ttll.*ttl"):
+        Ramp(MemoryStore(), layer={"use": "cached", "ttll": 5})
+
+
+async def test_closing_closes_the_layer_and_what_is_below() -> None:
+    """Once each, and twice is fine; then every operation says so."""
+    closed = []
+
+    class Noting(Layer):
+        async def aclose(self) -> None:
+            closed.append("layer")
+            await super().aclose()
+
+    inner = MemoryStore()
+    ramp = Ramp(inner, layer=Noting)
+    await ramp.open()
+    await ramp.aclose()
+    assert inner._closed
+    assert closed == ["layer"]
+
+
+async def test_health_with_a_layer_is_that_of_the_way_that_is_used() -> None:
+    """One child: the layer once there is a share, else the store."""
+    ramp = Ramp(MemoryStore(), layer=lambda inner: Timeout(inner, seconds=1))
+    assert [child.name for child in (await ramp.health_report()).children] == ["MemoryStore"]
+    ramp.share = 0.1
+    assert [child.name for child in (await ramp.health_report()).children] == ["Timeout"]
+
+
+# An alternative
+
+
+async def test_both_sides_take_every_write_and_the_share_reads_the_other() -> None:
+    """Whatever the share is, so that it can change at any moment."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=0.5)
+    await ramp.upsert_latest(state(LOW, 0.1))
+    await ramp.upsert_latest_many([state(HIGH, 0.2), state(LOW, 0.3)])
+    for store in (inner, other):
+        assert store._users.keys() == {LOW, HIGH}
+        assert [s.get_axis("a") for s in await store.get_history(LOW, 9)] == [0.3, 0.1]
+    assert await ramp.get_latest(LOW) == state(LOW, 0.3)
+    assert await ramp.get_latest(HIGH) == state(HIGH, 0.2)
+    assert (inner.reads, other.reads) == (1, 1)
+    assert len(await ramp.get_history(LOW, 9)) == 2
+    await ramp.delete(LOW)
+    assert await inner.get_latest(LOW) is None
+    assert await other.get_latest(LOW) is None
+
+
+async def test_who_is_not_at_the_alternative_yet_is_read_from_inner() -> None:
+    """States, batches and histories from before the ramp."""
+    inner = MemoryStore()
+    await inner.upsert_latest_many([state(LOW, 0.1), state(HIGH, 0.2)])
+    ramp = Ramp(inner, alternative=MemoryStore(), share=1.0)
+    assert await ramp.get_latest(LOW) == state(LOW, 0.1)
+    assert await ramp.get_latest_many([HIGH, LOW, "nobody"]) == {
+        HIGH: state(HIGH, 0.2),
+        LOW: state(LOW, 0.1),
+    }
+    assert await ramp.get_history(LOW, 9) == [state(LOW, 0.1)]
+    assert await ramp.get_history(LOW, 0) == []
+    await ramp.upsert_latest(state(LOW, 0.3))
+    assert await ramp.get_latest(LOW) == state(LOW, 0.3)
+    assert await ramp.get_history(LOW, 9) == [state(LOW, 0.3)]
+
+
+async def test_outside_the_share_a_broken_alternative_costs_nothing() -> None:
+    """The write stands, and the user is read from inner whatever the share, until both have it."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=0.0)
+    await ramp.upsert_latest(state(value=0.1))
+    other.error = UnavailableError("down")
+    await ramp.upsert_latest(state(value=0.2))
+    other.error = None
+    assert ramp.behind == 1
+    assert samples(ramp)["ramp_behind", ()] == 1
+    ramp.share = 1.0
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    assert await ramp.get_latest_many([LOW]) == {LOW: state(value=0.2)}
+    await ramp.upsert_latest(state(value=0.3))
+    assert ramp.behind == 0
+    reads = other.reads
+    assert await ramp.get_latest(LOW) == state(value=0.3)
+    assert other.reads == reads + 1
+
+
+async def test_in_the_share_a_write_that_one_side_missed_says_so() -> None:
+    """Outcome unknown, retryable as the cause is; and the state of inner is shown from then on."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    await ramp.upsert_latest(state(value=0.1))
+    for error, retryable in ((UnavailableError("down"), True), (RuntimeError("bug"), False)):
+        other.error = error
+        with pytest.raises(UnavailableError) as caught:
+            await ramp.upsert_latest(state(value=0.2))
+        assert caught.value.outcome_unknown
+        assert caught.value.retryable is retryable
+        assert caught.value.operation == "upsert_latest"
+        assert LOW not in str(caught.value)
+    other.error = None
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    # The way out: everybody back to inner, which has everything.
+    ramp.share = 0.0
+    other.error = UnavailableError("down")
+    await ramp.upsert_latest(state(value=0.3))
+    assert await ramp.get_latest(LOW) == state(value=0.3)
+
+
+async def test_a_write_that_inner_refused_reaches_nobody() -> None:
+    """And nobody is behind; one of unknown outcome keeps its user at inner."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    inner.error = ValidationError("refused")
+    with pytest.raises(ValidationError):
+        await ramp.upsert_latest(state())
+    assert ramp.behind == 0
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+    with pytest.raises(UnavailableError):
+        await ramp.upsert_latest(state())
+    assert ramp.behind == 1
+    assert other._users == {}
+
+
+async def test_a_write_that_lost_in_inner_is_not_stored_at_the_alternative() -> None:
+    """An erasure or a newer state won there; what would win here nobody knows."""
+
+    class Loses(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            from layered_store.call import current_call
+
+            current_call(self.clock).superseded = True
+
+    other = MemoryStore()
+    ramp = Ramp(Loses(), alternative=other, share=1.0)
+    await ramp.upsert_latest(state())
+    assert other._users == {}
+    assert ramp.behind == 1
+    assert await ramp.get_latest(LOW) is None
+
+
+async def test_a_store_behind_both_sides_takes_a_write_once() -> None:
+    """Two ways to one database: the second write is the first, by its id."""
+    database = MemoryStore()
+    ramp = Ramp(database, alternative=Cached(database), share=1.0)
+    await ramp.upsert_latest(state(value=0.1))
+    await ramp.upsert_latest_many([state(value=0.2), state(HIGH)])
+    assert len(await database.get_history(LOW, 9)) == 2
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+
+
+async def test_a_delete_that_one_side_missed_says_so() -> None:
+    """pending names the side; the other is erased; until the repeat the user is read from inner."""
+    for inner, other, names in (
+        (MemoryStore(), Down(), ("Down",)),
+        (Down(), MemoryStore(), ("Down",)),
+        (Down(), Down(), ("Down", "Down")),
+    ):
+        ramp = Ramp(inner, alternative=other, share=1.0)
+        await ramp.upsert_latest(state())
+        broken = [store for store in (inner, other) if isinstance(store, Down)]
+        for store in broken:
+            store.error = UnavailableError("down")
+        with pytest.raises(ErasureIncompleteError) as caught:
+            await ramp.delete(LOW)
+        assert caught.value.pending == names
+        assert LOW not in str(caught.value)
+        assert not ramp.takes(LOW)
+        for store in broken:
+            store.error = None
+        await ramp.delete(LOW)
+        assert ramp.takes(LOW)
+        assert await ramp.get_latest(LOW) is None
+        assert await inner.get_latest(LOW) is None
+        assert await other.get_latest(LOW) is None
+
+
+async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
+    """Cancellation passes at once; whoever waited for the same user goes on."""
+    inner, other = MemoryStore(), Down()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    other.gate = asyncio.Event()
+    first = asyncio.create_task(ramp.upsert_latest(state(value=0.1)))
+    await settle()
+    second = asyncio.create_task(ramp.upsert_latest(state(value=0.2)))
+    third = asyncio.create_task(ramp.upsert_latest(state(value=0.3)))
+    await settle()
+    assert await inner.get_latest(LOW) == state(value=0.1)
+    third.cancel()
+    first.cancel()
+    await settle()
+    assert first.cancelled()
+    assert third.cancelled()
+    assert ramp.behind == 1
+    other.gate.set()
+    await second
+    assert await other.get_latest(LOW) == state(value=0.2)
+    assert ramp.behind == 0
+    assert ramp._turns == {}
+
+
+async def test_too_many_behind_send_everybody_to_inner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of who is behind has a bound; past it the alternative answers for nobody."""
+    monkeypatch.setattr(module, "_MAX_BEHIND", 3)
+    inner, other = MemoryStore(), Down()
+    ramp = Ramp(inner, alternative=other, share=0.0)
+    other.error = UnavailableError("down")
+    for number in range(3):
+        await ramp.upsert_latest(state(f"w-{number}"))
+    ramp.share = 1.0
+    assert ramp.takes(LOW)
+    ramp.share = 0.0
+    await ramp.upsert_latest(state("w-3"))
+    ramp.share = 1.0
+    assert not ramp.takes(LOW)
+
+
+def test_one_user_written_from_two_loops_is_told_the_remedy() -> None:
+    """The order of a user's writes is one loop's."""
+    inner = Down()
+    ramp = Ramp(inner, alternative=MemoryStore())
+
+    async def hang() -> None:
+        inner.gate = asyncio.Event()
+        task = asyncio.create_task(ramp.upsert_latest(state()))
+        await settle()
+
+        def elsewhere() -> None:
+            with pytest.raises(UnsupportedError, match="one stack per loop"):
+                asyncio.run(ramp.upsert_latest(state()))
+
+        await asyncio.to_thread(elsewhere)
+        inner.gate.set()
+        await task
+
+    asyncio.run(hang())
+
+
+async def test_open_and_health_with_an_alternative() -> None:
+    """The alternative counts as far as anybody depends on it."""
+    inner, other = Down(), Down()
+    other.error = UnavailableError("down")
+    ramp = Ramp(inner, alternative=other, share=0.0)
+    await ramp.open()
+    report = await ramp.health_report()
+    assert report.status is HealthStatus.DEGRADED
+    assert "alternative is down" in report.message
+    assert [child.name for child in report.children] == ["Down", "Down"]
+    ramp.share = 0.1
+    with pytest.raises(UnavailableError):
+        await ramp.open()
+    other.error, inner.error = None, UnavailableError("down")
+    assert (await ramp.health_report()).status is HealthStatus.UNHEALTHY
+
+
+# In a stack
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({}, "alternative"),
+        ({"alternative": MemoryStore(), "layer": BEST}, "alternative"),
+        ({"alternative": "redis"}, "alternative"),
+        ({"alternative": MemoryStore(snapshot_type=Mood)}, "snapshot_type"),
+        ({"layer": BEST, "salt": 5}, "salt"),
+        ({"layer": BEST, "clock": None}, "clock"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], option: str) -> None:
+    """The error names the option."""
+    with pytest.raises(ConfigError) as caught:
+        Ramp(MemoryStore(), **options)
+    assert caught.value.option == option
+
+
+def test_versions_do_not_pass_and_listing_does() -> None:
+    """Two ways make no order: a WriteThrough above keeps to this process, and says so."""
+    for ramp in (
+        Ramp(MemoryStore(), layer=BEST),
+        Ramp(MemoryStore(), alternative=MemoryStore()),
+    ):
+        assert ramp.capability(Authority) is None
+        assert ramp.capability(CacheTier) is None
+        assert ramp.capability(Enumerable) is not None
+        assert ramp.capability(Ramp) is ramp
+
+    class Channelled(Layer):
+        def capability(self, kind: type[Any]) -> Any:
+            return "offered" if kind is Invalidations else super().capability(kind)
+
+    inner = Channelled(MemoryStore())
+    layered = Ramp(inner, layer={"use": "retry"})
+    assert layered.capability(Invalidations) == "offered"  # type: ignore[comparison-overlap]
+    assert Ramp(inner, alternative=MemoryStore()).capability(Invalidations) is None
+
+
+def test_it_comes_from_a_config_file_and_can_be_swapped() -> None:
+    """Options in, options out; describe says where the share goes; a swap keeps the present
+    share."""
+    layered: dict[str, Any] = {
+        "store": {
+            "use": "memory",
+            "layers": [{"use": "ramp", "layer": {"use": "cached", "ttl": "5s"}, "share": 0.25}],
+        }
+    }
+    stack = load_stack(layered)
+    assert to_config(stack) == layered
+    assert describe(stack)[0].notes == ("0.25 of the users go through Cached",)
+    assert len(describe(stack)) == 2
+    stack.share = 0.5  # type: ignore[attr-defined]
+    new = MemoryStore()
+    swapped = replace(stack, MemoryStore, new)
+    assert isinstance(swapped, Ramp)
+    assert (swapped.inner, swapped.share) == (new, 0.5)
+    assert swapped._layers() != stack._layers()  # type: ignore[attr-defined]
+
+    both = {
+        "store": {
+            "use": "ramp",
+            "share": 0.1,
+            "inner": {"use": "memory"},
+            "alternative": {"use": "memory", "history_limit": 5},
+        }
+    }
+    stack = load_stack(both)
+    assert to_config(stack) == both
+    assert [block.path for block in describe(stack)] == ["", "inner", "alternative"]
+    assert "0.1 of the users" in str(describe(stack))
+
+
+def test_a_function_and_secrets_of_a_table_are_not_shown() -> None:
+    """What a layer's own config hides is hidden here too."""
+    key = "A" * 43 + "="
+    ramp = Ramp(MemoryStore(), layer={"use": "encrypted", "keys": [key]})
+    shown = repr(ramp) + str(describe(ramp)) + repr(describe(ramp)) + str(to_config(ramp))
+    assert key not in shown
+    assert "***" in shown
+    sql = {"use": "sql", "url": "postgresql://app:zebra@db/app"}
+    layers = [{"use": "encrypted", "keys": [key]}]
+    secret = {"use": "write_through", "origin": {**sql, "layers": layers}}
+    ramp = Ramp(MemoryStore(), layer=secret)
+    shown = repr(ramp) + repr(describe(ramp)) + str(to_config(ramp))
+    assert "zebra" not in shown
+    assert key not in shown
+    function = Ramp(MemoryStore(), layer=Cached)
+    assert "<" in repr(function)
+    assert to_config(function)["store"]["layers"][0]["layer"].startswith("<")
