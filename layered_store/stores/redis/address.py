@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -42,20 +44,29 @@ class Address:
 
 def _quiet(connect_timeout: float, timeout: float) -> dict[str, Any]:
     """Return the driver's options: limits, and nothing that repeats or announces by itself."""
+    from redis.asyncio.connection import AbstractConnection  # noqa: PLC0415
     from redis.asyncio.retry import Retry  # noqa: PLC0415
     from redis.backoff import NoBackoff  # noqa: PLC0415
-    from redis.maint_notifications import MaintNotificationsConfig  # noqa: PLC0415
 
-    return {
+    options: dict[str, Any] = {
         # A repeat belongs to the Retry layer: below it, each would multiply the time limits.
         "retry": Retry(NoBackoff(), 0),
         "socket_connect_timeout": connect_timeout,
         "socket_timeout": timeout,
-        # Two commands per connection that older servers answer with errors.
-        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
-        "driver_info": None,
         "protocol": 2,
     }
+    # Commands with which the driver announces itself; older servers answer them with errors. Which
+    # options turn them off differs between the driver's versions.
+    known = inspect.signature(AbstractConnection.__init__).parameters
+    if "driver_info" in known:
+        options["driver_info"] = None
+    elif "lib_name" in known:
+        options |= {"lib_name": None, "lib_version": None}
+    if "maint_notifications_config" in known:
+        from redis.maint_notifications import MaintNotificationsConfig  # noqa: PLC0415
+
+        options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+    return options
 
 
 def address_of_url(
@@ -173,9 +184,14 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
         # Its clients hold connections, so each event loop has its own.
         manager: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]
         pool = manager.master_for(service).connection_pool
-        return Address(
-            connection=lambda: _hold(pool.make_connection(), pool), release=manager.aclose
-        )
+
+        async def release() -> None:
+            # ``Sentinel.aclose`` came with redis-py 8.1.
+            await asyncio.gather(
+                *(each.aclose() for each in manager.sentinels), return_exceptions=True
+            )
+
+        return Address(connection=lambda: _hold(pool.make_connection(), pool), release=release)
 
     make()
     return make
@@ -236,9 +252,10 @@ def address_of_client(client: Any, connect_timeout: float) -> Address:
 
 def _of_pool(pool: Any, quiet: dict[str, Any] | None = None) -> Address:
     kind, options = pool.connection_class, dict(pool.connection_kwargs)
-    for name in ("retry", "maint_notifications_config", "driver_info"):
-        if quiet is not None:
-            options[name] = quiet[name]
+    # The caller's limits and protocol stay; what repeats or announces by itself is turned off.
+    for name, value in (quiet or {}).items():
+        if name not in ("socket_connect_timeout", "socket_timeout", "protocol"):
+            options[name] = value
     for name in ("retry_on_timeout", "retry_on_error", "maint_notifications_pool_handler"):
         options.pop(name, None)
     return Address(connection=lambda: _hold(kind(**options), pool))
