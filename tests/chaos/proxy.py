@@ -20,7 +20,7 @@ class Mode(StrEnum):
     DEAF = "deaf"
     """Hand on requests and drop replies: the call takes effect and its caller never hears."""
     REFUSE = "refuse"
-    """Take no connections."""
+    """Cut every connection at once. It goes on to listen: its port would be taken meanwhile."""
 
 
 class Proxy:
@@ -30,9 +30,9 @@ class Proxy:
     as a router that lost its table does.
     """
 
-    def __init__(self, target: int, port: int = 0) -> None:
+    def __init__(self, target: int) -> None:
         self.target = target
-        self.port = port
+        self.port = 0
         self.mode = Mode.PASS
         self.seconds = 0.0
         self._server: asyncio.Server | None = None
@@ -41,10 +41,9 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Listen, on the same port as before."""
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-            self.port = self._server.sockets[0].getsockname()[1]
+        """Listen."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def set(self, mode: Mode, seconds: float = 0.0) -> None:
         """Change what happens from now on."""
@@ -53,12 +52,7 @@ class Proxy:
                 self._abort(writer)
         self.mode, self.seconds = mode, seconds
         if mode is Mode.REFUSE:
-            server, self._server = self._server, None
-            if server is not None:
-                server.close()
             self.reset()
-        else:
-            await self.start()
 
     def reset(self) -> None:
         """Cut every connection with a TCP reset."""
@@ -75,6 +69,10 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.mode is Mode.REFUSE:
+            self._open[writer] = writer
+            self._abort(writer)
+            return
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

@@ -252,9 +252,10 @@ def address_of_client(client: Any, connect_timeout: float) -> Address:
 
 def _of_pool(pool: Any, quiet: dict[str, Any] | None = None) -> Address:
     kind, options = pool.connection_class, dict(pool.connection_kwargs)
-    # The caller's limits and protocol stay; what repeats or announces by itself is turned off.
+    # The caller's limits stay; what repeats or announces by itself is turned off. So is version 3
+    # of the protocol, in which the driver swallows the messages that stand between replies.
     for name, value in (quiet or {}).items():
-        if name not in ("socket_connect_timeout", "socket_timeout", "protocol"):
+        if name not in ("socket_connect_timeout", "socket_timeout"):
             options[name] = value
     for name in ("retry_on_timeout", "retry_on_error", "maint_notifications_pool_handler"):
         options.pop(name, None)
