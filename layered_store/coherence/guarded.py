@@ -80,6 +80,7 @@ PAGE: Final = 500
 """How many changes are repaired at once."""
 
 _POLL_SECONDS: Final = 0.02
+_NOBODY: Final = "0"
 _LEAVE_SECONDS: Final = 0.2
 _CALLER_ERRORS = (ValidationError, ClosedError)
 
@@ -717,9 +718,15 @@ class GuardedCopies(Invalidations):
             if self._caches:
                 self._follow()
             ready = self._ready
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(READY_SECONDS):
-                await ready.wait()
+        try:
+            # Through the layers around the tier: one that hangs costs their limit and no more.
+            await self._tier.read(_NOBODY)
+        except StoreError as exc:
+            self._trouble(exc, "read")
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(READY_SECONDS):
+                    await ready.wait()
         ready.set()  # once is enough: a tier that is away must not cost every call a second
 
     def _begun(self, *, repaired: bool = False, leased: bool = False) -> None:

@@ -317,6 +317,7 @@ class RedisTier(CacheTier):
                 number,
                 int(seconds * 1000),
                 _LOCK_MS,
+                part.number,
             )
             return bool(reply)
 

@@ -224,8 +224,10 @@ return acted
 STAMP: Final = (
     _LIBRARY
     + """
-if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
-if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[2] then return 0 end
+local holder = redis.call('GET', KEYS[3])
+if holder and holder ~= ARGV[1] then return 0 end
+local known = redis.call('HMGET', KEYS[2], 'gen', 'pass')
+if known[1] ~= ARGV[2] or (known[2] or '0') ~= ARGV[8] then return 0 end
 redis.call('HSET', KEYS[2], 'cursor', ARGV[3], 'pass', ARGV[5])
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[7])
 local left = math.min(tonumber(ARGV[4]) - now(), tonumber(ARGV[6]))
@@ -238,7 +240,8 @@ return 1
 )
 """Keys: guard, repair, lock. Arguments: process, generation, cursor, end of trust in ms, number of
 the pass, longest trust in ms (the clock may have been set back since the pass began), life of the
-lock in ms. Returns 0 when another process took over.
+lock in ms, number that was there when the pass began. Returns 0 when another process took over;
+not when only the lock ran out, or one slow page would be repaired for ever.
 """
 
 STALE: Final = (
