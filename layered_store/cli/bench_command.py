@@ -4,198 +4,238 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-from bisect import bisect_left
-from collections import defaultdict
-from itertools import accumulate
-from typing import Any
+import secrets
+from typing import Any, Final
 
 import click
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from layered_store.cli.common import console, json_option, notices, run
+from layered_store.cli.common import console, json_option, notices, progress, run
+from layered_store.cli.workload import Mix, Workload
 from layered_store.clock import SYSTEM_CLOCK
-from layered_store.errors import StoreError
+from layered_store.errors import ErasureIncompleteError
 from layered_store.interface import StateStore
-from layered_store.snapshot import StateSnapshot
-from layered_store.stack import walk
 
 __all__ = ["command"]
 
-_PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_KEPT = 200_000
+_BATCH: Final = 500
+_REFRESH_SECONDS: Final = 0.25
 
 
 @click.command("bench")
 @click.argument("stack", required=False)
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True)
-@click.option("--users", type=click.IntRange(1, 10_000_000), default=1_000, show_default=True)
-@click.option("--callers", type=click.IntRange(1, 10_000), default=32, show_default=True)
 @click.option(
-    "--writes", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share."
+    "--seconds",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    show_default=True,
+    help="How long to measure.",
 )
 @click.option(
-    "--zipf", type=click.FloatRange(0), default=0.99, show_default=True, help="Skew; 0: none."
+    "--users",
+    type=click.IntRange(1, 10_000_000),
+    default=1_000,
+    show_default=True,
+    help="How many made-up users.",
 )
-@click.option("--axes", type=click.IntRange(0, 1000), default=23, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--keep", is_flag=True, help="Leave the bench users (bench-N) in the store.")
+@click.option(
+    "--callers",
+    type=click.IntRange(1, 10_000),
+    default=32,
+    show_default=True,
+    help="Calls at the same time.",
+)
+@click.option(
+    "--writes",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Share of calls that store a state.",
+)
+@click.option(
+    "--histories",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of calls that read the last 10 states.",
+)
+@click.option(
+    "--erasures",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of calls that erase a user.",
+)
+@click.option(
+    "--zipf",
+    type=click.FloatRange(0),
+    default=0.99,
+    show_default=True,
+    help="How uneven: the n-th user is asked for 1/n**ZIPF as often; 0 is all alike.",
+)
+@click.option(
+    "--axes",
+    type=click.IntRange(0, 1000),
+    default=23,
+    show_default=True,
+    help="How many numbers a state has.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices.")
+@click.option("--keep", is_flag=True, help="Leave the made-up users in the store.")
 @json_option
-def command(stack: str | None, *, as_json: bool, **options: Any) -> None:
-    """Measure reads and writes of made-up users (bench-0, bench-1, ...) through STACK.
+def command(
+    stack: str | None,
+    seconds: float,
+    users: int,
+    callers: int,
+    writes: float,
+    histories: float,
+    erasures: float,
+    zipf: float,
+    axes: int,
+    seed: int,
+    *,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Measure calls of made-up users through STACK: throughput, percentiles, hit ratios.
 
-    The users are erased in the end.
+    The users (bench-RUN-0, bench-RUN-1, ... with a random RUN) are stored first, and erased in the
+    end. What is not a write, a history or an erasure reads a user's latest state. Without STACK:
+    the SQLite file layered_store.db in this directory, cached.
+
+    \b
+    layered-store bench stack.toml
+    layered-store bench stack.toml --users 100000 --writes 0.05 --zipf 1.1
+    layered-store bench redis://127.0.0.1:6379/0 --callers 256 --json
     """
-    bench = _Bench(**options)
-    run(stack, bench.run)
-    result = bench.result()
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        console.print(_table(result))
+    if writes + histories + erasures > 1:
+        raise click.UsageError("--writes, --histories and --erasures add up to more than 1")
+    mix = Mix(writes=writes, histories=histories, erasures=erasures)
+    name = f"bench-{secrets.token_hex(4)}-"
+    workload = Workload(name, users, mix, zipf=zipf, axes=axes, seed=seed)
+    bench = _Bench(workload, seconds, callers, keep=keep)
+    try:
+        run(stack, bench.run)
+    finally:
+        # Also when it was interrupted: what was measured until then.
+        if workload.calls:
+            result = workload.result()
+            if as_json:
+                click.echo(json.dumps(result))
+            else:
+                console.print(_view(result, bench.setting))
+    if bench.owed:
+        notices.print(
+            f"{bench.owed} users are erased in the system of record only, since a tier could not"
+            " be reached; it is cleaned before it answers again"
+        )
+    if keep:
+        notices.print(f"the users {name}0 to {name}{users - 1} are left in the store")
 
 
 class _Bench:
-    """One measurement."""
+    """One measurement: fill, measure, clean up."""
 
-    def __init__(
-        self,
-        *,
-        seconds: float,
-        users: int,
-        callers: int,
-        writes: float,
-        zipf: float,
-        axes: int,
-        seed: int,
-        keep: bool,
-    ) -> None:
-        self._seconds, self._users, self._callers = seconds, users, callers
-        self._writes, self._keep = writes, keep
-        self._random = random.Random(seed)
-        self._axes = {f"axis_{i}": self._random.random() for i in range(axes)}
-        self._weights = list(accumulate((rank + 1) ** -zipf for rank in range(users)))
-        self._times: dict[str, list[float]] = defaultdict(list)
-        self._calls: dict[str, int] = defaultdict(int)
-        self._errors = 0
-        self._elapsed = 0.0
-        self._tiers: dict[str, dict[str, float]] = {}
+    def __init__(self, workload: Workload, seconds: float, callers: int, *, keep: bool) -> None:
+        self._workload = workload
+        self._seconds = seconds
+        self._callers = callers
+        self._keep = keep
+        self.owed = 0
+        mix = workload.mix
+        parts = [f"{mix.writes:.0%} writes"]
+        parts += [f"{mix.histories:.0%} histories"] if mix.histories else []
+        parts += [f"{mix.erasures:.0%} erasures"] if mix.erasures else []
+        self.setting = (
+            f"{callers} callers, {workload.users:,} users, zipf {workload.zipf:g},"
+            f" {', '.join(parts)}"
+        )
 
     async def run(self, store: StateStore) -> None:
-        await self._each(store, lambda user: store.upsert_latest(self._snapshot(user)))
-        before = _reads(store)
+        workload = self._workload
+        try:
+            await self._all(
+                "storing users",
+                lambda batch: store.upsert_latest_many(map(workload.snapshot, batch)),
+            )
+            await self._measure(store)
+        finally:
+            if not self._keep:
+
+                await self._all("erasing users", lambda batch: self._erase(store, batch))
+
+    async def _erase(self, store: StateStore, batch: list[str]) -> None:
+        """Erase users; those of whom a tier still has to hear are counted."""
+        for result in await asyncio.gather(*map(store.delete, batch), return_exceptions=True):
+            if isinstance(result, ErasureIncompleteError):
+                self.owed += 1
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _all(self, title: str, work: Any) -> None:
+        """Do something for all users, in batches."""
+        total = self._workload.users
+        with progress("users") as bar:
+            task = bar.add_task(title, total=total)
+            for first in range(0, total, _BATCH):
+                batch = [self._workload.user(n) for n in range(first, min(total, first + _BATCH))]
+                await work(batch)
+                bar.update(task, advance=len(batch))
+
+    async def _measure(self, store: StateStore) -> None:
+        workload = self._workload
         now = SYSTEM_CLOCK.monotonic
-        start = now()
-        with Live(console=notices, refresh_per_second=4, transient=True) as live:
+        end = workload.begin(store, now) + self._seconds
+        shown = notices.is_terminal
+        with Live(console=notices, auto_refresh=False, transient=True) as live:
             callers = [
-                asyncio.create_task(self._caller(store, start + self._seconds))
-                for _ in range(self._callers)
+                asyncio.create_task(workload.call_until(store, end)) for _ in range(self._callers)
             ]
-            while not all(caller.done() for caller in callers):
-                await asyncio.wait(callers, timeout=0.25)
-                self._elapsed = now() - start
-                if notices.is_terminal:
-                    live.update(_table(self.result()))
-            await asyncio.gather(*callers)
-        self._elapsed = now() - start
-        for name, after in _reads(store).items():
-            then = before.get(name, {})
-            self._tiers[name] = {key: value - then.get(key, 0) for key, value in after.items()}
-        if not self._keep:
-            await self._each(store, store.delete)
-
-    async def _each(self, store: StateStore, work: Any) -> None:
-        users = iter(range(self._users))
-
-        async def worker() -> None:
-            for user in users:
-                await work(f"bench-{user}")
-
-        await asyncio.gather(*(worker() for _ in range(self._callers)))
-
-    async def _caller(self, store: StateStore, end: float) -> None:
-        now = SYSTEM_CLOCK.monotonic
-        began = now()
-        turns = 0
-        while began < end:
-            user = f"bench-{bisect_left(self._weights, self._random.random() * self._weights[-1])}"
-            write = self._random.random() < self._writes
-            operation = "upsert_latest" if write else "get_latest"
-            snapshot = self._snapshot(user) if write else None
-            began = now()
             try:
-                if snapshot is not None:
-                    await store.upsert_latest(snapshot)
-                else:
-                    await store.get_latest(user)
-            except StoreError:
-                self._errors += 1
-            self._note(operation, now() - began)
-            turns += 1
-            if turns % 64 == 0:
-                await asyncio.sleep(0)  # hits never wait, and the other callers want their turn
-
-    def _note(self, operation: str, seconds: float) -> None:
-        self._calls[operation] += 1
-        times = self._times[operation]
-        if len(times) < _KEPT:
-            times.append(seconds)
-        elif (place := self._random.randrange(self._calls[operation])) < _KEPT:
-            times[place] = seconds  # reservoir sampling: every call is as likely to be kept
-
-    def _snapshot(self, user: str) -> StateSnapshot:
-        return StateSnapshot(user, axes=self._axes)
-
-    def result(self) -> dict[str, Any]:
-        """Return the figures so far."""
-        elapsed = self._elapsed or 1e-9
-        operations = {}
-        for operation, calls in self._calls.items():
-            times = sorted(self._times[operation])
-            figures = {f"p{p:g}_ms": _at(times, p) for p in _PERCENTILES}
-            operations[operation] = {
-                "calls": calls,
-                "per_second": round(calls / elapsed, 1),
-                **figures,
-                "max_ms": _at(times, 100.0),
-            }
-        ratios = {}
-        for name, counts in self._tiers.items():
-            total = sum(counts.values())
-            if total:
-                ratios[name] = round(counts.get("hit", 0) / total, 4)
-        return {
-            "seconds": round(elapsed, 3),
-            "errors": self._errors,
-            "operations": operations,
-            "hit_ratio": ratios,
-        }
+                while not all(caller.done() for caller in callers):
+                    await asyncio.wait(callers, timeout=_REFRESH_SECONDS)
+                    workload.note_time(store)
+                    if shown:
+                        left = max(0.0, end - now())
+                        live.update(
+                            _view(workload.result(), f"{self.setting}, {left:.0f} s left"),
+                            refresh=True,
+                        )
+                await asyncio.gather(*callers)
+            finally:
+                for caller in callers:
+                    caller.cancel()
+                workload.note_time(store)
 
 
-def _at(times: list[float], percent: float) -> float:
-    return round(times[min(len(times) - 1, int(len(times) * percent / 100))] * 1000, 4)
-
-
-def _reads(store: StateStore) -> dict[str, dict[str, float]]:
-    """Return what each tier counted of its reads, by its label."""
-    found: dict[str, dict[str, float]] = {}
-    for place in walk(store):
-        for sample in place.store.samples():
-            if sample.metric == "reads":
-                tier = found.setdefault(place.label, defaultdict(float))
-                tier[sample.labels[-1]] += sample.value
-    return found
-
-
-def _table(result: dict[str, Any]) -> Table:
-    ratios = ", ".join(f"{name} {ratio:.1%}" for name, ratio in result["hit_ratio"].items())
-    caption = f"{result['seconds']} s, {result['errors']} errors" + (
-        f", hits: {ratios}" if ratios else ""
-    )
-    table = Table(
-        "operation", "calls", "per s", "p50 ms", "p90", "p99", "p99.9", "max", caption=caption
-    )
+def _view(result: dict[str, Any], setting: str) -> Group:
+    calls = Table(title=setting, title_justify="left", title_style="bold")
+    calls.add_column("operation")
+    for heading in ("calls", "per second", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"):
+        calls.add_column(heading, justify="right")
     for operation, figures in result["operations"].items():
-        table.add_row(operation, *(f"{value:,}" for value in figures.values()))
-    return table
+        times = [figures[f"p{p}_ms"] for p in ("50", "90", "99", "99.9")] + [figures["max_ms"]]
+        calls.add_row(
+            operation,
+            f"{figures['calls']:,}",
+            f"{figures['per_second']:,.0f}",
+            *(_milliseconds(value) for value in times),
+        )
+    total = sum(figures["calls"] for figures in result["operations"].values())
+    seconds = result["seconds"] or 1e-9
+    lines = [Text(f"{total:,} calls in {result['seconds']:.1f} s: {total / seconds:,.0f} a second")]
+    if result["errors"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in result["error_kinds"].items())
+        lines.append(Text(f"{result['errors']:,} errors: {kinds}", style="red"))
+    if result["hit_ratio"]:
+        tiers = ", ".join(f"{name} {ratio:.1%}" for name, ratio in result["hit_ratio"].items())
+        lines.append(Text(f"hit ratio: {tiers}"))
+    return Group(calls, *lines)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:,.2f}"

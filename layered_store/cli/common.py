@@ -93,6 +93,8 @@ def guarded(work: Callable[[], T]) -> T:
         sys.exit(1)
     except OSError as exc:
         fail(": ".join(map(str, filter(None, (exc.filename, exc.strerror or type(exc).__name__)))))
+    except ModuleNotFoundError as exc:
+        fail(f"this needs {exc.name}, which is not installed", code=2)
     except Exception as exc:
         if os.environ.get("LAYERED_STORE_TRACEBACK"):
             raise
@@ -119,11 +121,12 @@ def run(stack: str | None, work: Callable[[StateStore], Awaitable[T]]) -> T:
     return guarded(lambda: asyncio.run(whole()))
 
 
-def progress(unit: str) -> Any:
+def progress(unit: str, *, shown: bool = True) -> Any:
     """Return a progress bar on stderr, shown only on a terminal.
 
     Args:
         unit: what is counted, such as ``"users"``.
+        shown: whether it may be shown at all.
     """
     from rich.progress import (
         BarColumn,
@@ -149,4 +152,4 @@ def progress(unit: str) -> Any:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=notices, disable=not notices.is_terminal)
+    return Progress(*columns, console=notices, disable=not (shown and notices.is_terminal))

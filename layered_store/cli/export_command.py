@@ -2,61 +2,106 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
 import click
 
-from layered_store.cli.common import progress, run
+from layered_store.cli.common import notices, progress, run
+from layered_store.copying import count_users
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.errors import UnsupportedError
 from layered_store.interface import StateStore
+from layered_store.snapshot import StateSnapshot
 
 __all__ = ["command"]
 
-_EVERYTHING = 2**31 - 1
-_PAGE = 500
+_EVERYTHING: Final = 2**31 - 1
+_PAGE: Final = 500
+_SIDE_BY_SIDE: Final = 64
 
 
 @click.command("export")
 @click.argument("stack")
 @click.argument("user", required=False)
 @click.option("--all", "everyone", is_flag=True, help="Export all users, one JSON line each.")
-@click.option("--output", type=click.File("w"), default="-", help="Where to; standard output.")
-def command(stack: str, user: str | None, output: Any, *, everyone: bool) -> None:
-    """Write everything that is kept about USER as JSON: the latest state and the history."""
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    default="-",
+    help="File to write to; standard output unless given.",
+)
+def command(stack: str, user: str | None, output: str, *, everyone: bool) -> None:
+    """Write everything that is kept about USER as JSON: the latest state and the history.
+
+    Exit 1 when nothing is kept.
+
+    \b
+    layered-store export stack.toml u-1
+    layered-store export stack.toml --all --output users.jsonl
+    """
     if (user is None) is not everyone:
         raise click.UsageError("give a USER or --all")
 
     async def work(store: StateStore) -> int:
         if user is not None:
-            return await _write(store, user, output)
+            record = _record(user, await store.get_latest(user), await _history(store, user))
+            if record is not None:
+                with click.open_file(output, "w", encoding="utf-8") as file:
+                    file.write(record)
+            return 0 if record is None else 1
         listing = enumerable_of(store)
         if listing is None:
             raise UnsupportedError("this stack's system of record cannot list its users")
         count = 0
-        with progress("users") as bar:
-            task = bar.add_task("users", total=None)
-            async for page in pages(listing, _PAGE):
-                for each in page.user_ids:
-                    count += await _write(store, each, output)
+        with (
+            click.open_file(output, "w", encoding="utf-8") as file,
+            progress("users", shown=not file.isatty()) as bar,  # not between a terminal's lines
+        ):
+            task = bar.add_task("exporting", total=await count_users(listing))
+            async for record in _records(store, listing):
+                file.write(record)
+                count += 1
                 bar.update(task, completed=count)
         return count
 
-    if not run(stack, work) and not everyone:
-        click.echo("nothing is kept about this user", err=True)
+    count = run(stack, work)
+    if everyone:
+        notices.print(f"{count:,} users")
+    elif not count:
+        notices.print("nothing is kept about this user")
         raise SystemExit(1)
 
 
-async def _write(store: StateStore, user: str, output: Any) -> int:
-    latest = await store.get_latest(user)
-    history = await store.get_history(user, _EVERYTHING)
+async def _records(store: StateStore, listing: Any) -> AsyncIterator[str]:
+    gate = asyncio.Semaphore(_SIDE_BY_SIDE)
+
+    async def history(user: str) -> list[StateSnapshot]:
+        async with gate:
+            return await _history(store, user)
+
+    async for page in pages(listing, _PAGE):
+        latest = await store.get_latest_many(page.user_ids)
+        histories = await asyncio.gather(*map(history, page.user_ids))
+        for user, states in zip(page.user_ids, histories, strict=True):
+            record = _record(user, latest.get(user), states)
+            if record is not None:
+                yield record
+
+
+async def _history(store: StateStore, user: str) -> list[StateSnapshot]:
+    return await store.get_history(user, _EVERYTHING)
+
+
+def _record(user: str, latest: StateSnapshot | None, history: list[StateSnapshot]) -> str | None:
+    """Return the line about a user; None when nothing is kept."""
     if latest is None and not history:
-        return 0
+        return None
     record = {
         "user_id": user,
         "latest": None if latest is None else json.loads(latest.to_json()),
         "history": [json.loads(snapshot.to_json()) for snapshot in history],
     }
-    output.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return 1
+    return json.dumps(record, ensure_ascii=False) + "\n"

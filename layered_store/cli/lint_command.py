@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections import Counter
+from typing import Final
 
 import click
+from rich.padding import Padding
+from rich.text import Text
 
 from layered_store.cli.common import console, guarded, json_option, source_of
 from layered_store.config.lint import Finding, Severity, lint
@@ -14,14 +18,21 @@ from layered_store.config.loader import load_unchecked
 
 __all__ = ["command"]
 
+_COLOURS: Final = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+
 
 @click.command("lint")
 @click.argument("stack", required=False)
 @json_option
 def command(stack: str | None, *, as_json: bool) -> None:
-    """Say what is wrong or doubtful about the order and options of STACK.
+    """Say what is wrong or doubtful about the order and options of STACK; opens no connection.
 
-    Exit 1 when there is an error that the file does not allow.
+    Errors cannot work as meant: the stack does not load, and the exit code is 1. Warnings are
+    probably not meant, notes are worth knowing. A file accepts a rule with its reason:
+
+    \b
+    [lint]
+    allow = { LS003 = "writes are what we retry" }
     """
 
     def work() -> list[Finding]:
@@ -41,5 +52,18 @@ def command(stack: str | None, *, as_json: bool) -> None:
         console.print("nothing to say")
     else:
         for finding in findings:
-            console.print(str(finding), markup=False)
+            colour = _COLOURS[finding.severity]
+            console.print(
+                Text.assemble(
+                    (f"{finding.rule} {finding.severity}", colour), " at ", (finding.place, "bold")
+                ),
+                Padding(Text(finding.reason), (0, 0, 0, 2), expand=False),
+                soft_wrap=False,
+            )
+        counts = Counter(finding.severity for finding in findings)
+        console.print(", ".join(_counted(counts[each], each) for each in Severity))
     sys.exit(1 if any(finding.severity is Severity.ERROR for finding in findings) else 0)
+
+
+def _counted(number: int, severity: Severity) -> str:
+    return f"{number} {severity}{'' if number == 1 else 's'}"

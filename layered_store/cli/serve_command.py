@@ -80,7 +80,8 @@ def command(
         from layered_store.service import create_app
         from layered_store.service.server import build_server
     except ImportError as exc:
-        fail(f"serve needs {exc.name}; install it with: pip install 'layered-store[serve]'", code=2)
+        missing = str(exc.name).partition(".")[0]
+        fail(f"serve needs {missing}; install it with: pip install 'layered-store[serve]'", code=2)
     key = _key(api_key_file)
     if key is None and not _is_local(host) and not public_without_key:
         raise click.UsageError(

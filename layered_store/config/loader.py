@@ -445,6 +445,9 @@ class _Build:
                     return None
                 del arguments[option]
                 broken = True
+            except ModuleNotFoundError as exc:
+                self.problem(f"{spec.kind} needs {exc.name}, which is not installed", path=path)
+                return None
             except Exception as exc:  # noqa: BLE001  a third party's constructor may raise anything
                 # Its text may quote a secret, so only the kind of error is told.
                 self.problem(

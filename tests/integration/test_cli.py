@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,65 @@ def test_copy_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert (result["users_in_target"], result["conflicts"]) == (300, 0)
     assert not state.exists()
     assert asyncio.run(read(tmp_path / "a.db", 300)) == asyncio.run(read(tmp_path / "b.db", 300))
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C is one line and exit 130; ``bench`` still erases its users and shows its figures."""
+    url = "sqlite+aiosqlite:///a.db"
+    bench = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "layered_store", "bench", url, "--seconds", "60", "--users", "50"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 30
+    while not (tmp_path / "a.db").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(1.5)
+    bench.send_signal(signal.SIGINT)
+    out, err = bench.communicate(timeout=30)
+    assert bench.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert "get_latest" in out
+    assert run("export", url, "--all", cwd=tmp_path) == ""
+
+
+def test_output_that_nobody_reads_on(tmp_path: Path) -> None:
+    """When the reader of a pipe has seen enough, as ``head`` does, nothing is complained about."""
+    fill(tmp_path / "a.db", 3_000, 1)
+    for arguments in (("export", "sqlite+aiosqlite:///a.db", "--all"), ("schema",)):
+        writer = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "layered_store", *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.read(10)
+        writer.stdout.close()
+        assert writer.stderr is not None
+        complaints = writer.stderr.read().decode()
+        writer.wait(30)
+        assert "Traceback" not in complaints
+        assert "Exception" not in complaints
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    """The check says so, and the thread that tried ends without a word of its own."""
+    code = (
+        "import asyncio\n"
+        "from layered_store.stores.sql import SQLStore\n"
+        "async def once():\n"
+        "    store = SQLStore('sqlite+aiosqlite:////nowhere/x.db')\n"
+        "    assert not await store.health_check()\n"
+        "    await store.aclose()\n"
+        "for _ in range(40):\n"
+        "    asyncio.run(once())\n"
+    )
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""

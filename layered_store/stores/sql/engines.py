@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -42,6 +43,8 @@ _DRIVERS: Final = {
     "mariadb": "mariadb+aiomysql",
 }
 _ASYNC: Final = ("aiosqlite", "asyncpg", "psycopg", "psycopg_async", "aiomysql", "asyncmy")
+_EXTRAS: Final = {"asyncpg": "postgres", "aiomysql": "mysql"}
+_THREAD_SECONDS: Final = 1.0
 _MAX_PORT: Final = 65_535
 _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
 _BUSY_MS: Final = 5_000
@@ -95,11 +98,21 @@ def parse_url(url: object, owner: str) -> URL:
         raise ConfigError(f"names a port beyond {_MAX_PORT}", option="url", layer=owner)
     scheme = parsed.drivername
     if scheme in _DRIVERS:
-        return parsed.set(drivername=_DRIVERS[scheme])
+        parsed = parsed.set(drivername=_DRIVERS[scheme])
+        scheme = parsed.drivername
     base, _, driver = scheme.partition("+")
     if base not in FAMILIES or driver not in _ASYNC:
         raise ConfigError(
             f"must name a database and an async driver: {_SCHEMES}", option="url", layer=owner
+        )
+    module = driver.removesuffix("_async")
+    if importlib.util.find_spec(module) is None:
+        extra = _EXTRAS.get(module)
+        install = f"'layered-store[{extra}]'" if extra else module
+        raise ConfigError(
+            f"needs the driver {module}, which is not installed: pip install {install}",
+            option="url",
+            layer=owner,
         )
     return parsed
 
@@ -139,7 +152,9 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
         "pool_reset_on_return": None,
         "hide_parameters": True,
     }
+    arguments = _connect_arguments(url, wait) | _statement_arguments(url, prepares)
     if in_memory(url):
+        options["connect_args"] = arguments
         engine = create_async_engine(url, poolclass=StaticPool, **options)
     else:
         options |= {
@@ -147,7 +162,7 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
             "pool_size": size,
             "max_overflow": 0,
             "pool_timeout": wait,
-            "connect_args": _connect_arguments(url, wait) | _statement_arguments(url, prepares),
+            "connect_args": arguments,
         }
         engine = create_async_engine(url, **options)
     if url.get_backend_name() == "sqlite":
@@ -157,11 +172,32 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
 
 def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
     driver = url.get_driver_name()
+    if driver == "aiosqlite":
+        return {"async_creator_fn": _open_sqlite}
     if driver == "asyncpg":
         return {} if "timeout" in url.query else {"timeout": wait}
     if driver in ("aiomysql", "asyncmy", "psycopg", "psycopg_async"):
         return {} if "connect_timeout" in url.query else {"connect_timeout": max(1, int(wait))}
     return {}
+
+
+async def _open_sqlite(*args: Any, **options: Any) -> Any:
+    """Return an open aiosqlite connection.
+
+    When it cannot be opened, its thread speaks to the event loop once more before it ends. A loop
+    that is closed by then has the thread die with a traceback.
+    """
+    import aiosqlite  # noqa: PLC0415  only where it is the driver
+
+    connection = aiosqlite.connect(*args, **options)
+    thread: Any = getattr(connection, "_thread", connection)  # which it was itself before 0.22
+    thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        if thread.is_alive():
+            await asyncio.to_thread(thread.join, _THREAD_SECONDS)
+        raise
 
 
 def _statement_arguments(url: URL, prepares: bool) -> dict[str, Any]:  # noqa: FBT001

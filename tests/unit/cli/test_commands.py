@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from layered_store.cli.group import cli
+from layered_store.health import HealthReport
+from layered_store.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::layered_store.config.LintWarning")
 
@@ -79,16 +84,55 @@ def test_check(memory: str) -> None:
     """``check`` prints the health tree and exits 0 when healthy."""
     done = run("check", memory)
     assert done.exit_code == 0
-    assert "MemoryStore healthy" in done.output
+    assert "✓ MemoryStore healthy" in done.output
+    assert "everything works" in done.output
     assert json.loads(run("check", memory, "--json").stdout)["status"] == "healthy"
 
 
 def test_check_unhealthy() -> None:
     """``check`` exits 1 when the backend cannot be reached."""
-    pytest.importorskip("layered_store.stores.redis", reason="no RedisStore yet")
     done = run("check", "redis://127.0.0.1:1/0")
     assert done.exit_code == 1
+    assert "✗ RedisStore unhealthy" in done.output
+    assert "the connection failed" in done.output
     assert "Traceback" not in done.output
+
+
+HUNG = """
+[store]
+use = "fallback"
+inner = { use = "redis", url = "redis://127.0.0.1:PORT/0" }
+secondary = { use = "sql", url = "postgresql+asyncpg://u@127.0.0.1:PORT/x" }
+"""
+
+
+def test_check_of_what_hangs(tmp_path: Path) -> None:
+    """Backends that accept connections and never answer are unhealthy within a bounded time."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        path = tmp_path / "hung.toml"
+        path.write_text(HUNG.replace("PORT", str(silent.getsockname()[1])))
+        began = time.monotonic()
+        done = run("check", str(path), "--json")
+        assert time.monotonic() - began < 8
+    assert done.exit_code == 1
+    report = json.loads(done.stdout)
+    assert report["status"] == "unhealthy"
+    assert [child["status"] for child in report["children"]] == ["unhealthy"] * 2
+
+
+def test_check_of_a_block_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third party's probe that never ends, and cannot be ended, is cut off by --timeout."""
+
+    async def for_ever(self: MemoryStore) -> HealthReport:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(MemoryStore, "health_report", for_ever)
+    path = tmp_path / "stack.toml"
+    path.write_text('[store]\nuse = "memory"\n')
+    done = run("check", str(path), "--timeout", "0.2")
+    assert done.exit_code == 1
+    assert "no answer within 0.2 s" in done.output
 
 
 def test_lint(memory: str, tmp_path: Path) -> None:
@@ -119,7 +163,14 @@ def test_schema() -> None:
         (("export", "STACK"), 2, "USER or --all"),
         (("export", "STACK", "u-1"), 1, "nothing is kept"),
         (("serve", "STACK", "--host", "0.0.0.0"), 2, "without an API key"),  # noqa: S104
-        (("bnch",), 2, "No such command"),
+        (("bnch",), 2, "No such command 'bnch'. Did you mean 'bench'?"),
+        (("xyz",), 2, "There are show, lint"),
+        (("bench", "STACK", "--writes", "0.9", "--erasures", "0.2"), 2, "more than 1"),
+        (("export", "STACK", "--all", "--output", "/nowhere/x"), 1, "/nowhere/x: No such file"),
+        (("copy", "STACK", "STACK", "--state", "/nowhere/x"), 1, "cannot write /nowhere/x"),
+        (("show", "."), 2, "ends in .toml or .json"),
+        (("show", "foo://bar"), 2, "store.url"),
+        (("get", "redis://:marked-pw@127.0.0.1:1/0", "u-1"), 1, "the connection failed"),
     ],
 )
 def test_errors_are_one_line(memory: str, arguments: tuple[str, ...], code: int, text: str) -> None:
@@ -128,6 +179,30 @@ def test_errors_are_one_line(memory: str, arguments: tuple[str, ...], code: int,
     assert done.exit_code == code
     assert text in done.output
     assert "Traceback" not in done.output
+    assert "marked-pw" not in done.output
+
+
+def test_what_no_block_should_raise(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of a third party's block is one line as well, which quotes nothing of the error."""
+
+    async def broken(self: MemoryStore, user_id: str) -> None:
+        raise RuntimeError("marked-text")
+
+    monkeypatch.setattr(MemoryStore, "get_latest", broken)
+    done = run("get", memory, "u-1")
+    assert done.exit_code == 1
+    assert "RuntimeError" in done.output
+    assert "marked-text" not in done.output
+    monkeypatch.setenv("LAYERED_STORE_TRACEBACK", "1")
+    assert isinstance(run("get", memory, "u-1").exception, RuntimeError)
+
+
+def test_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend whose driver is not installed says what to install."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    done = run("get", "postgresql+asyncpg://u@127.0.0.1:1/x", "u-1")
+    assert done.exit_code == 2
+    assert "layered-store[postgres]" in done.output
 
 
 def test_bench(memory: str) -> None:
@@ -138,6 +213,77 @@ def test_bench(memory: str) -> None:
     assert result["errors"] == 0
     assert result["operations"]["get_latest"]["calls"] > 10
     assert 0 <= result["hit_ratio"]["0.cached"] <= 1
+
+
+def test_bench_mix(memory: str) -> None:
+    """The shares of the operations and the skew of the users are as chosen, and errors told apart.
+
+    Afterwards none of the users is left.
+    """
+    mix = ("--writes", "0.3", "--histories", "0.2", "--erasures", "0.1", "--zipf", "0")
+    done = run("bench", memory, "--seconds", "0.5", "--users", "50", *mix, "--json")
+    operations = json.loads(done.stdout)["operations"]
+    total = sum(figures["calls"] for figures in operations.values())
+    for operation, share in (
+        ("upsert_latest", 0.3),
+        ("get_history", 0.2),
+        ("delete", 0.1),
+        ("get_latest", 0.4),
+    ):
+        assert operations[operation]["calls"] / total == pytest.approx(share, abs=0.05)
+        assert operations[operation]["p50_ms"] <= operations[operation]["p99_ms"]
+
+
+def test_bench_table(memory: str) -> None:
+    """The table names the setting, and the errors by their kind."""
+    done = run("bench", memory, "--seconds", "0.2", "--users", "20")
+    assert "32 callers, 20 users, zipf 0.99, 10% writes" in done.output
+    assert "a second" in done.output
+    assert "hit ratio: 0.cached" in done.output
+
+
+async def test_bench_erases_its_users() -> None:
+    """Whether it ends or is interrupted: its users are gone, and no others."""
+    from layered_store.cli.bench_command import _Bench
+    from layered_store.cli.workload import Mix, Workload
+    from layered_store.snapshot import StateSnapshot
+
+    store = MemoryStore()
+    await store.upsert_latest(StateSnapshot("bench-1"))
+    workload = Workload("bench-x-", 700, Mix(writes=0.5), zipf=1.0, axes=2, seed=1)
+    bench = _Bench(workload, 60.0, 4, keep=False)
+    task = asyncio.create_task(bench.run(store))
+    while not workload.calls.total():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert len((await store.users("", 1000)).user_ids) == 701
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list((await store.users("", 1000)).user_ids) == ["bench-1"]
+
+
+async def test_zipf() -> None:
+    """The first user is asked for as often as the exponent says."""
+    from layered_store.cli.workload import Mix, Workload
+    from layered_store.snapshot import StateSnapshot
+
+    async def share_of_first(zipf: float) -> float:
+        seen = []
+
+        class Noting(MemoryStore):
+            async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+                seen.append(snapshot.user_id)
+                if len(seen) == 5_000:
+                    raise asyncio.CancelledError
+
+        workload = Workload("u-", 100, Mix(writes=1.0), zipf=zipf, axes=0, seed=1)
+        with pytest.raises(asyncio.CancelledError):
+            await workload.call_until(Noting(), float("inf"))
+        return seen.count("u-0") / len(seen)
+
+    harmonic = sum(1 / n for n in range(1, 101))
+    assert await share_of_first(1.0) == pytest.approx(1 / harmonic, abs=0.03)
+    assert await share_of_first(0.0) == pytest.approx(0.01, abs=0.01)
 
 
 def test_no_colour_when_not_a_terminal(memory: str) -> None:
