@@ -16,7 +16,10 @@ COMMON = """
 import asyncio, gc, os, sys
 from prometheus_client.parser import text_string_to_metric_families as parse
 from layered_store import Cached, MemoryStore, Metrics, StateSnapshot
+from layered_store.metrics import multiprocess
 from layered_store.metrics.prometheus import exposition
+
+multiprocess._FLUSH_SECONDS = 1e6  # so that only the moment under test hands over
 
 def figures(name):
     return {
@@ -70,8 +73,6 @@ def test_nothing_is_added_to_a_call(tmp_path: Path) -> None:
                 touched += 1
                 return _real(self, *args)
             setattr(values.ValueClass, method, counted)
-        from layered_store.metrics import multiprocess
-        multiprocess._FLUSH_SECONDS = 1e6
         stack = Metrics(Cached(MemoryStore()), name="s")
         asyncio.run(use(stack, 5_000))
         assert touched == 0, touched
@@ -94,9 +95,9 @@ def test_stacks_of_one_name_add_up_and_closing_one_loses_and_doubles_nothing(
             await use(two, 20)
             assert calls("get_latest") == 30, calls("get_latest")
             assert one(figures("cache_entries")) == 2, figures("cache_entries")
-            await use(one_, 5)
             await one_.health_report()
             assert set(figures("health_status").values()) == {2}
+            await use(one_, 5)
             await one_.aclose()
             assert calls("get_latest") == 35, calls("get_latest")
             assert one(figures("cache_entries")) == 1, figures("cache_entries")
@@ -163,8 +164,6 @@ def test_a_process_hands_over_at_its_end(tmp_path: Path) -> None:
     """What was counted since the last second is not lost; its gauges go."""
     run(
         """
-        from layered_store.metrics import multiprocess
-        multiprocess._FLUSH_SECONDS = 1e6
         stack = Metrics(Cached(MemoryStore()), name="s")
         asyncio.run(use(stack, 12))
         """,

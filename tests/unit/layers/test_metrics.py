@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator
@@ -254,11 +256,17 @@ async def test_hits_are_counted_exactly_and_their_histogram_agrees(
 
 
 async def test_all_hits_are_timed_when_asked_for(registry: CollectorRegistry) -> None:
-    """With a clock that jumps at each reading, every hit takes as long as it says."""
+    """With a clock that jumps at each reading, every hit takes as long as it says: one in ten
+    takes ten times as long, which a sample would not meet exactly.
+    """
 
     class Ticking(FakeClock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ticks = itertools.count()
+
         def monotonic(self) -> float:
-            self.set(self._now + 0.004)
+            self.set(self._now + (0.04 if next(self.ticks) % 20 == 7 else 0.004))
             return self._now
 
     clock = Ticking()
@@ -270,14 +278,16 @@ async def test_all_hits_are_timed_when_asked_for(registry: CollectorRegistry) ->
         clock=clock,
     )
     await stack.upsert_latest(StateSnapshot("u-1"))
-    for _ in range(100):
+    clock.ticks = itertools.count()
+    for _ in range(100):  # two readings each
         await stack.get_latest("u-1")
     cells = figures(
         registry, "layered_store_operation_duration_seconds_bucket", operation="get_latest"
     )
-    assert (cells["s", "0.0025"], cells["s", "0.005"]) == (0, 100)
+    bounds = ("0.0025", "0.005", "0.025", "0.05", "+Inf")
+    assert [cells["s", bound] for bound in bounds] == [0, 90, 90, 100, 100]
     total = figures(registry, "layered_store_operation_duration_seconds_sum")
-    assert total["s", "get_latest"] == pytest.approx(0.4)
+    assert total["s", "get_latest"] == pytest.approx(90 * 0.004 + 10 * 0.04)
 
 
 def test_a_bucket_of_sampled_hits_never_falls() -> None:
@@ -299,6 +309,20 @@ def test_a_bucket_of_sampled_hits_never_falls() -> None:
     # One in seven took 8 s: the estimate is of that order.
     assert 0.5 < before[-2] / hits * 7 < 1.5
     assert 0.5 < seconds_before / (hits / 7 * 8.0) < 1.5
+
+
+def test_hits_are_spread_as_those_that_were_sampled_since_the_last_look() -> None:
+    """Hits that became slow show as slow at once, not after a day of averages."""
+    hits = 0
+    timings = HitTimings()
+    timings.counts.append(type("Count", (), {"read": lambda _: hits})())  # type: ignore[arg-type]
+    for duration in (5e-7, 2e-3):
+        for _ in range(100):
+            timings.note(duration)
+        hits += 6_400
+        cells, seconds = timings.spread()
+    assert {cell: count for cell, count in enumerate(cells) if count} == {0: 6_400, 6: 6_400}
+    assert seconds == pytest.approx(6_400 * (5e-7 + 2e-3))
 
 
 def test_hits_of_which_none_was_timed_are_counted_all_the_same() -> None:
@@ -325,6 +349,37 @@ async def test_an_error_of_the_cache_tier_is_no_miss(registry: CollectorRegistry
     assert {key[-1]: value for key, value in reads.items() if value} == {"error": 1}
     steps = figures(registry, "layered_store_tier_failures_total")
     assert {key[-1]: value for key, value in steps.items() if value} == {"read": 1}
+    tier.steps.insert(0, UnavailableError("away"))
+    await stack.get_latest_many(["u-1", "u-2"])
+    reads = figures(registry, "layered_store_reads_total", layer="1.write_through")
+    assert {key[-1]: value for key, value in reads.items() if value} == {"error": 3}
+
+
+async def test_stale_answers_are_neither_hits_nor_misses(registry: CollectorRegistry) -> None:
+    """For the caller that loads, those who share its load, and each user of a batch."""
+    clock = FakeClock()
+    gate = Gate()
+    below = Scripted(
+        StateSnapshot("u-1"),
+        StateSnapshot("u-2"),
+        gate,
+        UnavailableError("away"),
+        snapshot_type=StateSnapshot,
+    )
+    stack = Metrics(
+        Cached(below, ttl=10, stale_if_error=60, clock=clock), name="s", registry=registry
+    )
+    for user_id in ("u-1", "u-2"):
+        await stack.get_latest(user_id)
+    await clock.advance(11)
+    calls = [asyncio.create_task(stack.get_latest("u-1")) for _ in range(3)]
+    await gate.entered.wait()
+    gate.open(UnavailableError("away"))
+    assert {each.user_id for each in await asyncio.gather(*calls)} == {"u-1"}  # type: ignore[union-attr]
+    assert len(await stack.get_latest_many(["u-1", "u-2"])) == 2
+    reads = figures(registry, "layered_store_reads_total", stack="s", layer="1.cached")
+    assert {key[-1]: value for key, value in reads.items() if value} == {"miss": 2, "stale": 5}
+    assert outcomes(registry, "get_latest") == {"ok": 5}
 
 
 async def test_every_tier_counts_its_reads(registry: CollectorRegistry) -> None:
@@ -477,6 +532,24 @@ async def test_two_stacks_share_a_registry(registry: CollectorRegistry) -> None:
     assert figures(registry, "layered_store_health_status")["a", "0.metrics"] == 2
 
 
+async def test_of_states_of_one_name_the_worst_one_shows(registry: CollectorRegistry) -> None:
+    """An open breaker does not vanish behind a closed one, nor bad health behind good."""
+    stacks = [
+        Metrics(
+            CircuitBreaker(Scripted(error, healthy=error is None), minimum_calls=1),
+            name="s",
+            registry=registry,
+        )
+        for error in (None, UnavailableError("away"), None)
+    ]
+    for stack in stacks:
+        with contextlib.suppress(UnavailableError):
+            await stack.get_latest("u-1")
+        await stack.health_report()
+    assert figures(registry, "layered_store_circuit_state") == {("s", "1.circuit_breaker"): 2}
+    assert figures(registry, "layered_store_health_status")["s", "0.metrics"] == 0
+
+
 async def test_closing_a_stack_takes_its_series_away(registry: CollectorRegistry) -> None:
     """Those of the others stay; with the last one the registry is as empty as before."""
     one = Metrics(Cached(MemoryStore()), name="a", registry=registry)
@@ -587,6 +660,7 @@ async def test_a_block_with_bad_figures_does_not_break_the_scrape(
     assert "u-secret" not in caplog.text
     hits = figures(registry, "layered_store_reads_total", layer="2.memory", result="hit")
     assert hits == ({("a",): 3} if store is Boastful else {})
+    assert set(figures(registry, "layered_store_operations_total")) == {("a", "get_latest", "ok")}
 
 
 # Health
