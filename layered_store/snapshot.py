@@ -63,8 +63,6 @@ _UNCHANGEABLE = (str, int, float, complex, bytes, Enum, date, time, timedelta, t
 """What can be handed out as it is; anything else may hold something that can be changed."""
 
 
-# Type checkers then know that a subclass is frozen without saying so.
-@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _SnapshotMeta(msgspec.StructMeta):
     """Gives every new snapshot containers of its own, and hands out none that can be changed.
 
@@ -136,6 +134,8 @@ def _copier(slot: Any) -> Any:
 _set_field = msgspec.structs.force_setattr
 
 
+# Type checkers then know that a subclass is frozen without saying so.
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMeta):
     """The state of one user, as it was at one moment.
 

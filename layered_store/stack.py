@@ -18,7 +18,17 @@ from layered_store.interface import StateStore
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Block", "describe", "expression", "find", "kind_of", "mask_url", "options", "walk"]
+__all__ = [
+    "Block",
+    "describe",
+    "expression",
+    "find",
+    "kind_of",
+    "mask_url",
+    "options",
+    "replace",
+    "walk",
+]
 
 T = TypeVar("T", bound=StateStore)
 

@@ -523,6 +523,9 @@ class GuardedCopies(Invalidations):
                     pause = 0.05
                     async for notice in notices:
                         self._receive(notice)
+            except asyncio.CancelledError:
+                stood = False  # the event loop ends, which is no loss of the channel
+                raise
             except StoreError:
                 pass
             except Exception as exc:  # noqa: BLE001  a third party's store: listening must go on

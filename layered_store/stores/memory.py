@@ -112,6 +112,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
     def samples(self) -> Iterable[Sample]:
         yield from self._reads.samples()
 
+    async def health_check(self) -> bool:
+        return not self._closed
+
     async def aclose(self) -> None:
         self._closed = True
 
@@ -190,8 +193,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
                     del self._owing[digest]
 
     async def debts(self, user_id: str) -> Sequence[str]:
-        row = self._users.get(user_id)
-        return () if row is None else sorted(row.debts)
+        with self._lock:
+            row = self._users.get(user_id)
+            return () if row is None else sorted(row.debts)
 
     async def owing(self, tier: str, limit: int) -> Sequence[Change]:
         self._check_open(Op.GET_LATEST_MANY)
