@@ -140,6 +140,33 @@ def test_docs_name_only_what_is_exported() -> None:
             assert f"`{name.removesuffix('_bucket')}`" in text, name
 
 
+def test_the_compose_file_mounts_what_is_there() -> None:
+    """Rules, dashboards and provisioning are found where the configurations look for them."""
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load((GRAFANA / "docker-compose.yml").read_text())
+    mounts = {}
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            source, target = volume.split(":")[:2]
+            if source.startswith("."):
+                assert (GRAFANA / source).exists(), source
+                mounts[target] = GRAFANA / source
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert ":latest" not in service["image"]
+    rules = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())["rule_files"]
+    assert [(mounts["/etc/prometheus/alerts"].parent / rule).name for rule in rules] == [
+        path.name for path in RULES
+    ]
+    provisioning = mounts["/etc/grafana/provisioning"]
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
+    boards = yaml.safe_load((provisioning / "dashboards" / "layered_store.yml").read_text())
+    assert boards["providers"][0]["options"]["path"] in mounts
+    home = compose["services"]["grafana"]["environment"]
+    path = Path(home["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (mounts[str(path.parent)] / path.name).exists()
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on the PATH")
 @pytest.mark.parametrize(
     "command",
