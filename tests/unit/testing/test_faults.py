@@ -272,6 +272,9 @@ class Tier(CacheTier):
 
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None: ...
     async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None: ...
+    async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
+        return None
+
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
         return Holders(0, 0, {})
 
