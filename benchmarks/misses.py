@@ -216,4 +216,5 @@ async def _burst(setting: Setting) -> Result:
         times = spread([theirs / own for theirs, own in pairs])
         figures.append(Figure(6, f"... to the best survivor ({best})", times, at_least=15))
     rows = [[each, str(spread(walls[each])), spread(errors[each]).middle] for each in makers]
-    return Result("Burst of 1,000 on default settings", figures, ["contender", "ms", "errors"], rows)
+    columns = ["contender", "ms", "errors"]
+    return Result("Burst of 1,000 on default settings", figures, columns, rows)

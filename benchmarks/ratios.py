@@ -80,14 +80,12 @@ def _theine(size: int) -> Callable[[int], bool]:
     from theine import Cache
 
     cache: Any = Cache(size)
-    nothing = object()
 
     def access(key: int) -> bool:
-        found = cache.get(str(key), nothing)
-        if found[0] is nothing if isinstance(found, tuple) else found is nothing:
+        _, found = cache.get(str(key))
+        if not found:
             cache.set(str(key), key)
-            return False
-        return True
+        return found  # type: ignore[no-any-return]
 
     return access
 

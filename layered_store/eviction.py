@@ -25,6 +25,7 @@ _SMALL_SHARE: Final = 0.1
 
 _MAX_FREQ: Final = 3
 _SMALL, _MAIN, _GONE = 0, 1, 2
+_NEVER: Final = float("inf")
 
 
 class Node(msgspec.Struct, gc=False):
@@ -53,6 +54,7 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
 
     def __init__(self, maxsize: int, on_evict: Callable[[Node], None] | None = None) -> None:
         super().__init__(maxsize)
+        self._capacity = maxsize
         self.nodes: dict[Any, Node] = {}
         self._small: deque[Node] = deque()
         self._main: deque[Node] = deque()
@@ -66,23 +68,30 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
 
     def put(self, node: Node) -> None:
         """Insert a node, in place of the one with its key, evicting others when full."""
-        key = node.key
         with self._lock:
-            old = self.nodes.pop(key, None)
-            if old is not None:
-                self._forget(old)
-            while len(self.nodes) >= self.maxsize:
-                self._evict()
-            if old is not None:
-                # A newer value of a known user keeps its standing.
-                node.queue, node.freq = (_MAIN if old.freq else _SMALL), old.freq
-            elif key in self._ghosts:
-                del self._ghosts[key]
-                node.queue = _MAIN
-            else:
-                node.queue = _SMALL
+            self.insert(node)
+
+    def insert(self, node: Node) -> None:
+        """Do as ``put`` does, for an owner who has a lock of its own."""
+        key, nodes = node.key, self.nodes
+        old = nodes.pop(key, None)
+        if old is not None:
+            self._forget(old)
+        while len(nodes) >= self._capacity:
+            self._evict()
+        if old is not None:
+            # A newer value of a known user keeps its standing.
+            node.queue, node.freq = (_MAIN if old.freq else _SMALL), old.freq
             self._enqueue(node)
-            self.nodes[key] = node
+        elif key in self._ghosts:
+            del self._ghosts[key]
+            node.queue = _MAIN
+            self._main.append(node)
+        else:
+            node.queue = _SMALL
+            self._small.append(node)
+            self._small_live += 1
+        nodes[key] = node
 
     def remove(self, key: Any) -> Node | None:
         """Take out the entry of ``key`` and return it; None when there is none."""
@@ -93,6 +102,14 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
             if node is not None:
                 self._forget(node)
             return node
+
+    def first_deadline(self) -> float:
+        """Return the earliest ``deadline`` of the nodes at the heads of the queues now."""
+        small, main = self._small, self._main
+        first: float = small[0].deadline if small else _NEVER  # type: ignore[attr-defined]
+        if main and main[0].deadline < first:  # type: ignore[attr-defined]
+            first = main[0].deadline  # type: ignore[attr-defined]
+        return first
 
     def oldest(self) -> Iterator[Node]:
         """Yield the nodes that stand at the head of the queues."""
@@ -121,13 +138,12 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
             self._main = deque(n for n in self._main if n.queue == _MAIN)
 
     def _evict(self) -> None:
-        small_first = self._small_live >= self._small_limit or not self._main
-        if small_first and self._evict_small():
+        if (self._small_live >= self._small_limit or not self._main) and self._evict_small():
             return
         self._evict_main()
 
     def _evict_small(self) -> bool:
-        small = self._small
+        small, ghosts = self._small, self._ghosts
         while small:
             node = small.popleft()
             if node.queue != _SMALL:
@@ -138,9 +154,9 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
                 node.queue = _MAIN
                 self._main.append(node)
                 continue
-            self._ghosts[node.key] = None
-            if len(self._ghosts) > self._ghost_limit:
-                self._ghosts.popitem(last=False)
+            ghosts[node.key] = None
+            if len(ghosts) > self._ghost_limit:
+                ghosts.popitem(last=False)
             self._drop(node)
             return True
         return False

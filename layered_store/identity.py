@@ -67,6 +67,9 @@ def check_user_id(user_id: object, operation: str | None = None) -> None:
         user_id: what the caller passed.
         operation: the store operation, for the error.
     """
+    # By far most ids are ASCII: asked first, since every operation comes by here.
+    if type(user_id) is str and _ASCII_ID(user_id):
+        return
     if is_valid_user_id(user_id):
         return
     if not isinstance(user_id, str):

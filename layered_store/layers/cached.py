@@ -250,6 +250,9 @@ class Cached(Layer):
         own = S3FIFOCache(self.max_entries, self._on_evict) if self.cache is None else self.cache
         self._entries: Mapping[str, _Entry]
         self._s3: S3FIFOCache | None = own if isinstance(own, S3FIFOCache) else None
+        # Our own is changed under our own lock only.
+        self._put: Any = getattr(own, "insert" if self.cache is None else "put", None)
+        self._evicted = 0
         self._store: Cache[Any, Any] = own
         self._entries = self._s3.nodes if self._s3 is not None else own  # type: ignore[assignment]
         super().__post_init__()
@@ -284,12 +287,28 @@ class Cached(Layer):
             await self._follow_channel(self._channel)
         flight = self._flights.get(user_id)
         if flight is None or flight.loop.is_closed():
-            flight = self._takeoff(user_id, loop)
-            return await self._lead(user_id, flight)
-        if flight.loop is loop:
+            check_user_id(user_id, Op.GET_LATEST)
+            flight = self._flights[user_id] = _Flight(loop)
+            if self._channel is not None:
+                self._by_digest[self._channel.key_of(user_id)] = user_id
+        elif flight.loop is loop:
             return await self._follow(user_id, flight)
-        # Futures belong to one loop: a caller on another one loads for itself and keeps nothing.
-        return await self._lead(user_id, _Flight(loop))
+        else:
+            # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
+            flight = _Flight(loop)
+        # As ``_lead`` does; written out, since most misses are lone ones and pass here.
+        try:
+            value = await self.inner.get_latest(user_id)
+        except Exception as exc:
+            return self._load_failed(user_id, flight, exc)
+        except BaseException:
+            self._abandoned(user_id, flight)
+            raise
+        self._reads.miss += 1
+        self._landed(user_id, flight, value)
+        if flight.waiters is not None or flight.passengers is not None:
+            flight.land(value)
+        return value
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = check_user_ids(user_ids)
@@ -366,14 +385,7 @@ class Cached(Layer):
         try:
             value = await self.inner.get_latest(user_id)
         except Exception as exc:
-            answer = self._failed(user_id, flight, exc)
-            if answer is None:
-                if counted:
-                    self._reads.failed(exc)
-                raise
-            if counted:
-                self._reads.stale += 1
-            return answer
+            return self._load_failed(user_id, flight, exc, counted=counted)
         except BaseException:
             self._abandoned(user_id, flight)
             raise
@@ -383,6 +395,19 @@ class Cached(Layer):
         if flight.waiters is not None or flight.passengers is not None:
             flight.land(value)
         return value
+
+    def _load_failed(
+        self, user_id: str, flight: _Flight, exc: Exception, *, counted: bool = True
+    ) -> StateSnapshot:
+        """Return the old entry that may answer, or raise the error of a load."""
+        answer = self._failed(user_id, flight, exc)
+        if answer is None:
+            if counted:
+                self._reads.failed(exc)
+            raise exc
+        if counted:
+            self._reads.stale += 1
+        return answer
 
     async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
         try:
@@ -597,35 +622,43 @@ class Cached(Layer):
     def _keep(self, user_id: str, value: StateSnapshot | None, version: int = 0) -> None:
         """Store what a load or a lone write found, unless something makes it doubtful."""
         lifetime = self._ttl_seconds if value is not None else self._negative_seconds
-        if not lifetime or user_id in self._writing or self._quarantined(user_id) or self._closed:
+        if (
+            not lifetime
+            or self._closed
+            or (self._writing and user_id in self._writing)
+            or (self._quarantine and self._quarantined(user_id))
+        ):
             self._remove(user_id)
             self._unindex(user_id)
             return
         if self.ttl_jitter:
             lifetime *= 1.0 - self.ttl_jitter * self.random.random()
         now = self._monotonic()
-        deadline = now + lifetime
+        expires = deadline = now + lifetime
         if value is None:
             expires = _NEVER
-        elif self.refresh_ahead is None:
-            expires = deadline
-        else:
+        elif self.refresh_ahead is not None:
             expires = now + lifetime * self.refresh_ahead
         entry = _Entry(user_id, value, 0, 0, expires, deadline, version)
         if self._channel is not None:
             self._by_digest[self._channel.key_of(user_id)] = user_id
         if self._s3 is not None:
-            for old in list(self._s3.oldest()):
-                if old.deadline + self._stale_seconds <= now:  # type: ignore[attr-defined]
-                    self._s3.remove(old.key)
-                    self._removals["cache_evictions", "expired"] += 1
-                    self._unindex(old.key)
-            self._s3.put(entry)
+            if self._s3.first_deadline() + self._stale_seconds <= now:
+                self._sweep(self._s3, now)
+            self._put(entry)
             return
         try:
             self._store[user_id] = entry
         except ValueError:  # larger than the given cache takes
             self._store.pop(user_id, None)
+
+    def _sweep(self, s3: S3FIFOCache, now: float) -> None:
+        """Take out what expired at the heads of the queues."""
+        for old in list(s3.oldest()):
+            if old.deadline + self._stale_seconds <= now:  # type: ignore[attr-defined]
+                s3.remove(old.key)
+                self._removals["cache_evictions", "expired"] += 1
+                self._unindex(old.key)
 
     def _remove(self, user_id: str) -> bool:
         if self._s3 is not None:
@@ -637,8 +670,9 @@ class Cached(Layer):
         return until is not None and self._monotonic() < until
 
     def _on_evict(self, node: Node) -> None:
-        self._removals["cache_evictions", "size"] += 1
-        self._unindex(node.key)
+        self._evicted += 1
+        if self._channel is not None:
+            self._unindex(node.key)
 
     def _unindex(self, user_id: str) -> None:
         """Forget the digest of a user of whom nothing is held, loaded or written."""
@@ -705,6 +739,8 @@ class Cached(Layer):
             yield Sample("reads", sample.value + extra, sample.labels)
         yield Sample("read_waits", self._waits)
         yield Sample("cache_entries", len(self._entries))
+        if self._evicted:
+            yield Sample("cache_evictions", self._evicted, ("size",))
         for (metric, reason), value in list(self._removals.items()):
             yield Sample(metric, value, (reason,))
 
