@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis_servers import BINARY, Server
 
-from layered_store.copying import Progress, copy_users
+from layered_store.copying import Copy
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
@@ -34,9 +34,11 @@ async def test_redis_and_back(tmp_path: Path) -> None:
             listing = enumerable_of(redis)
             assert listing is not None
             assert {u async for page in pages(listing, 30) for u in page.user_ids} == expected
-            progress = Progress()
-            async for _ in copy_users(redis, sql, progress, page=30):
+            copy = Copy(redis, sql, page=30)
+            async for _ in copy.run():
                 pass
+            await copy.finish()
+            progress = copy.progress
             assert (progress.states, progress.conflicts) == (398, 0)
             listing = enumerable_of(sql)
             assert listing is not None
