@@ -113,16 +113,17 @@ class digest_function:  # noqa: N801  used like a function: digest = digest_func
     Args:
         key: the same bytes (0 to 64) for every block and process that share data. Empty means an
             unkeyed digest: ids can then be guessed from a dump.
+        layer: the block whose option the key is, for the error.
 
     Source: BLAKE2, RFC 7693, keyed mode.
     """
 
     __slots__ = ("_template", "fingerprint")
 
-    def __init__(self, key: bytes | str = b"") -> None:
+    def __init__(self, key: bytes | str = b"", layer: str | None = None) -> None:
         raw = key.encode() if isinstance(key, str) else key
         if not isinstance(raw, bytes) or len(raw) > _MAX_KEY_BYTES:
-            raise ConfigError("must be 0 to 64 bytes", option="digest_key")
+            raise ConfigError("must be 0 to 64 bytes", option="digest_key", layer=layer)
         self._template = blake2b(digest_size=DIGEST_BYTES, key=raw, person=b"layered_store")
         check = self._template.copy()
         check.update(b"\x00fingerprint")  # NUL is in no user id

@@ -21,6 +21,8 @@ __all__ = [
 ]
 
 type_of = type
+_SHOWN_BELOW = 10**20
+_INT64_MAX = 2**63 - 1
 _MAX_SALT_BYTES = 64
 Seconds = float | timedelta
 """A duration: seconds, or a timedelta. Strings like ``"30s"`` live in config files only."""
@@ -84,12 +86,18 @@ def check_count(
     maximum: int | None = None,
     optional: bool = False,
 ) -> int | None:
-    """Return ``value`` when it is an int in the range; None only when ``optional``."""
+    """Return ``value`` when it is an int in the range; None only when ``optional``.
+
+    Without a ``maximum`` it may have 63 bits: more cannot be counted to, and some cannot be added.
+    """
     if value is None and optional:
         return None
-    if type_of(value) is int and value >= minimum and (maximum is None or value <= maximum):
+    most = _INT64_MAX if maximum is None else maximum
+    if type_of(value) is int and minimum <= value <= most:
         return value
     bound = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    if maximum is None and type_of(value) is int and value > most:
+        bound += " and below 2**63"
     extra = ", or None for no limit" if optional else ""
     raise _refuse(f"must be an int {bound}{extra}", option, owner, value)
 
@@ -147,7 +155,9 @@ def check_store(value: object, option: str, owner: object) -> Any:
 
 def _refuse(message: str, option: str, owner: object, value: object) -> ConfigError:
     # Numbers are shown, since they help and hide nothing; other values may be secrets.
-    shown = repr(value) if isinstance(value, int | float | None) else type_of(value).__name__
+    shown = repr(value) if isinstance(value, float | bool | None) else type_of(value).__name__
+    if type_of(value) is int:
+        shown = str(value) if abs(value) < _SHOWN_BELOW else "a huge int"
     return ConfigError(f"{message}, not {shown}", option=option, layer=type_of(owner).__name__)
 
 

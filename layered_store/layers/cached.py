@@ -31,7 +31,14 @@ from layered_store.interface import (
     check_user_ids,
 )
 from layered_store.layer import Layer
-from layered_store.options import Seconds, check_choice, check_count, check_seconds, check_share
+from layered_store.options import (
+    Seconds,
+    check_a,
+    check_choice,
+    check_count,
+    check_seconds,
+    check_share,
+)
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -202,6 +209,8 @@ class Cached(Layer):
     caches: ClassVar[bool] = True  # told as a cache by layered_store.testing.record
 
     def __post_init__(self, fallback: StateStore | None) -> None:
+        check_a(self.clock, Clock, "clock", self)
+        check_a(self.random, _random.Random, "random", self)
         if isinstance(fallback, StateStore):
             from layered_store.layers.write_through import WriteThrough  # noqa: PLC0415
 

@@ -23,7 +23,7 @@ from layered_store.interface import (
     check_user_ids,
 )
 from layered_store.layer import Layer
-from layered_store.options import check_store
+from layered_store.options import check_a, check_store
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class WriteThrough(Layer):
 
     def __post_init__(self) -> None:
         check_store(self.origin, "origin", self)
+        check_a(self.clock, Clock, "clock", self)
         super().__post_init__()
         if self.inner.snapshot_type is not self.origin.snapshot_type:
             raise ConfigError(

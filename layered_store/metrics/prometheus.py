@@ -35,7 +35,7 @@ def export(metrics: Metrics, registry: Any) -> Exporter:
     import prometheus_client  # noqa: PLC0415  an optional driver
 
     registry = prometheus_client.REGISTRY if registry is None else registry
-    if not hasattr(registry, "register"):
+    if isinstance(registry, type) or not hasattr(registry, "register"):
         raise ConfigError(
             "must be a prometheus_client.CollectorRegistry", option="registry", layer="Metrics"
         )

@@ -24,7 +24,7 @@ from layered_store.interface import (
     check_user_ids,
     listed,
 )
-from layered_store.options import check_count, check_snapshot_type
+from layered_store.options import check_a, check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
 
@@ -61,6 +61,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
     def __post_init__(self) -> None:
         check_count(self.history_limit, "history_limit", self, minimum=0, optional=True)
         check_snapshot_type(self.snapshot_type, self)
+        check_a(self.clock, Clock, "clock", self)
         self._users: dict[str, _Row] = {}
         # Users by the position of their last change: the change log, each user once.
         self._log: OrderedDict[str, int] = OrderedDict()

@@ -42,7 +42,13 @@ from layered_store.interface import (
     check_snapshots,
     check_user_ids,
 )
-from layered_store.options import Seconds, check_count, check_seconds, check_snapshot_type
+from layered_store.options import (
+    Seconds,
+    check_a,
+    check_count,
+    check_seconds,
+    check_snapshot_type,
+)
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
@@ -133,6 +139,7 @@ class RedisStore(StateStore, Enumerable):
     kind: ClassVar[str] = "redis"
 
     def __post_init__(self) -> None:
+        check_a(self.clock, Clock, "clock", self)
         ttl = check_seconds(self.ttl, "ttl", self, optional=True)
         self._ttl_ms = 0 if ttl is None else max(1, int(ttl * 1000))
         check_count(self.history_limit, "history_limit", self, minimum=0)
@@ -146,7 +153,7 @@ class RedisStore(StateStore, Enumerable):
         )
         probe_seconds = check_seconds(self.probe_seconds, "probe_seconds", self)
         self._probe = SharedProbe(self.name, probe_seconds, self.clock)
-        self.digest = digest_function(self.digest_key)
+        self.digest = digest_function(self.digest_key, self.name)
         self._address = self._find_address()
         self._cluster = self._address_is_cluster()
         prefix = self._checked_prefix()

@@ -32,6 +32,7 @@ from layered_store.interface import (
 )
 from layered_store.options import (
     Seconds,
+    check_a,
     check_choice,
     check_count,
     check_seconds,
@@ -123,6 +124,7 @@ class SQLStore(StateStore, Authority, Enumerable):
     kind: ClassVar[str] = "sql"
 
     def __post_init__(self) -> None:
+        check_a(self.clock, Clock, "clock", self)
         check_count(self.history_limit, "history_limit", self, minimum=0, optional=True)
         age = check_seconds(self.history_max_age, "history_max_age", self, optional=True)
         check_choice(self.order, "order", self, ("arrival", "snapshot_time"))
@@ -131,7 +133,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         check_count(self.pool_size, "pool_size", self, minimum=1, maximum=1_000)
         self._timeout = check_seconds(self.timeout, "timeout", self)
         self._probe_limit = check_seconds(self.probe_seconds, "probe_seconds", self)
-        self._digest = digest_function(self.digest_key)
+        self._digest = digest_function(self.digest_key, self.name)
         for option in ("latest_table", "history_table"):
             name = getattr(self, option)
             if not isinstance(name, str) or not _TABLE_NAME(name):
