@@ -403,6 +403,90 @@ COHERENCE = [
     ),
 ]
 
+CHANGES = [
+    Panel(
+        "Shadow: answers compared",
+        "What the candidate answered, against the store in use. Anything but same is a reason not"
+        " to switch yet; dropped ones were not asked, to keep the candidate from piling up.",
+        {
+            "{{stack}} {{layer}} {{result}}": rate(
+                "layered_store_shadow_comparisons_total", "stack, layer, result"
+            )
+        },
+        "ops",
+        width=8,
+    ),
+    Panel(
+        "Shadow: mirrored writes",
+        "Writes that were repeated at the candidate, by how that ended.",
+        {
+            "{{stack}} {{layer}} {{outcome}}": rate(
+                "layered_store_shadow_writes_total", "stack, layer, outcome"
+            )
+        },
+        "ops",
+        width=8,
+    ),
+    Panel(
+        "Shadow: calls pending",
+        "Calls of the candidate that wait or run. A level at max_pending means it cannot keep up.",
+        {"{{stack}} {{layer}}": gauge("layered_store_shadow_pending", "sum", "stack, layer")},
+        width=8,
+    ),
+    Panel(
+        "Ramp: share of users",
+        "How many of the users go the other way.",
+        {"{{stack}} {{layer}}": gauge("layered_store_ramp_share", "max", "stack, layer")},
+        "percentunit",
+        width=8,
+        top=1,
+    ),
+    Panel(
+        "Ramp: reads by way",
+        "Users read through the ramp: the old way (inner) and the other one.",
+        {
+            "{{stack}} {{layer}} {{side}}": rate(
+                "layered_store_ramp_reads_total", "stack, layer, side"
+            )
+        },
+        "ops",
+        width=8,
+        stacked=True,
+    ),
+    Panel(
+        "Ramp: users the alternative missed",
+        "Users whose latest write did not reach it; they are read the old way.",
+        {"{{stack}} {{layer}}": gauge("layered_store_ramp_behind", "sum", "stack, layer")},
+        width=8,
+    ),
+    Panel(
+        "Refused writes",
+        "Writes that a read-only layer refused: somebody still writes to what should rest.",
+        {"{{stack}} {{layer}}": rate("layered_store_refused_writes_total", "stack, layer")},
+        "ops",
+        width=8,
+    ),
+    Panel(
+        "Compression",
+        "Bytes of states per second, before and after compression.",
+        {
+            "{{stack}} {{layer}} {{stage}}": rate(
+                "layered_store_compression_bytes_total", "stack, layer, stage"
+            )
+        },
+        "Bps",
+        width=8,
+    ),
+    Panel(
+        "Reads with an old key",
+        "Records that were encrypted with another key than the one that writes now. At 0 for as"
+        " long as states live, the old key can go.",
+        {"{{stack}} {{layer}}": rate("layered_store_old_key_reads_total", "stack, layer")},
+        "ops",
+        width=8,
+    ),
+]
+
 
 def placed(panels: list[Panel]) -> Iterator[tuple[Panel, dict[str, int]]]:
     """Give panels their places, row by row."""
@@ -595,6 +679,13 @@ def dashboards() -> dict[str, str]:
             "layered_store / Coherence and erasure",
             "Do processes agree: channel, repair, copies behind; and are erasures complete.",
             COHERENCE,
+            several=True,
+        ),
+        "changes": dashboard(
+            "changes",
+            "layered_store / Moving to something else",
+            "Changes under way: shadows, ramps, read-only stores, compression, new keys.",
+            CHANGES,
             several=True,
         ),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import re
@@ -21,13 +22,18 @@ from servers import Server
 from layered_store import (
     Cached,
     CircuitBreaker,
+    Compressed,
+    Encrypted,
     Fallback,
     HealthReport,
     HealthStatus,
     MemoryStore,
     Metrics,
+    Ramp,
+    ReadOnly,
     RedisStore,
     Retry,
+    Shadow,
     SQLStore,
     StateSnapshot,
     StateStore,
@@ -39,6 +45,7 @@ from layered_store.interface import Op
 from layered_store.layer import AroundLayer
 
 SCRAPE = 0.25
+KEY = base64.urlsafe_b64encode(bytes(range(32))).decode()
 LIMIT = 1.0
 """The longest time limit of the stack."""
 
@@ -68,14 +75,13 @@ class Switch(AroundLayer):
 
 
 class Load:
-    """Two stacks under a steady load: three tiers, and one with a secondary store."""
+    """Stacks under a steady load: three tiers, one with a secondary store, some that change."""
 
     def __init__(self, redis_url: str, sqlite_url: str) -> None:
         self.registry = CollectorRegistry()
         self.database = Switch(SQLStore(sqlite_url))
         self.primary = Switch(MemoryStore())
         self.deletes = True
-        # Set to ask for users that nobody asked for before, so that no tier has them.
         self.users = Metrics(
             Cached(
                 CircuitBreaker(
@@ -91,6 +97,19 @@ class Load:
         self.replica = Metrics(
             Fallback(self.primary, secondary=MemoryStore()), name="replica", registry=self.registry
         )
+        self.change = Metrics(
+            Ramp(
+                Shadow(
+                    Compressed(Encrypted(MemoryStore(), keys=[KEY]), threshold=1),
+                    candidate=MemoryStore(),
+                ),
+                alternative=MemoryStore(),
+                share=0.5,
+            ),
+            name="change",
+            registry=self.registry,
+        )
+        self.rest = Metrics(ReadOnly(MemoryStore()), name="rest", registry=self.registry)
         self._random = random.Random(7)
         self._written = 0
 
@@ -101,6 +120,7 @@ class Load:
             *(self._repeat(self._write, 0.03) for _ in range(4)),
             self._repeat(self._erase, 0.1),
             self._repeat(self._check, 0.2),
+            self._repeat(self._move, 0.05),
         )
 
     async def _repeat(self, call: Callable[[], Awaitable[None]], pause: float) -> None:
@@ -123,6 +143,12 @@ class Load:
     async def _erase(self) -> None:
         if self.deletes:
             await self.users.delete(f"u-{self._written % 3_000}")
+
+    async def _move(self) -> None:
+        state = StateSnapshot(f"u-{self._random.randrange(20)}", axes={"warmth": 0.5})
+        await self.change.upsert_latest(state)
+        await self.change.get_latest(state.user_id)
+        await self.rest.upsert_latest(state)
 
     async def _check(self) -> None:
         await self.users.health_report()
@@ -254,7 +280,7 @@ async def begin(
         thread.join()
 
     stack.callback(stop)
-    for store in (load.users, load.replica):
+    for store in (load.users, load.replica, load.change, load.rest):
         opened: StateStore = store
         await stack.enter_async_context(opened)
     configure(folder, web.server_port)
