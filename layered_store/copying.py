@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CopiedUsers", "Copy", "Counts", "Progress", "count_users"]
 
 _EVERYTHING: Final = 2**31 - 1
-_SIDE_BY_SIDE: Final = 64
+_SIDE_BY_SIDE: Final = 250
 _LISTED: Final = 5_000
 
 

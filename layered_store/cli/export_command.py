@@ -20,7 +20,7 @@ __all__ = ["command"]
 
 _EVERYTHING: Final = 2**31 - 1
 _PAGE: Final = 500
-_SIDE_BY_SIDE: Final = 64
+_SIDE_BY_SIDE: Final = 250
 
 
 @click.command("export")

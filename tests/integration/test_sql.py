@@ -483,3 +483,20 @@ async def test_digests_depend_on_the_key(tmp_path: Path) -> None:
         await one.upsert_latest(state())
         assert await two.get_latest("u") is None
         assert "one" not in repr(one)
+
+
+async def test_histories_that_share_a_round_trip(url: str) -> None:
+    """Concurrent histories are each as long as asked for, and those of one user agree."""
+    async with SQLStore(url, history_limit=5, **tables()) as store:
+        for value in range(8):
+            await store.upsert_latest_many(state(f"u-{n}", value / 10) for n in range(30))
+        asked = [(f"u-{n}", limit) for n in range(32) for limit in (0, 1, 3, 5, 99)]
+        found = await asyncio.gather(*(store.get_history(user, limit) for user, limit in asked))
+        for (user, limit), states in zip(asked, found, strict=True):
+            kept = [0.7, 0.6, 0.5, 0.4, 0.3][:limit] if int(user[2:]) < 30 else []
+            assert [(each.user_id, each.axes["a"]) for each in states] == [
+                (user, value) for value in kept
+            ]
+        await store.delete("u-3")
+        three, four = await asyncio.gather(store.get_history("u-3", 9), store.get_history("u-4", 9))
+        assert (len(three), len(four)) == (0, 5)

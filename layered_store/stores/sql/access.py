@@ -131,6 +131,11 @@ class Access:
         )  # fmt: skip
         # asyncpg's statement stores one write per user.
         home.writes.one_each = self._asyncpg is not None
+        if self._lite is not None or self._asyncpg is not None:
+            home.histories = Reads(
+                partial(self._history_batch, home), self._concerns_one, self._clock,
+                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable,
+            )  # fmt: skip
         return self.homes.setdefault(loop, home)
 
     def _build(self) -> AsyncEngine:
@@ -160,12 +165,16 @@ class Access:
                 async with self._clock.timeout(self._timeout):
                     await home.reads.drain()
                     await home.writes.drain()
+                    if home.histories is not None:
+                        await home.histories.drain()
                     while home.running:
                         await asyncio.wait(set(home.running))
             except TimeoutError:
                 pass
             home.reads.close()
             home.writes.close()
+            if home.histories is not None:
+                home.histories.close()
             await home.desks.aclose()
             if home.closer is not None:
                 await home.closer.aclose()
@@ -189,6 +198,32 @@ class Access:
 
         rows = await self._attempt(home, session, work)
         return [rows.get(digest) for digest, _ in batch.entries]
+
+    async def _history_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
+        """Return for each entry (digest, most rows, oldest age) the payloads, newest first."""
+        session = batch.session = self._session()
+        entries = [what for what, _ in batch.entries]
+        age = entries[0][2]
+        longest: dict[bytes, int] = {}
+        for digest, rows, _ in entries:
+            longest[digest] = max(rows, longest.get(digest, 0))
+
+        async def each(session: Session) -> dict[bytes, list[bytes]]:
+            found = {}
+            for digest, rows in longest.items():
+                values = {"at_digest": digest, "max_rows": rows, "max_age_us": age}
+                got = await session.rows(self.statements.history, session.timed(values))
+                found[digest] = [row.payload for row in got]
+            return found
+
+        async def work(desk: Desk) -> dict[bytes, list[bytes]]:
+            if self._asyncpg is not None:
+                return await postgres.read_histories(desk.driver, self._asyncpg, longest, age)
+            # SQLite has no round trips to save, but its thread has.
+            return await self._operate(session, each, desk)
+
+        found = await self._attempt(home, session, work)
+        return [found.get(digest, [])[:rows] for digest, rows, _ in entries]
 
     async def _write_batch(self, home: engines.Home, batch: Batch) -> Sequence[Any]:
         items = [what for what, _ in batch.entries]

@@ -61,6 +61,7 @@ class Home:
         desks: the connections.
         reads: the reads that wait or are under way.
         writes: the writes and erasures that wait or are under way.
+        histories: the reads of histories; None where they do not share a round trip.
         writing: the right to write; one writer at a time on SQLite.
         ready: whether the tables are known to exist.
         closer: closes an engine of our own when the loop ends and nobody called ``aclose``.
@@ -73,6 +74,7 @@ class Home:
     desks: Desks
     reads: Reads = field(init=False)
     writes: Writes = field(init=False)
+    histories: Reads | None = None
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     ready: bool = False

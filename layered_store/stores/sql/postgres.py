@@ -14,12 +14,12 @@ from sqlalchemy.dialects import postgresql
 from layered_store.stores.sql.transactions import KEPT_WRITE_IDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from layered_store.stores.sql.schema import Tables
     from layered_store.stores.sql.transactions import Rules, Write
 
-__all__ = ["PostgresStatements", "read_rows", "refused", "write_rows"]
+__all__ = ["PostgresStatements", "read_histories", "read_rows", "refused", "write_rows"]
 
 _ALL: Final = 2**62
 
@@ -42,6 +42,16 @@ class PostgresStatements:
         self.read_many = (
             f"SELECT digest, {columns} FROM {latest} WHERE digest = ANY($1::bytea[])"
         )
+        # One way for any number of users, each with a limit of its own.
+        self.histories = f"""
+            SELECT d.digest, h.payload
+            FROM unnest($1::bytea[], $2::bigint[]) AS d (digest, max_rows), LATERAL (
+                SELECT payload, version FROM {history}
+                WHERE digest = d.digest AND payload IS NOT NULL
+                    AND recorded_at >= {now_us} - $3::bigint
+                ORDER BY version DESC LIMIT d.max_rows
+            ) h
+            ORDER BY d.digest, h.version DESC"""
         self.write = f"""
             WITH given AS (
                 SELECT * FROM unnest($1::bytea[], $2::text[], $3::bytea[], $4::bytea[],
@@ -83,6 +93,24 @@ async def read_rows(
         row = await driver.fetchrow(texts.read, digests[0])
         return {digests[0]: (digests[0], *row)} if row is not None else {}
     return {row[0]: row for row in await driver.fetch(texts.read_many, digests)}
+
+
+async def read_histories(
+    driver: Any, texts: PostgresStatements, longest: Mapping[bytes, int], age_us: int
+) -> dict[bytes, list[bytes]]:
+    """Return the payloads of these users' histories, newest first.
+
+    Args:
+        driver: asyncpg's connection.
+        texts: the statements.
+        longest: most rows by user.
+        age_us: microseconds after which a state is no part of the history any more.
+    """
+    rows = await driver.fetch(texts.histories, list(longest), list(longest.values()), age_us)
+    found: dict[bytes, list[bytes]] = {}
+    for digest, payload in rows:
+        found.setdefault(digest, []).append(payload)
+    return found
 
 
 async def write_rows(
