@@ -138,7 +138,7 @@ class _Closed:
         self._name = name
         self._op = op
 
-    async def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+    async def __call__(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002
         raise ClosedError(
             "this stack was closed; build a new one", operation=self._op, layer=self._name
         )

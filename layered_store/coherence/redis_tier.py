@@ -249,7 +249,7 @@ class RedisTier(CacheTier):
 
     # Repair
 
-    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:
+    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:  # noqa: ARG002
         self._parts = {}
         parts: dict[str, _Part] = {}
 

@@ -90,7 +90,7 @@ class LintPolicy:
         ]
         allow = table.get("allow", {})
         if isinstance(allow, list | tuple):
-            allow = {rule: "" for rule in map(str, allow)}
+            allow = dict.fromkeys(map(str, allow), "")
         if not isinstance(allow, Mapping):
             problems.append(
                 ConfigError("must be a list of rules, or a table of reasons", path="lint.allow")

@@ -62,7 +62,7 @@ def load_stack(
     Warns:
         LintWarning: for each warning of :func:`layered_store.lint` that the file does not allow.
     """
-    from layered_store.config.lint import enforce
+    from layered_store.config.lint import enforce  # noqa: PLC0415
 
     stack, policy = load_unchecked(source, overrides=overrides, environ=environ)
     for finding in enforce(stack, policy, replaced=list((overrides or {}).values())):
@@ -81,7 +81,7 @@ def load_unchecked(
     Returns:
         the stack, and what the file says about the linter.
     """
-    from layered_store.config.lint import LintPolicy
+    from layered_store.config.lint import LintPolicy  # noqa: PLC0415
 
     if isinstance(source, Mapping):
         document = {"store": source} if "use" in source else dict(source)
@@ -176,10 +176,10 @@ def _toml_place(exc: Exception) -> str:
 class _StandIn(StateStore):
     """In place of a block that could not be built, so that those around it are checked too."""
 
-    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:  # noqa: ARG002
         raise AssertionError
 
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:  # noqa: ARG002
         raise AssertionError
 
     def capability(self, kind: type[Any]) -> Any:

@@ -244,7 +244,7 @@ def _resolve(annotation: Any, cls: type) -> Any:
     for owner in cls.__mro__:
         names = vars(sys.modules.get(owner.__module__, types.ModuleType("gone")))
         try:
-            return eval(annotation, {"StateStore": StateStore, **names})
+            return eval(annotation, {"StateStore": StateStore, **names})  # noqa: S307
         except Exception:  # noqa: BLE001, S112  a name imported for type checkers only
             continue
     return object

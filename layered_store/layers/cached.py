@@ -308,7 +308,7 @@ class Cached(Layer):
         # As ``_lead`` does; written out, since most misses are lone ones and pass here.
         try:
             value = await self.inner.get_latest(user_id)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001
             return self._load_failed(user_id, flight, exc)
         except BaseException:
             self._abandoned(user_id, flight)
@@ -393,7 +393,7 @@ class Cached(Layer):
         """Load a user for everyone who asks meanwhile."""
         try:
             value = await self.inner.get_latest(user_id)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001
             return self._load_failed(user_id, flight, exc, counted=counted)
         except BaseException:
             self._abandoned(user_id, flight)

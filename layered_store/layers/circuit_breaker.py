@@ -125,7 +125,7 @@ class Circuit:
         "state",
     )
 
-    def __init__(  # noqa: PLR0913  all by keyword, none with a default that fits
+    def __init__(
         self,
         *,
         failure_share: float,

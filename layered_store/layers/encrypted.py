@@ -262,8 +262,8 @@ def _bound(below: str, moment: int) -> bytes:
 
 def _cryptography(layer: str) -> tuple[Any, type[Exception]]:
     try:
-        from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415
     except ImportError:
         raise ConfigError(
             "needs the package cryptography: pip install 'layered-store[crypto]'", layer=layer

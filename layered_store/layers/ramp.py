@@ -117,7 +117,7 @@ class Ramp(Layer):
 
     alternative: StateStore | None = field(default=None, kw_only=True)
     layer: Callable[[StateStore], StateStore] | Mapping[str, Any] | None = field(
-        default=None, kw_only=True, metadata={"mask": lambda layer: _masked(layer)}
+        default=None, kw_only=True, metadata={"mask": lambda layer: _masked(layer)}  # noqa: PLW0108
     )
     share: float = field(default=0.0, kw_only=True)
     salt: str = field(default="", kw_only=True)

@@ -212,7 +212,7 @@ def _check_heard(unheard: list[tuple[Schedule, dict[str, Any]]]) -> None:
 class _Handle:
     """A callback that waits for its turn or its time."""
 
-    __slots__ = ("args", "callback", "context", "_when")
+    __slots__ = ("_when", "args", "callback", "context")
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ class Report:
         return self.ok
 
     def __str__(self) -> str:
-        count = {name: 0 for name in _MARKS}
+        count = dict.fromkeys(_MARKS, 0)
         for result in self.results:
             count[result.outcome] += 1
         head = (

@@ -443,7 +443,7 @@ async def _immutable(suite: _Suite) -> None:
     for change in (
         lambda: setattr(got, "confidence", 0.25),
         lambda: operator.setitem(got.axes, "warmth", 0.9),  # type: ignore[call-overload]
-        lambda: got.axes.clear(),  # type: ignore[attr-defined]
+        lambda: got.axes.clear(),  # type: ignore[attr-defined]  # noqa: PLW0108
     ):
         try:
             change()

@@ -347,7 +347,7 @@ class ClientLink:
         if hasattr(self._client, "get_node_from_key"):
             self._client._initialize = True  # noqa: SLF001
 
-    def send_now(self, packed: bytes) -> None:  # noqa: ARG002
+    def send_now(self, packed: bytes) -> None:
         """Return None: a client takes no packed commands."""
 
     async def call(self, command: Command) -> Any:

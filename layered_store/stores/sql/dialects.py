@@ -290,7 +290,7 @@ class Statements:
         dialect: Any = sqlite if self.family == "sqlite" else postgresql
         return dialect.insert(table).on_conflict_do_nothing()
 
-    def _placeholder(self, latest: Any, now_us: Any) -> Any:
+    def _placeholder(self, latest: Any, now_us: Any) -> Any:  # noqa: ARG002
         """Return the insert that gives a new user a row to lock.
 
         Nobody sees it: the transaction fills it before it commits. Versions begin at the
