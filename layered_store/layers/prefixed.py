@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefixed"]
 
-_MAX_PREFIX_BYTES = 128
+_MAX_PREFIX_BYTES = 64
 _SEPARATOR = "-"
 
 
@@ -27,14 +27,14 @@ class Prefixed(TranslatingLayer):
 
     Callers see their own ids; below, ``u-1`` of the tenant ``acme`` is ``acme-u-1``. Reads,
     histories, erasures and listings stay within the tenant, and no two tenants ever share an id,
-    whatever their names are: a name that holds ``-`` itself is stored with its length,
-    ``-8-tenant-a-u-1``. Users stored without a prefix are no tenant's: give the store to prefixed
-    stacks only.
+    whatever their names are: a name with anything but letters, digits and ``_`` in it is stored in
+    hexadecimal, ``-6f72673a31-u-1``. Users stored without a prefix are no tenant's: give the store
+    to prefixed stacks only.
 
     Args:
         inner: the store that the tenants share.
-        prefix: the tenant: 1 to 128 UTF-8 bytes of alphanumerics, ``_`` and ``-``; a ``-`` at its
-            end is the separator and may be left out.
+        prefix: the tenant, 1 to 64 UTF-8 bytes; one ``-`` or ``:`` at its end is the separator and
+            no part of it.
 
     Raises:
         ConfigError: ``prefix`` breaks these rules.
@@ -57,20 +57,19 @@ class Prefixed(TranslatingLayer):
     kind: ClassVar[str] = "prefixed"
 
     def __post_init__(self) -> None:
-        tenant = self.prefix.removesuffix(_SEPARATOR) if isinstance(self.prefix, str) else ""
-        if not is_valid_user_id(tenant) or len(tenant.encode()) > _MAX_PREFIX_BYTES:
+        tenant = self.prefix if isinstance(self.prefix, str) else ""
+        tenant = tenant[:-1] if tenant[-1:] in (_SEPARATOR, ":") else tenant
+        raw = tenant.encode("utf-8", "surrogatepass")
+        if not 1 <= len(raw) <= _MAX_PREFIX_BYTES:
             raise ConfigError(
-                f"must be 1 to {_MAX_PREFIX_BYTES} UTF-8 bytes of letters, digits, '_' and '-',"
-                " such as 'acme'",
+                f"must be a str of 1 to {_MAX_PREFIX_BYTES} UTF-8 bytes, such as 'acme'",
                 option="prefix",
                 layer=self.name,
             )
-        # Without the length, user "b-1" of "a" and user "1" of "a-b" would be one.
-        self._head = (
-            f"{tenant}{_SEPARATOR}"
-            if _SEPARATOR not in tenant
-            else f"{_SEPARATOR}{len(tenant)}{_SEPARATOR}{tenant}{_SEPARATOR}"
-        )
+        # Up to the separator all is the tenant's: else user "b-1" of "a" and user "1" of "a-b"
+        # would be one. No plain name begins with a separator.
+        plain = is_valid_user_id(tenant) and _SEPARATOR not in tenant
+        self._head = f"{tenant}{_SEPARATOR}" if plain else f"-{raw.hex()}{_SEPARATOR}"
         self._room = MAX_USER_ID_BYTES - len(self._head.encode())
         super().__post_init__()
 

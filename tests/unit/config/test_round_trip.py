@@ -42,7 +42,7 @@ TEXTS: dict[str, Any] = {
     "order": st.sampled_from(["arrival", "snapshot_time"]),
     "invalidation": st.sampled_from(["auto", "off"]),
     "time_hits": st.sampled_from(["sampled", "all"]),
-    "prefixed.prefix": st.text("abc_-ü", min_size=1, max_size=9).filter(lambda text: text != "-"),
+    "prefixed.prefix": st.text("abc_-ü: ", min_size=2, max_size=9),
     "level": st.integers(1, 9),
     "layer": st.sampled_from([{"use": "timeout", "seconds": 2.5}, {"use": "cached", "ttl": "5s"}]),
 }
