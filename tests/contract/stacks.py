@@ -11,13 +11,20 @@ from layered_store import (
     Bulkhead,
     Cached,
     CircuitBreaker,
+    Compressed,
+    Encrypted,
     Fallback,
     Layer,
     MemoryStore,
     Metrics,
+    Prefixed,
+    Ramp,
+    ReadOnly,
     Retry,
+    Shadow,
     StateStore,
     Timeout,
+    Tracing,
     WriteThrough,
 )
 from layered_store.testing import Faults, Recorded
@@ -62,6 +69,14 @@ LAYERS: dict[str, Build] = {
     "Bulkhead": lambda inner: Bulkhead(inner, max_in_flight=2, max_waiting=1_000),
     "Faults": Faults,
     "Recorded": Recorded,
+    "Tracing": Tracing,
+    "Encrypted": lambda inner: Encrypted(inner, keys=[bytes(32)], hash_user_ids=True),
+    "Compressed": lambda inner: Compressed(inner, threshold=0),
+    "Prefixed": lambda inner: Prefixed(inner, prefix="tenant"),
+    "Shadow": lambda inner: Shadow(inner, candidate=copies(inner)),
+    "Ramp, alternative": lambda inner: Ramp(inner, alternative=copies(inner), share=0.0),
+    "Ramp, layer": lambda inner: Ramp(inner, layer=Cached, share=0.5),
+    "ReadOnly": ReadOnly,
 }
 
 DEEP: dict[str, Build] = {

@@ -76,7 +76,7 @@ async def test_minimal_store() -> None:
     """A store of the two required methods is complete: what it cannot do is skipped and said."""
     report = await check_store(broken.Plain)
     assert report.ok, str(report)
-    assert report.abilities == ()
+    assert report.abilities == ("writes",)
     skipped = {result.message for result in report.results if result.outcome == "skipped"}
     assert "it cannot delete (UnsupportedError)" in skipped
     assert "it keeps no history" in skipped
@@ -123,7 +123,9 @@ async def test_report() -> None:
     good = await check_store(MemoryStore)
     good.raise_for_failures()
     assert good
-    assert str(good).startswith("MemoryStore: 23 passed, 0 failed, 0 skipped; abilities: history")
+    assert str(good).startswith(
+        "MemoryStore: 23 passed, 0 failed, 0 skipped; abilities: writes, history"
+    )
     bad = await check_store(broken.OldestFirst)
     assert not bad
     lines = str(bad).splitlines()

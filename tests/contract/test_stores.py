@@ -19,52 +19,57 @@ class Mood(StateSnapshot):
     detail: dict[str, int] = {}
 
 
+EVERYTHING = {"writes", "history", "delete", "versions", "listing"}
 STORES: dict[str, tuple[str | None, Callable[..., StateStore], set[str]]] = {
-    "memory": (None, lambda: MemoryStore(), {"history", "delete", "versions", "listing"}),
+    "memory": (None, lambda: MemoryStore(), EVERYTHING),
     "memory, no history": (
         None,
         lambda: MemoryStore(history_limit=0),
-        {"delete", "versions", "listing"},
+        {"writes", "delete", "versions", "listing"},
     ),
     "memory, still clock": (
         None,
         lambda: MemoryStore(clock=FakeClock()),
-        {"history", "delete", "versions", "listing"},
+        EVERYTHING,
     ),
     "memory, subclass": (
         None,
         lambda: MemoryStore(snapshot_type=Mood),
-        {"history", "delete", "versions", "listing"},
+        EVERYTHING,
     ),
-    "redis": ("redis_url", RedisStore, {"delete", "listing"}),
+    "redis": ("redis_url", RedisStore, {"writes", "delete", "listing"}),
     "redis, history": (
         "redis_url",
         lambda url: RedisStore(url, history_limit=50),
-        {"history", "delete", "listing"},
+        {"writes", "history", "delete", "listing"},
     ),
     "redis, subclass": (
         "redis_url",
         lambda url: RedisStore(url, history_limit=50, snapshot_type=Mood, digest_key=b"key"),
-        {"history", "delete", "listing"},
+        {"writes", "history", "delete", "listing"},
     ),
-    "sqlite": ("sqlite_url", SQLStore, {"history", "delete", "versions", "listing"}),
+    "sqlite": ("sqlite_url", SQLStore, EVERYTHING),
     "sqlite, all history": (
         "sqlite_url",
         lambda url: SQLStore(url, history_limit=None),
-        {"history", "delete", "versions", "listing"},
+        EVERYTHING,
     ),
     "sqlite, by snapshot time": (
         "sqlite_url",
         lambda url: SQLStore(url, order="snapshot_time"),
-        {"history", "delete", "versions", "listing"},
+        EVERYTHING,
     ),
     "sqlite, subclass": (
         "sqlite_url",
         lambda url: SQLStore(url, snapshot_type=Mood, digest_key=b"key"),
-        {"history", "delete", "versions", "listing"},
+        EVERYTHING,
     ),
-    "postgresql": ("postgres_url", SQLStore, {"history", "delete", "versions", "listing"}),
-    "mariadb": ("mysql_url", SQLStore, {"history", "delete", "versions", "listing"}),
+    "postgresql": (
+        "postgres_url",
+        SQLStore,
+        EVERYTHING,
+    ),
+    "mariadb": ("mysql_url", SQLStore, EVERYTHING),
 }
 
 
