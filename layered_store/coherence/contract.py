@@ -292,7 +292,12 @@ class Authority(Capability):
 
     @abstractmethod
     async def changes(self, cursor: str, limit: int) -> Changes:
-        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never skip."""
+        """Return what changed after ``cursor``, at most ``limit`` users; may repeat, never skip.
+
+        With the last page (``more`` is False) everything was told that had been committed when
+        this was called. So it may be longer: what was committed behind a transaction that is
+        still open comes with it, and again with the next.
+        """
 
     @abstractmethod
     async def covers(self, cursor: str) -> bool:

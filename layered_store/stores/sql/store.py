@@ -18,6 +18,7 @@ from layered_store.errors import (
     ConfigError,
     CorruptDataError,
     StoreError,
+    UnavailableError,
     ValidationError,
 )
 from layered_store.health import HealthStatus, SharedProbe
@@ -61,6 +62,8 @@ _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
 _COVERED_US: Final = (7 * 86_400 - 3_600) * 1_000_000
 _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip with others
 _MAX_INT: Final = 2**53
+_MAX_POSITION: Final = 2**63 - 1
+_AHEAD_ROWS: Final = 20_000
 _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
 
 
@@ -411,9 +414,27 @@ class SQLStore(StateStore, Authority, Enumerable):
                 "horizon": horizon,
                 "max_rows": limit + 1,
             }
-            return horizon, now_us, await session.rows(self._statements.changes, values)
+            found = list(await session.rows(self._statements.changes, values))
+            if len(found) <= limit and not self._statements.counted:
+                # What was committed behind a transaction that is still open: it must be known
+                # now, and is told again until the horizon has passed it.
+                values |= {
+                    "after_position": max(horizon - 1, position),
+                    "after_digest": b"\xff" * 16,
+                    "horizon": _MAX_POSITION,
+                    "max_rows": _AHEAD_ROWS + 1,
+                }
+                ahead.extend(await session.rows(self._statements.changes, values))
+            return horizon, now_us, found
 
+        ahead: list[Any] = []
         horizon, now_us, rows = await self._run("changes", work)
+        if len(ahead) > _AHEAD_ROWS:
+            raise UnavailableError(
+                "a transaction has been open for so long that too many changes wait behind it",
+                operation="changes",
+                layer=self.name,
+            )
         more = len(rows) > limit
         items = [
             Change(
@@ -422,7 +443,7 @@ class SQLStore(StateStore, Authority, Enumerable):
                 row.user_id is None,
                 owed=row.debts not in (None, "[]"),
             )
-            for row in rows[:limit]
+            for row in (*rows[:limit], *ahead)
         ]
         if not more:
             last = max(horizon - 1, position)
