@@ -355,12 +355,14 @@ def _steps(frame: _Frame, cut_off_as: str = "", plays: str = "") -> Iterator[Ste
     if _cuts_off(frame):
         # It is told of the block that was too slow.
         cut_off_as, word = _error_word(frame.error), ""
+    below = [step for each in frame.below for step in _steps(each, cut_off_as, plays)]
+    if word == frame.state and frame.below and not below:
+        return  # housekeeping that no block tells of
     if word:
         is_end = not children_of(frame.store)
         name = plays if plays and is_end else _name(frame.store)
         yield Step(name, word, frame.op.value, frame.store)
-    for each in frame.below:
-        yield from _steps(each, cut_off_as, plays)
+    yield from below
 
 
 def _name(store: StateStore) -> str:
