@@ -8,6 +8,7 @@ import concurrent.futures
 import os
 import threading
 import weakref
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from layered_store.errors import ClosedError, ConfigError, StoreTimeoutError, UnsupportedError
@@ -15,7 +16,7 @@ from layered_store.interface import Op, StateStore, listed
 from layered_store.options import Seconds, check_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from layered_store.health import HealthReport
@@ -115,6 +116,12 @@ class SyncStore:
 
     def close(self) -> None:
         """Close the stack and end the background thread; safe to call again."""
+        if self._runner is not None and threading.get_ident() == self._runner.ident:
+            raise UnsupportedError(
+                "called on the store's own event loop, which it would block; close it elsewhere",
+                operation="close",
+                layer="SyncStore",
+            )
         with self._lock:
             runner, self._runner = self._runner, None
             self._closed = True
@@ -161,7 +168,8 @@ class SyncStore:
             ) from None
         except TimeoutError:
             if future.done() and not future.cancelled():
-                raise  # the stack's own error, which says more
+                # The stack's own error, which says more, or an answer that came just now.
+                return future.result()
             future.cancel()
             raise StoreTimeoutError(
                 f"no answer within {self._timeout:g} s",
@@ -180,9 +188,22 @@ class SyncStore:
                     "this store was closed; build a new one", operation=operation, layer="SyncStore"
                 )
             if self._runner is None:
-                given = self._given
-                self._runner = _Runner(given if isinstance(given, StateStore) else given())
+                self._runner = _Runner(self._built())
             return self._runner
+
+    def _built(self) -> StateStore:
+        if isinstance(self._given, StateStore):
+            return self._given
+        stack: object = self._given()
+        if not isinstance(stack, StateStore):
+            if isinstance(stack, Coroutine):
+                stack.close()  # a coroutine function: nobody would await it
+            raise ConfigError(
+                f"must return a StateStore, not {type(stack).__name__}",
+                option="stack",
+                layer="SyncStore",
+            )
+        return stack
 
     def _after_fork(self, operation: str) -> None:
         """Let go of the parent's thread and connections; they are not ours to close."""

@@ -199,3 +199,63 @@ def test_repr_names_the_stack() -> None:
     """Its repr shows what it wraps."""
     store: StateStore = MemoryStore()
     assert repr(SyncStore(store)) == "SyncStore(MemoryStore())"
+
+
+def test_function_that_returns_something_else() -> None:
+    """What the function returns is checked with the first call, a coroutine included."""
+
+    async def build() -> MemoryStore:
+        return MemoryStore()
+
+    for odd, name in (
+        (lambda: None, "NoneType"),
+        (lambda: MemoryStore, "ABCMeta"),
+        (build, "corou"),
+    ):
+        store = SyncStore(odd)  # type: ignore[arg-type]
+        with pytest.raises(
+            ConfigError, match=f"SyncStore.stack: must return a StateStore, not {name}"
+        ):
+            store.get_latest("u-1")
+        store.close()
+
+
+def test_close_on_its_own_loop() -> None:
+    """Closing from inside a call would wait for itself, so it is refused."""
+
+    class Closes(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            store.close()
+            return await super().get_latest(user_id)
+
+    store = SyncStore(Closes())
+    with pytest.raises(UnsupportedError, match="close it elsewhere"):
+        store.get_latest("u-1")
+    store.close()
+
+
+def test_an_answer_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that ends in the very moment in which the time runs out gives its answer."""
+    import concurrent.futures
+
+    with SyncStore(MemoryStore(), timeout=5) as store:
+        store.upsert_latest(StateSnapshot("u-1"))
+        wait = concurrent.futures.Future.result
+
+        def late(self: concurrent.futures.Future[object], timeout: float | None = None) -> object:
+            wait(self, None)
+            if timeout is not None:
+                raise TimeoutError
+            return wait(self, timeout)
+
+        monkeypatch.setattr(concurrent.futures.Future, "result", late)
+        assert store.get_latest("u-1") is not None
+        monkeypatch.undo()
+
+
+def test_a_lone_id_is_no_batch() -> None:
+    """The same checks as on an awaited store."""
+    with SyncStore(MemoryStore()) as store:
+        for bad in ("u-1", None, 7):
+            with pytest.raises(ValidationError, match="user_ids must be a list"):
+                store.get_latest_many(bad)  # type: ignore[arg-type]
