@@ -50,7 +50,7 @@ class Metrics(AroundLayer):
     series along.
 
     With ``PROMETHEUS_MULTIPROC_DIR`` set, what was counted is handed to the client's own metric
-    objects at each scrape, every second, and at the end of the process.
+    objects at each scrape, four times a second, and at the end of the process.
 
     Args:
         inner: the store below.

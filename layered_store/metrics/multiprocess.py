@@ -1,8 +1,8 @@
 """The adapter to the client's multiprocess mode, in which processes share files.
 
 Nothing is added to a call: what the layers counted is handed to the client's own metric objects,
-which write those files, at each scrape, every second, when a stack is closed and when the process
-ends.
+which write those files, at each scrape, four times a second, when a stack is closed and when the
+process ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MultiprocessExporter"]
 
-_FLUSH_SECONDS: Final = 1.0
+_FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
 
 
@@ -71,7 +71,7 @@ class MultiprocessExporter(Exporter):
                 given["buckets"] = DURATION_BUCKETS
             self._objects[key] = cls(metric.name, metric.help, metric.all_labels, **given)
         self._handed: weakref.WeakKeyDictionary[Metrics, _Handed] = weakref.WeakKeyDictionary()
-        self._gauges: set[Key] = set()
+        self._gauges: dict[Key, float] = {}
         self._flushing = threading.Lock()
         self._start()
         os.register_at_fork(after_in_child=self._forked)
@@ -84,50 +84,56 @@ class MultiprocessExporter(Exporter):
 
     def closed(self, metrics: Metrics) -> None:
         with self._flushing:
-            self._hand_over(metrics)
+            if metrics in self.open_stacks():
+                self._hand_over(metrics)
             super().closed(metrics)
-            self._set_gauges()
+            self._flush()
 
     def flush(self) -> None:
         """Hand over what was counted since the last time."""
         with self._flushing:
-            for metrics in self.open_stacks():
-                self._hand_over(metrics)
-            self._set_gauges()
+            self._flush()
         _forget_dead_processes()
 
-    def _hand_over(self, metrics: Metrics) -> None:
-        """Add what a stack counted since the last time to the counters and histograms."""
+    def _flush(self) -> None:
+        gauges: dict[Key, float] = {}
+        for metrics in self.open_stacks():
+            for key, value in self._hand_over(metrics).items():
+                gauges[key] = combined(key, gauges.get(key), value)
+        for key in self._gauges.keys() - gauges.keys():
+            # Files cannot forget a series, so it gets a value that changes nothing.
+            gauges[key] = CATALOGUE[key[0]].at_rest
+        for (name, labels), value in gauges.items():
+            if self._gauges.get((name, labels)) != value:
+                self._objects[name].labels(*labels).set(value)
+        self._gauges = gauges
+
+    def _hand_over(self, metrics: Metrics) -> dict[Key, float]:
+        """Add what a stack counted since the last time to the files; return its gauges."""
         handed = self._handed.setdefault(metrics, _Handed())
-        for (name, labels), value in self.figures(metrics):
-            if CATALOGUE[name].kind != "counter":
+        gauges: dict[Key, float] = {}
+        for key, value in self.figures(metrics):
+            name, labels = key
+            if CATALOGUE[name].kind == "gauge":
+                gauges[key] = value
                 continue
-            delta = value - handed.counters.get((name, labels), 0.0)
-            if delta > 0 or (name, labels) not in handed.counters:
-                self._objects[name].labels(*labels).inc(delta)
-                handed.counters[name, labels] = value
+            known = handed.counters.get(key)
+            if known is None or value > known:
+                self._objects[name].labels(*labels).inc(max(0.0, value - (known or 0.0)))
+                handed.counters[key] = value
         for operation, (counts, seconds) in metrics.durations():
             labels = (metrics.name, operation)
             cells = [upper - lower for upper, lower in zip(counts, [0, *counts], strict=False)]
             before = handed.cells.get(labels, [0] * len(cells))
+            if cells == before:
+                continue
             child = self._objects["operation_duration"].labels(*labels)
             for bucket, now, known in zip(child._buckets, cells, before, strict=True):  # noqa: SLF001  the client has no way to add many observations at once
-                bucket.inc(now - known)
+                if now != known:
+                    bucket.inc(now - known)
             child._sum.inc(seconds - handed.seconds.get(labels, 0.0))  # noqa: SLF001
             handed.cells[labels], handed.seconds[labels] = cells, seconds
-
-    def _set_gauges(self) -> None:
-        now: dict[Key, float] = {}
-        for metrics in self.open_stacks():
-            for key, value in self.figures(metrics):
-                if CATALOGUE[key[0]].kind == "gauge":
-                    now[key] = combined(key, now.get(key), value)
-        for key in self._gauges - now.keys():
-            # Files cannot forget a series, so it gets a value that changes nothing.
-            now[key] = CATALOGUE[key[0]].at_rest
-        for (name, labels), value in now.items():
-            self._objects[name].labels(*labels).set(value)
-        self._gauges = set(now)
+        return gauges
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._flush_for_ever, daemon=True)
@@ -145,6 +151,7 @@ class MultiprocessExporter(Exporter):
     def _forked(self) -> None:
         # The parent hands over what was counted before; the child begins from there.
         self._flushing = threading.Lock()
+        self._gauges = {}
         for metrics in self.open_stacks():
             handed = self._handed[metrics] = _Handed()
             for key, value in self.figures(metrics):

@@ -127,7 +127,10 @@ def document() -> dict[str, Any]:
                     "responses": {
                         "200": {
                             "description": "Prometheus metrics",
-                            "content": {"text/plain": {"schema": {"type": "string"}}},
+                            "content": {
+                                "text/plain": {"schema": {"type": "string"}},
+                                "application/openmetrics-text": {"schema": {"type": "string"}},
+                            },
                         },
                         "401": wrong["401"],
                     },

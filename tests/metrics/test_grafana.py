@@ -109,7 +109,7 @@ def test_every_metric_is_on_a_dashboard() -> None:
 
 def test_rules_name_only_what_is_exported_or_recorded() -> None:
     """A metric that was renamed is found here."""
-    for path in (*RULES, GRAFANA / "alerts" / "tests.yml"):
+    for path in (*RULES, GRAFANA / "alert_tests.yml"):
         text = re.sub(r"#.*", "", path.read_text())
         names = {name for name in metric_names(text) if not name.startswith("layered_store_alerts")}
         assert names <= SERIES | RECORDED, f"not in the catalogue: {names - SERIES - RECORDED}"
@@ -172,7 +172,7 @@ def test_the_compose_file_mounts_what_is_there() -> None:
     "command",
     [
         ["check", "rules", *map(str, RULES)],
-        ["test", "rules", str(GRAFANA / "alerts" / "tests.yml")],
+        ["test", "rules", str(GRAFANA / "alert_tests.yml")],
         ["check", "config", str(GRAFANA / "prometheus.yml")],
     ],
     ids=lambda command: " ".join(command[:2]),

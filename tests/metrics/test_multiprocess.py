@@ -118,6 +118,24 @@ def test_stacks_of_one_name_add_up_and_closing_one_loses_and_doubles_nothing(
     )
 
 
+def test_a_view_inside_another_of_the_same_name_counts_nothing_twice(tmp_path: Path) -> None:
+    """Not at a scrape and not when both are closed."""
+    run(
+        """
+        async def main():
+            stack = Metrics(Cached(Metrics(MemoryStore(), name="s")), name="s")
+            await use(stack, 5)
+            await stack.get_latest("nobody")
+            assert calls("get_latest") == 6, calls("get_latest")
+            await stack.aclose()
+            await stack.aclose()
+            assert calls("get_latest") == 6, calls("get_latest")
+        asyncio.run(main())
+        """,
+        tmp_path,
+    )
+
+
 def test_a_stack_that_is_gone_leaves_its_counters(tmp_path: Path) -> None:
     """And its successor of the same name is counted from the start."""
     run(
@@ -143,14 +161,22 @@ def test_a_stack_built_before_the_fork_counts_each_call_once(tmp_path: Path) -> 
         """
         stack = Metrics(Cached(MemoryStore()), name="s")
         asyncio.run(use(stack, 100))
+        figures("operations_total")
         children = []
+        done, go = os.pipe(), os.pipe()
         for number in range(3):
             pid = os.fork()
             if not pid:
                 asyncio.run(use(stack, 10))
                 stack._exporter.flush()
+                os.write(done[1], b".")
+                os.read(go[0], 1)
                 os._exit(0)
             children.append(pid)
+        for pid in children:
+            os.read(done[0], 1)
+        assert one(figures("cache_entries")) == 4, figures("cache_entries")
+        os.write(go[1], b"...")
         for pid in children:
             os.waitpid(pid, 0)
         assert calls("get_latest") == 130, calls("get_latest")

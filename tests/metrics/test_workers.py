@@ -21,7 +21,7 @@ from servers import free_port
 
 HERE = Path(__file__).parent
 WORKERS = 4
-LAG = 1.0
+LAG = 0.25
 """A scrape sees other workers as they were at most so many seconds ago."""
 
 Figures = dict[tuple[str, ...], float]

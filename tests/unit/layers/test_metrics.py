@@ -478,6 +478,8 @@ async def test_two_views_of_one_stack(registry: CollectorRegistry) -> None:
     assert counted["back", "get_latest"] == 1
     reads = figures(registry, "layered_store_reads_total", result="hit")
     assert reads == {("front", "1.cached"): 10, ("front", "4.memory"): 0, ("back", "1.memory"): 0}
+    await front.aclose()
+    assert list(registry.collect()) == []
 
 
 async def test_hits_pass_through_two_views(registry: CollectorRegistry) -> None:
