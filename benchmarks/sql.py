@@ -29,18 +29,23 @@ async def run(setting: Setting) -> list[Result]:
 
 
 async def _sqlite(setting: Setting) -> Result:
-    raw = await aiosqlite.connect(setting.folder / "raw.db", isolation_level=None)
+    raw = await aiosqlite.connect(setting.folder / "raw.db")
     for pragma in ("journal_mode=WAL", "synchronous=FULL"):  # as durable as ours
         await raw.execute(f"PRAGMA {pragma}")
     await raw.execute("CREATE TABLE raw (user_id TEXT PRIMARY KEY, data BLOB)")
     get, put = _GET.format("?"), _PUT.format("?", "?")
 
+    # As its documentation shows: a hop to the thread for each step.
     async def read(user_id: str) -> Any:
+        async with raw.execute(get, (user_id,)) as cursor:
+            return await cursor.fetchone()
+
+    async def read_in_one_hop(user_id: str) -> Any:
         return await raw.execute_fetchall(get, (user_id,))
 
     async def upsert(user_id: str) -> Any:
-        async with raw.execute(put, (user_id, payload)):
-            pass
+        await raw.execute(put, (user_id, payload))
+        await raw.commit()
 
     payload = encoded(user(0))
     store = SQLStore(f"sqlite+aiosqlite:///{setting.folder}/ours.db")
@@ -54,6 +59,7 @@ async def _sqlite(setting: Setting) -> Result:
     for callers in (1, 16, 64, 256):
         for name, theirs, ours in (
             ("read", read, store.get_latest),
+            ("read, execute_fetchall", read_in_one_hop, store.get_latest),
             ("upsert", upsert, _upserting(store)),
         ):
             costs = await _race(setting, users, callers, theirs, ours)
@@ -146,7 +152,7 @@ def _note(
         ]
     )
     # One caller of SQLite is bimodal by where the two threads run: no target.
-    if (row == 9 and callers in (1, 64)) or (row == 8 and callers > 1):
+    if name in goals and ((row == 9 and callers in (1, 64)) or (row == 8 and callers > 1)):
         database = "SQLite" if row == 8 else "PostgreSQL"
         what = f"{database} {name}, {callers} caller{'s' * (callers > 1)}"
         result.figures.append(Figure(row, what, times, at_least=goals[name]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
@@ -126,8 +127,7 @@ class Batcher:
             tasks = [batch.task for batch in self.out if batch.task is not None]
             if tasks:
                 await asyncio.wait(tasks)
-            else:
-                await self._clock.sleep(0)
+            await self._clock.sleep(0)
 
     def close(self) -> None:
         """Fail what still waits."""
@@ -151,6 +151,7 @@ class Batcher:
             self.out.add(batch)
             # A context of its own: it serves many calls, not the first alone.
             batch.task = self.loop.create_task(self._do(batch), context=contextvars.Context())
+            batch.task.add_done_callback(partial(self._ended, batch))
 
     def _take(self) -> list[Entry]:
         """Take the next batch off the queue."""
@@ -159,24 +160,27 @@ class Batcher:
     async def _do(self, batch: Batch) -> None:
         results: Sequence[Any]
         try:
-            try:
-                results = await self._run(batch)
-            except Exception as exc:  # noqa: BLE001  handed to those who wait
-                results = await self._each(batch, exc)
-            self._land(batch, results)
-        finally:
-            self.out.discard(batch)
-            for _, future in batch.entries:
-                if not future.done():  # cancelled from outside, as at the end of the event loop
-                    future.cancel()
-            calls = self._calls
-            while calls and calls[0][0].done():
-                calls.popleft()
-            if self.waiting and not self._scheduled:
-                # After those who were answered just now: they may call again and join.
-                self._scheduled = True
-                self._deadline = self._clock.monotonic() + self._limit
-                self.loop.call_soon(self._flush)
+            results = await self._run(batch)
+        except Exception as exc:  # noqa: BLE001  handed to those who wait
+            results = await self._each(batch, exc)
+        for (_, future), result in zip(batch.entries, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    def _ended(self, batch: Batch, _: object) -> None:
+        """Let the next ones go; a callback, since a task that was cut off may never have begun.
+
+        It runs after those who were answered: they may have called again, and go along.
+        """
+        self.out.discard(batch)
+        for _, future in batch.entries:
+            if not future.done():  # cut off from outside, as at the end of the event loop
+                future.cancel()
+        calls = self._calls
+        while calls and calls[0][0].done():
+            calls.popleft()
+        if self.waiting and not self._scheduled:
+            self._flush()
 
     async def _each(self, batch: Batch, error: Exception) -> list[Any]:
         async def run(entries: list[Entry]) -> Sequence[Any]:
@@ -188,11 +192,6 @@ class Batcher:
             return results
 
         return await one_by_one(batch.entries, run, error, self._alone)
-
-    def _land(self, batch: Batch, results: Sequence[Any]) -> None:
-        for (_, future), result in zip(batch.entries, results, strict=True):
-            if not future.done():
-                future.set_result(result)
 
     def _watch(self) -> None:
         """Give up the calls that wait too long."""

@@ -52,10 +52,14 @@ class PostgresStatements:
                 ORDER BY version DESC LIMIT d.max_rows
             ) h
             ORDER BY d.digest, h.version DESC"""
-        self.write = f"""
+        many = (
+            "unnest($1::bytea[], $2::text[], $3::bytea[], $4::bytea[], $5::bigint[], $6::bigint[])"
+        )
+        # Arrays are planned anew each time; a lone write is spared that.
+        one = "(VALUES ($1::bytea, $2::text, $3::bytea, $4::bytea, $5::bigint, $6::bigint))"
+        write = f"""
             WITH given AS (
-                SELECT * FROM unnest($1::bytea[], $2::text[], $3::bytea[], $4::bytea[],
-                    $5::bigint[], $6::bigint[]) AS g
+                SELECT * FROM %s AS g
                     (digest, user_id, payload, write_id, updated, after_erasure)
             ), stored AS (
                 INSERT INTO {latest} AS l (digest, user_id, version, payload, write_id,
@@ -80,9 +84,11 @@ class PostgresStatements:
             ), trimmed AS (
                 DELETE FROM {history} h USING stored
                 WHERE h.digest = stored.digest AND h.version <= stored.version - $8::bigint
-                    AND stored.version % 16 = 0
+                    AND stored.version %% 16 = 0
             )
             SELECT digest, version FROM stored"""
+        self.write = write % many
+        self.write_one = write % one
 
 
 async def read_rows(
@@ -125,17 +131,24 @@ async def write_rows(
         rules: the store's options.
     """
     keep = _ALL if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
-    rows = await driver.fetch(
-        texts.write,
-        [item.digest for item, _ in writes],
-        [item.user_id for item, _ in writes],
-        [item.payload for item, _ in writes],
-        [item.write_id for item, _ in writes],
-        [item.updated for item, _ in writes],
-        [erasure for _, erasure in writes],
-        rules.history_limit != 0,
-        keep,
-    )
+    rules_of = (rules.history_limit != 0, keep)
+    if len(writes) == 1:
+        ((item, erasure),) = writes
+        rows = await driver.fetch(
+            texts.write_one, item.digest, item.user_id, item.payload, item.write_id, item.updated,
+            erasure, *rules_of,
+        )  # fmt: skip
+    else:
+        rows = await driver.fetch(
+            texts.write,
+            [item.digest for item, _ in writes],
+            [item.user_id for item, _ in writes],
+            [item.payload for item, _ in writes],
+            [item.write_id for item, _ in writes],
+            [item.updated for item, _ in writes],
+            [erasure for _, erasure in writes],
+            *rules_of,
+        )
     return dict(map(tuple, rows))
 
 

@@ -1,0 +1,314 @@
+"""Calls that share a round trip: under many interleavings, faults and cancellations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from layered_store.errors import ClosedError, StoreError, StoreTimeoutError, UnavailableError
+from layered_store.stores.sql.batching import MAX_BATCH, Batch, Reads, Writes
+from layered_store.testing.clock import FakeClock
+from layered_store.testing.explore import explore
+
+if TYPE_CHECKING:
+    from layered_store.testing.explore import Schedule
+
+
+@dataclass(frozen=True)
+class Put:
+    """One write of the model."""
+
+    digest: bytes
+    value: int
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One erasure of the model."""
+
+    digest: bytes
+    value: int
+
+
+@dataclass
+class Backend:
+    """A table that batches are done on; notes what came in and when."""
+
+    clock: Any = None
+    random: Any = None
+    log: dict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
+    batches: list[list[Any]] = field(default_factory=list)
+    busy: set[bytes] = field(default_factory=set)
+    most: int = 0
+    under_way: int = 0
+    poison: frozenset[int] = frozenset()
+    failing: float = 0.0
+
+    async def run(self, batch: Batch) -> list[Any]:
+        items = [what for what, _ in batch.entries]
+        self.batches.append(items)
+        users = {item.digest for item in items}
+        assert not users & self.busy, "two batches with one user were out"
+        assert len({type(item) for item in items}) == 1
+        self.busy |= users
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            if self.random is not None:
+                await self.clock.sleep(self.random.choice((0.0, 0.01, 0.02)))
+            if self.poison & {item.value for item in items}:
+                raise StoreError("one of them is bad")
+            if self.random is not None and self.random.random() < self.failing:
+                raise UnavailableError("the connection is gone")
+            for item in items:
+                self.log[item.digest].append(item.value)
+            return [item.value * 10 for item in items]
+        finally:
+            self.under_way -= 1
+            self.busy -= users
+
+
+def about_one(error: Exception) -> bool:
+    return not isinstance(error, UnavailableError)
+
+
+def writes(backend: Backend, clock: Any, **options: Any) -> Writes:
+    return Writes(
+        backend.run, about_one, clock, options.pop("limit", 5.0),
+        out=options.pop("out", 2), stoppable=True,
+    )  # fmt: skip
+
+
+async def test_a_lone_call_goes_at_once_and_alone() -> None:
+    """It does not wait for company: no timer, no other call, one batch of one."""
+    backend = Backend()
+    batcher = writes(backend, FakeClock())
+    assert await batcher.submit(Put(b"u", 1)) == 10
+    assert backend.batches == [[Put(b"u", 1)]]
+
+
+async def test_calls_of_one_turn_share_a_batch_of_bounded_size() -> None:
+    """As many as there are, up to the bound; each gets its own result."""
+    backend = Backend()
+    batcher = writes(backend, FakeClock())
+    count = 2 * MAX_BATCH + 7
+    futures = [batcher.submit(Put(str(n).encode(), n)) for n in range(count)]
+    assert [await future for future in futures] == [n * 10 for n in range(count)]
+    assert sorted(map(len, backend.batches)) == [7, MAX_BATCH, MAX_BATCH]
+    await batcher.drain()
+    assert not batcher._calls, "nothing is kept of calls that ended"
+    assert not batcher.out
+
+
+async def test_reads_of_one_user_keep_their_places() -> None:
+    """The same user may be asked for many times in a batch; what runs it sees each caller."""
+    seen: list[list[Any]] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        seen.append([what for what, _ in batch.entries])
+        return [what * 2 for what, _ in batch.entries]
+
+    reads = Reads(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+    futures = [reads.submit(n % 2) for n in range(6)]
+    assert [await future for future in futures] == [0, 2, 0, 2, 0, 2]
+    assert seen == [[0, 1, 0, 1, 0, 1]]
+
+
+def test_batched_is_as_one_after_another() -> None:
+    """Whatever the order of tasks: own results, each user's writes in the order of the calls.
+
+    Some calls are poisoned, some are cancelled at any moment, writes and erasures are mixed.
+    """
+
+    async def scenario(schedule: Schedule) -> None:
+        random = schedule.random
+        backend = Backend(schedule.clock, random, poison=frozenset({13, 17}))
+        batcher = writes(backend, schedule.clock, out=random.choice((1, 2, 4)))
+        batcher.one_each = random.random() < 0.5
+        called: dict[bytes, list[int]] = defaultdict(list)
+        cancelled: set[int] = set()
+
+        async def call(value: int) -> None:
+            digest = random.choice((b"a", b"b", b"c"))
+            kind = Drop if random.random() < 0.2 else Put
+            called[digest].append(value)
+            try:
+                result = await batcher.submit(kind(digest, value))
+            except asyncio.CancelledError:
+                cancelled.add(value)
+                batcher.left()
+                raise
+            if value in backend.poison:
+                assert isinstance(result, StoreError), result
+            else:
+                assert result == value * 10
+
+        tasks = [asyncio.create_task(call(n), name=f"call {n}") for n in range(24)]
+        for task in random.sample(tasks, 6):
+            await schedule.clock.sleep(random.choice((0.0, 0.0, 0.01)))
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, asyncio.CancelledError), result
+        await batcher.drain()
+        assert backend.most <= 4
+        for digest, log in backend.log.items():
+            places = [called[digest].index(value) for value in log]
+            assert places == sorted(places), (called[digest], log)
+            assert len(set(log)) == len(log), "done twice"
+        done = {value for log in backend.log.values() for value in log}
+        expected = {value for values in called.values() for value in values}
+        assert expected - done <= cancelled | backend.poison
+
+    explore(scenario, schedules=400)
+
+
+def test_a_dead_backend_is_not_tried_for_each_call() -> None:
+    """When the connection is gone, a group of hundreds costs a few more tries, not hundreds."""
+
+    async def scenario(schedule: Schedule) -> None:
+        backend = Backend(schedule.clock, schedule.random, failing=1.0)
+        batcher = writes(backend, schedule.clock)
+        futures = [batcher.submit(Put(str(n).encode(), n)) for n in range(300)]
+        for future in futures:
+            assert isinstance(await future, UnavailableError)
+        assert len(backend.batches) == 3
+
+    explore(scenario, schedules=5)
+
+
+async def test_an_unknown_outcome_is_not_tried_again() -> None:
+    """After a commit that was cut off, whoever called decides."""
+    tries = 0
+
+    async def run(batch: Batch) -> list[Any]:
+        nonlocal tries
+        tries += 1
+        raise UnavailableError("cut off", outcome_unknown=True)
+
+    batcher = Writes(run, lambda _: True, FakeClock(), 5.0, out=1, stoppable=True)
+    futures = [batcher.submit(Put(str(n).encode(), n)) for n in range(3)]
+    for future in futures:
+        error = await future
+        assert isinstance(error, UnavailableError)
+        assert error.outcome_unknown
+    assert tries == 1
+
+
+async def test_each_call_has_its_own_time_limit() -> None:
+    """A batch that hangs fails its calls in time and is cut off; those behind it fail in time too.
+
+    The wait in the queue counts.
+    """
+    clock = FakeClock()
+    cut = asyncio.Event()
+
+    async def hang(batch: Batch) -> list[Any]:
+        try:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            cut.set()
+            raise
+
+    batcher = Writes(hang, about_one, clock, 2.0, out=1, stoppable=True)
+    first = batcher.submit(Put(b"a", 1))
+    await asyncio.sleep(0)
+    await clock.advance(1.0)
+    second = batcher.submit(Put(b"b", 2))
+    await clock.advance(1.0)
+    await asyncio.wait([first])
+    assert isinstance(first.result(), StoreTimeoutError)
+    assert not second.done()
+    await cut.wait()
+    await clock.advance(1.0)
+    await asyncio.wait([second])
+    assert isinstance(second.result(), StoreTimeoutError)
+    assert not second.result().outcome_unknown
+    await batcher.drain()
+
+
+async def test_a_batch_that_nobody_waits_for_is_cut_off() -> None:
+    """Only then: while one caller is left, it goes on."""
+    gate = asyncio.get_running_loop().create_future()
+    ended: list[str] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        try:
+            await asyncio.shield(gate)
+        except asyncio.CancelledError:
+            ended.append("cut")
+            raise
+        return [1 for _ in batch.entries]
+
+    batcher = Writes(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+
+    async def call(digest: bytes) -> Any:
+        try:
+            return await batcher.submit(Put(digest, 1))
+        except asyncio.CancelledError:
+            batcher.left()
+            raise
+
+    first, second = (asyncio.create_task(call(digest)) for digest in (b"a", b"b"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    await asyncio.sleep(0)
+    assert not ended
+    second.cancel()
+    await asyncio.wait([second])
+    await batcher.drain()
+    assert ended == ["cut"]
+    gate.cancel()
+
+
+async def test_what_still_waits_at_the_end_is_told() -> None:
+    """``close`` leaves no caller behind."""
+    batcher = writes(Backend(), FakeClock())
+    future = batcher.submit(Put(b"u", 1))
+    batcher.close()
+    assert isinstance(await future, ClosedError)
+
+
+async def test_many_writes_of_one_user_do_not_go_one_by_one() -> None:
+    """With one write per user and batch, a crowd around one user still shares batches."""
+    backend = Backend()
+    batcher = writes(backend, FakeClock())
+    batcher.one_each = True
+    futures = [batcher.submit(Put(b"u", n)) for n in range(100)]
+    for future in futures:
+        await future
+    assert len(backend.batches) == 1
+    assert backend.log[b"u"] == list(range(100))
+    futures = [batcher.submit(Put(b"u", n)) for n in range(4)]
+    for future in futures:
+        await future
+    assert [len(items) for items in backend.batches[1:]] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("out", [1, 3])
+async def test_only_a_few_batches_are_out(out: int) -> None:
+    """Calls that come while all are out join the next batch."""
+    gate = asyncio.get_running_loop().create_future()
+    sizes: list[int] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        sizes.append(len(batch.entries))
+        await gate
+        return [None for _ in batch.entries]
+
+    batcher = Writes(run, about_one, FakeClock(), 5.0, out=out, stoppable=True)
+    futures = []
+    for n in range(10):
+        futures.append(batcher.submit(Put(str(n).encode(), n)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert len(batcher.out) == out
+    gate.set_result(None)
+    for future in futures:
+        await future
+    assert sizes == [1] * out + [10 - out]
