@@ -77,8 +77,9 @@ class Encrypted(TranslatingLayer):
     Args:
         inner: the store to keep the encrypted states in; any backend or stack.
         keys: the first one writes, all of them read; each 32 bytes, as ``bytes`` or as base64 text.
-            :meth:`new_key` makes one. To change keys, put the new one first and keep the old ones
-            as long as anything written with them is kept, history included.
+            :meth:`new_key` makes one. To change keys, put the new one last in all processes, then
+            first in all; keep the old ones as long as anything written with them is kept, history
+            included.
         hash_user_ids: give the store below keyed hashes in place of user ids. Data stored without
             is not found with it, and the other way round.
         id_key: the key of these hashes; the only one of ``keys`` unless given. It can never change,

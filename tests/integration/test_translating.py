@@ -19,9 +19,11 @@ from layered_store import (
     SQLStore,
     StateSnapshot,
     StateStore,
+    UnavailableError,
     WriteThrough,
     find,
 )
+from layered_store.coherence.contract import Authority
 from layered_store.copying import Copy
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.testing import check_store
@@ -182,6 +184,45 @@ async def test_a_copy_that_no_key_reads_is_a_miss_and_a_record_is_an_error(
         with pytest.raises(CorruptDataError):
             await wrong.get_history(USER, 3)
         assert await wrong.get_latest_many([USER]) == {}
+
+
+@pytest.mark.parametrize("kind", ["hashed", "all"])
+async def test_a_stale_copy_answers_through_it(
+    kind: str, redis_url: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the system of record away, a copy that was trusted answers within stale_if_error."""
+    database = SQLStore(sqlite_url)
+    stack = Cached(
+        around(RedisStore(redis_url), kind),
+        fallback=around(database, kind),
+        ttl=0.05,
+        stale_if_error=60,
+    )
+    async with stack:
+        await stack.upsert_latest(state())
+        assert await stack.get_latest(USER) == state()
+
+        async def fail(*_: object, **__: object) -> None:
+            raise UnavailableError("away")
+
+        monkeypatch.setattr(database, "_run", fail)
+        for _ in range(30):  # for longer than the tier is trusted without a repair
+            await asyncio.sleep(0.1)
+            assert await stack.get_latest(USER) == state()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_older_snapshots_lose_through_it(kind: str, sqlite_url: str) -> None:
+    """order="snapshot_time" reads the time, which stays readable, and what won comes back."""
+    store = around(SQLStore(sqlite_url, order="snapshot_time"), kind)
+    async with store:
+        await store.upsert_latest(state(value=0.9, at=9))
+        await store.upsert_latest(state(value=0.1, at=1))
+        await store.upsert_latest_many([state(value=0.2, at=2), state("user-2", at=2)])
+        assert await store.get_latest(USER) == state(value=0.9, at=9)
+        authority = store.capability(Authority)
+        assert authority is not None
+        assert (await authority.write(state(value=0.3, at=3))).snapshot == state(value=0.9, at=9)
 
 
 async def test_tiers_whose_users_would_not_meet_are_refused(redis_url: str) -> None:

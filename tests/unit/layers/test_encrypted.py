@@ -8,6 +8,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace as altered
 
 from layered_store import (
@@ -222,6 +224,21 @@ async def test_a_plain_record_is_refused_unless_plain_ones_are_accepted() -> Non
     await inner.upsert_latest(SealedSnapshot("user-1", 5, sealed=b"\x07???"))
     found = await moving.get_latest("user-1")
     assert isinstance(found, SealedSnapshot)
+
+
+@given(st.binary(max_size=80), st.sampled_from([b"", b"\x01", b"\x02"]), st.booleans())
+async def test_whatever_stands_there_is_refused_and_nothing_else(
+    junk: bytes, form: bytes, known: bool
+) -> None:
+    """Bytes of any kind, also behind the id of a key that is known: CorruptDataError."""
+    store = Encrypted(Compressed(MemoryStore()), keys=[KEY])
+    sealed = form + (store._writes_with.id if known else b"") + junk
+    with pytest.raises(CorruptDataError):
+        store.up(SealedSnapshot("user-1", 5, sealed=sealed), "user-1")
+    with pytest.raises(CorruptDataError):
+        Encrypted(MemoryStore(), keys=[KEY], hash_user_ids=True).id_above(
+            "0" * 32, SealedSnapshot("0" * 32, 5, sealed=sealed)
+        )
 
 
 async def test_refused_records_are_counted() -> None:

@@ -345,6 +345,31 @@ async def test_closing_closes_the_layer_and_what_is_below() -> None:
     assert closed == ["layer"]
 
 
+async def test_opening_opens_the_way_that_is_used() -> None:
+    """What the layer connects to is connected early once there is a share."""
+    opened: list[str] = []
+
+    class Opening(Layer):
+        async def open(self) -> None:
+            opened.append("layer")
+            await super().open()
+
+    class Inner(MemoryStore):
+        async def open(self) -> None:
+            opened.append("inner")
+
+    await Ramp(Inner(), layer=Opening).open()
+    assert opened == ["inner"]
+    await Ramp(Inner(), layer=Opening, share=0.1).open()
+    assert opened == ["inner", "layer", "inner"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_is_built_without_the_linter() -> None:
+    """It judges whole stacks; here it would see the layer and nothing above."""
+    Ramp(Timeout(MemoryStore(), seconds=1), layer={"use": "retry"})
+
+
 async def test_health_with_a_layer_is_that_of_the_way_that_is_used() -> None:
     """One child: the layer once there is a share, else the store."""
     ramp = Ramp(MemoryStore(), layer=lambda inner: Timeout(inner, seconds=1))
