@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from layered_store import ConfigError, HealthStatus, SQLStore, StateSnapshot
+from layered_store import ConfigError, HealthStatus, SQLStore, StateSnapshot, UnavailableError
 from layered_store.stores.sql import versions
 
 if TYPE_CHECKING:
@@ -234,6 +234,50 @@ async def test_tables_too_old_to_be_used_unchanged_are_refused(
     store = SQLStore(first_release, create_tables=False)
     assert await store.get_latest("u-1") is not None
     await store.aclose()
+
+
+async def test_tables_of_this_release_are_opened_without_writing(url: str) -> None:
+    """A replica and a login that may only read open with the default options."""
+    async with SQLStore(url) as store:
+        await store.upsert_latest(StateSnapshot("u-1"))
+    make = make_url(url)
+    if make.get_backend_name() == "sqlite":
+        read_only = url.replace("aiosqlite:///", "aiosqlite:///file:") + "?mode=ro&uri=true"
+    elif make.get_backend_name() == "postgresql":
+        await execute(
+            url,
+            "CREATE ROLE reader LOGIN",
+            "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader",
+        )
+        read_only = make.set(username="reader").render_as_string()
+    else:
+        grant = f"GRANT SELECT ON {make.database}.* TO reader"
+        await execute(url, "CREATE OR REPLACE USER reader", grant)
+        read_only = make.set(username="reader").render_as_string()
+    try:
+        async with SQLStore(read_only) as store:
+            assert await store.get_latest("u-1") is not None
+            with pytest.raises(UnavailableError):
+                await store.upsert_latest(StateSnapshot("u-1"))
+    finally:
+        if make.get_backend_name() == "postgresql":
+            await execute(url, "DROP OWNED BY reader", "DROP ROLE reader")
+
+
+async def test_tables_that_were_lost_are_made_again(url: str) -> None:
+    """The version alone does not make them complete."""
+    async with SQLStore(url) as store:
+        await store.upsert_latest(StateSnapshot("u-1"))
+    await execute(
+        url,
+        "DROP TABLE layered_store_history",
+        "DELETE FROM layered_store_latest_counter WHERE id = 2",
+    )
+    async with SQLStore(url) as store:
+        assert await store.get_latest("u-1") is not None
+        await store.upsert_latest(StateSnapshot("u-1"))
+        assert len(await store.get_history("u-1", 5)) == 1
+    assert await version_of(url) == [(versions.SCHEMA_VERSION,)]
 
 
 async def test_the_alembic_recipe_works_on_every_database(url: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
-from layered_store.stores.sql.versions import upgrade
+from layered_store.stores.sql.versions import is_current, upgrade
 
 if TYPE_CHECKING:
     from layered_store.stores.sql.schema import Tables
@@ -86,7 +86,7 @@ class Statements:
     start_counter: Any = field(init=False)
     start_version: Any = field(init=False)
     set_version: Any = field(init=False)
-    version: Any = field(init=False)
+    numbers: Any = field(init=False)
     store: Any = field(init=False)
     bury: Any = field(init=False)
     append: Any = field(init=False)
@@ -165,7 +165,7 @@ class Statements:
             .where(counter.c.id == VERSION_ROW)
             .values(position=bindparam("to_version", type_=BigInteger))
         )
-        self.version = select(counter.c.position).where(counter.c.id == VERSION_ROW)
+        self.numbers = select(counter.c.id, counter.c.position)
         self.store = (
             update(latest)
             .where(latest.c.digest == digest)
@@ -312,6 +312,8 @@ class Statements:
         Raises:
             ConfigError: the tables are of a version that this release does not know.
         """
+        if await is_current(connection, self):
+            return
         name = self.tables.latest.name
         if self.family == "postgresql":
             await connection.exec_driver_sql("BEGIN")

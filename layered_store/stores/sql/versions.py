@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import inspect
 
 from layered_store.errors import ConfigError
+from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from layered_store.stores.sql.dialects import Statements
 
-__all__ = ["OLDEST_USABLE", "SCHEMA_VERSION", "STEPS", "check", "upgrade"]
+__all__ = ["OLDEST_USABLE", "SCHEMA_VERSION", "STEPS", "check", "is_current", "upgrade"]
 
 SCHEMA_VERSION: Final = 2
 """The version that this release creates."""
@@ -40,6 +41,27 @@ async def _tell_version(connection: Any, statements: Statements) -> None:
 
 STEPS: dict[int, Callable[[Any, Statements], Awaitable[None]]] = {1: _tell_version}
 """By the version they start from."""
+
+
+async def is_current(connection: Any, statements: Statements) -> bool:
+    """Tell whether there is nothing to do: a replica or a read-only file must open as well.
+
+    Raises:
+        ConfigError: the tables are newer than this release.
+    """
+    tables = statements.tables
+    needed = (tables.latest.name, tables.history.name, tables.counter.name)
+
+    def present(sync: Any) -> bool:
+        look = inspect(sync)
+        return all(look.has_table(name) for name in needed)
+
+    if not await connection.run_sync(present):
+        return False
+    numbers = {row.id: row.position for row in await connection.execute(statements.numbers)}
+    _refuse_newer(numbers.get(VERSION_ROW, 1))
+    counted = not statements.counted or COUNTER_ROW in numbers
+    return counted and numbers.get(VERSION_ROW) == SCHEMA_VERSION
 
 
 async def upgrade(connection: Any, statements: Statements) -> None:
@@ -101,5 +123,5 @@ async def _has(connection: Any, table: str) -> bool:
 async def _version(connection: Any, statements: Statements) -> int:
     if not await _has(connection, statements.tables.counter.name):
         return 1
-    found = (await connection.execute(statements.version)).all()
-    return int(found[0][0]) if found else 1
+    numbers = {row.id: row.position for row in await connection.execute(statements.numbers)}
+    return int(numbers.get(VERSION_ROW, 1))
