@@ -1,0 +1,309 @@
+"""The interface: what is required, what is provided, and what every base forwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import pytest
+
+from layered_store import (
+    AroundLayer,
+    ClosedError,
+    ConfigError,
+    HealthStatus,
+    Layer,
+    MemoryStore,
+    Op,
+    SQLStore,
+    StateSnapshot,
+    StateStore,
+    UnsupportedError,
+    ValidationError,
+)
+from layered_store.coherence.contract import Authority, Capability
+from layered_store.enumerable import Enumerable
+from layered_store.stores.redis import RedisStore
+from layered_store.testing import Recorded, Scripted
+
+STATE = StateSnapshot("u-1", axes={"a": 0.5})
+
+
+class Two(StateStore):
+    """The two required operations."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, StateSnapshot] = {}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        self.states[snapshot.user_id] = snapshot
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return self.states.get(user_id)
+
+
+class Passes(AroundLayer):
+    """Does nothing, to everything."""
+
+    async def around(
+        self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        del op
+        return await method(*args, **kwargs)
+
+
+# What every store has
+
+METHODS = {
+    name: member
+    for name, member in vars(StateStore).items()
+    if not name.startswith("_") and callable(member)
+}
+
+
+def test_operations() -> None:
+    """Each operation of the contract is a coroutine function, and named by ``Op``."""
+    for op in Op:
+        assert inspect.iscoroutinefunction(getattr(StateStore, op.value))
+    assert {"health_check", "health_report", "open", "aclose"} < set(METHODS)
+    assert [op for op in Op if op.is_write] == [Op.UPSERT_LATEST, Op.DELETE, Op.UPSERT_LATEST_MANY]
+    assert [op for op in Op if op.is_upsert] == [Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY]
+
+
+def test_nothing_is_inherited_that_hides_the_store_inside() -> None:
+    """Layer writes down every method of the interface; a new one cannot be forgotten."""
+    own = {"name", "samples"}  # what a layer says of itself, not of what is inside
+    for name in METHODS:
+        if name not in own:
+            assert name in vars(Layer), f"Layer does not forward {name}"
+    assert "snapshot_type" in vars(Layer)
+
+
+def test_around_treats_every_operation() -> None:
+    """AroundLayer sends each operation through ``around``."""
+    for op in Op:
+        assert op.value in vars(AroundLayer), f"AroundLayer does not send {op.value} through around"
+
+
+@pytest.mark.parametrize("cls", [MemoryStore, RedisStore, SQLStore])
+def test_backends_have_the_signatures_of_the_interface(cls: type[StateStore]) -> None:
+    """The same names of parameters everywhere, so that keyword arguments work on all."""
+    for op in Op:
+        expected = list(inspect.signature(getattr(StateStore, op.value)).parameters)
+        for store in (cls, Layer, AroundLayer, Scripted, Recorded):
+            assert list(inspect.signature(getattr(store, op.value)).parameters) == expected
+
+
+def test_abstract() -> None:
+    """Two methods are required, and no more."""
+    assert StateStore.__abstractmethods__ == {"upsert_latest", "get_latest"}
+    with pytest.raises(TypeError):
+        StateStore()  # type: ignore[abstract]
+
+
+async def test_two_methods_are_a_store() -> None:
+    """Everything else works as the contract says it is provided."""
+    async with Two() as store:
+        await store.upsert_latest(STATE)
+        other = StateSnapshot("u-2")
+        await store.upsert_latest_many(iter([other, StateSnapshot("u-3")]))
+        assert await store.get_latest_many(iter(["u-2", "none", "u-1", "u-1"])) == {
+            "u-2": other,
+            "u-1": STATE,
+        }
+        assert await store.get_history("u-1", 5) == []
+        assert await store.health_check() is True
+        report = await store.health_report()
+        assert (report.name, report.status) == ("Two", HealthStatus.HEALTHY)
+        with pytest.raises(UnsupportedError) as refused:
+            await store.delete("u-1")
+        assert (refused.value.operation, refused.value.layer) == ("delete", "Two")
+        assert repr(store) == "Two()"
+        assert store.name == "Two"
+        assert store.snapshot_type is StateSnapshot
+        assert store.capability(Authority) is None
+        assert list(store.samples()) == []
+
+
+async def test_provided_methods_check_their_arguments() -> None:
+    """Also where a third party wrote nothing."""
+    store = Two()
+    for bad in (-1, 1.0, "1", None, True):
+        with pytest.raises(ValidationError, match="limit must be an int of at least 0"):
+            await store.get_history("u-1", bad)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="user_id"):
+        await store.get_history("no id", 1)
+    with pytest.raises(ValidationError, match="user_id"):
+        await store.delete("no id")
+    with pytest.raises(ValidationError, match="user_id"):
+        await store.get_latest_many(["u-1", "no id"])
+    with pytest.raises(ValidationError, match="user_ids must be a list"):
+        await store.get_latest_many("u-1")
+    with pytest.raises(ValidationError, match="confidence"):
+        await store.upsert_latest_many([STATE, StateSnapshot("u-2", confidence=2)])
+    assert store.states == {}, "all are validated before the first is stored"
+
+
+async def test_a_batch_of_another_class() -> None:
+    """A subclass needs a store that keeps it, so that no field is lost in silence."""
+
+    class Mood(StateSnapshot):
+        mood: str = ""
+
+    for store in (Two(), MemoryStore(), Layer(MemoryStore())):
+        with pytest.raises(ValidationError, match="snapshot_type="):
+            await store.upsert_latest_many([Mood("u-1")])
+    with pytest.raises(ValidationError, match="must be a Mood, not StateSnapshot"):
+        await MemoryStore(snapshot_type=Mood).upsert_latest(STATE)
+
+
+# Layers
+
+
+@pytest.mark.parametrize("build", [Layer, Passes, Recorded])
+async def test_every_operation_is_forwarded(build: Callable[[StateStore], Layer]) -> None:
+    """Arguments go in and results come out as they are, by position and by name."""
+    inner = Scripted(None, STATE, None, [STATE], {"u-1": STATE}, None, STATE, [STATE])
+    layer = build(inner)
+    assert await layer.upsert_latest(STATE) is None
+    assert await layer.get_latest("u-1") is STATE
+    assert await layer.delete("u-1") is None
+    assert await layer.get_history("u-1", 5) == [STATE]
+    assert await layer.get_latest_many(["u-1"]) == {"u-1": STATE}
+    assert await layer.upsert_latest_many([STATE]) is None
+    assert await layer.get_latest(user_id="u-1") is STATE
+    assert await layer.get_history(user_id="u-1", limit=1) == [STATE]
+    assert inner.calls == [
+        Op.UPSERT_LATEST,
+        Op.GET_LATEST,
+        Op.DELETE,
+        Op.GET_HISTORY,
+        Op.GET_LATEST_MANY,
+        Op.UPSERT_LATEST_MANY,
+        Op.GET_LATEST,
+        Op.GET_HISTORY,
+    ]
+
+
+async def test_iterators_are_read_once() -> None:
+    """A layer that repeats a call passes the same users again."""
+
+    class Twice(Passes):
+        async def around(
+            self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kwargs: Any
+        ) -> Any:
+            await method(*args, **kwargs)
+            return await method(*args, **kwargs)
+
+    layer = Twice(MemoryStore())
+    await layer.upsert_latest_many(iter([STATE]))
+    assert await layer.get_latest_many(iter(["u-1"])) == {"u-1": STATE}
+
+
+async def test_capabilities_of_an_around_layer() -> None:
+    """Each method of an ability counts as the operation it stands for; a plain Layer has none."""
+    seen: list[Op] = []
+
+    class Sees(Passes):
+        async def around(
+            self, op: Op, method: Callable[..., Awaitable[Any]], /, *args: Any, **kwargs: Any
+        ) -> Any:
+            seen.append(op)
+            return await method(*args, **kwargs)
+
+    inner = MemoryStore()
+    authority = Sees(inner).capability(Authority)
+    assert isinstance(authority, Authority)
+    await authority.write(STATE)
+    await authority.write_many([STATE])
+    await authority.read("u-1")
+    await authority.read_many(["u-1"])
+    await authority.erase("u-1")
+    await authority.head()
+    assert seen == [
+        Op.UPSERT_LATEST,
+        Op.UPSERT_LATEST_MANY,
+        Op.GET_LATEST,
+        Op.GET_LATEST_MANY,
+        Op.DELETE,
+    ]
+    assert authority.digest is inner.digest
+    assert Layer(inner).capability(Authority) is None
+    assert Sees(Two()).capability(Authority) is None
+    assert Sees(inner).capability(Enumerable) is not None
+
+
+def test_every_ability_names_its_operations() -> None:
+    """What an ability says stands for an operation is one of its methods."""
+    for kind in Capability.__subclasses__():
+        if kind.__module__.startswith("layered_store") and "Around" not in kind.__name__:
+            for method, op in kind.operations.items():
+                assert inspect.iscoroutinefunction(getattr(kind, method)), (kind, method)
+                assert isinstance(op, Op)
+
+
+async def test_closed_layers_refuse() -> None:
+    """Every operation of a closed layer raises, by name, and closing again does nothing."""
+    layer = Passes(Layer(MemoryStore()))
+    await layer.aclose()
+    await layer.aclose()
+    for call in (
+        layer.upsert_latest(STATE),
+        layer.get_latest("u-1"),
+        layer.delete("u-1"),
+        layer.get_history("u-1", 1),
+        layer.get_latest_many(["u-1"]),
+        layer.upsert_latest_many([STATE]),
+    ):
+        with pytest.raises(ClosedError, match="build a new one") as refused:
+            await call
+        assert refused.value.layer == "Passes"
+        assert refused.value.operation is not None
+
+
+@pytest.mark.parametrize("inner", [None, MemoryStore, 3, "memory", {}])
+def test_inner_must_be_a_store(inner: Any) -> None:
+    """The remedy is said, above all when the class itself was passed."""
+    with pytest.raises(ConfigError, match="Passes.inner: must be a StateStore; pass an instance"):
+        Passes(inner)
+
+
+def test_layers_print_as_they_are_built() -> None:
+    """``repr`` is the nested expression."""
+    assert repr(Passes(Layer(MemoryStore(history_limit=5)))) == (
+        "Passes(Layer(MemoryStore(history_limit=5)))"
+    )
+
+
+async def test_a_subclass_that_changes_reads_is_not_passed_by() -> None:
+    """A layer that overrides a read below a cache's fused path is still asked."""
+    from layered_store import Cached, Metrics
+
+    class Hides(Cached):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            await super().get_latest(user_id)
+            return None
+
+    from prometheus_client import CollectorRegistry
+
+    stack = Metrics(Hides(MemoryStore()), name="m", registry=CollectorRegistry())
+    await stack.upsert_latest(STATE)
+    for _ in range(3):
+        assert await stack.get_latest("u-1") is None
+
+
+class Counts(Layer):
+    """Overrides a batch only."""
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        return await super().get_latest_many(user_ids)
+
+
+async def test_layers_keep_what_they_do_not_override() -> None:
+    """One operation overridden, the others inherited, forwarding included."""
+    layer = Counts(MemoryStore())
+    await layer.upsert_latest(STATE)
+    assert await layer.get_history("u-1", 1) == [STATE]
+    assert await layer.get_latest_many(["u-1"]) == {"u-1": STATE}
