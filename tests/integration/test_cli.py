@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -90,26 +89,70 @@ def test_copy(tmp_path: Path) -> None:
     assert json.loads(run("copy", *pair, "--json", cwd=tmp_path))["states"] == 0
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
-def test_copy_goes_on_after_a_kill(tmp_path: Path) -> None:
-    """A copy that was killed goes on where it was, and both sides are equal in the end."""
-    fill(tmp_path / "a.db", 300, 2)
+def test_copy_goes_on_after_kills(tmp_path: Path) -> None:
+    """A copy that is killed again and again goes on where it was; nobody erased comes back.
+
+    In the end both sides are equal, and nothing is left of what it kept.
+    """
+    fill(tmp_path / "a.db", 400, 2)
     pair = ("sqlite+aiosqlite:///a.db", "sqlite+aiosqlite:///b.db")
     state = tmp_path / ".layered-store-copy.json"
-    killed = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "layered_store", "copy", *pair, "--page", "5"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not state.exists() and killed.poll() is None:
-        os.sched_yield()
-    killed.kill()
-    killed.wait()
+    reached, erased = 0, []
+    for turn in range(3):
+        killed = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "layered_store", "copy", *pair, "--page", "5"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 60
+        while reached_by(state) <= reached and killed.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        killed.kill()
+        killed.wait()
+        assert reached_by(state) > reached
+        reached = reached_by(state)
+        # Who was copied by now, and who is still to come.
+        for user in (copied(tmp_path / "b.db")[turn], f"u-{399 - turn}"):
+            run("erase", pair[0], user, "--yes", cwd=tmp_path)
+            erased.append(user)
     result = json.loads(run("copy", *pair, "--json", cwd=tmp_path))
-    assert (result["users_in_target"], result["conflicts"]) == (300, 0)
-    assert not state.exists()
-    assert asyncio.run(read(tmp_path / "a.db", 300)) == asyncio.run(read(tmp_path / "b.db", 300))
+    left = 400 - len(set(erased))
+    assert (result["users_in_source"], result["users_in_target"]) == (left, left)
+    assert result["conflicts"] == 0
+    assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
+    assert asyncio.run(read(tmp_path / "a.db", 400)) == asyncio.run(read(tmp_path / "b.db", 400))
+
+
+def reached_by(state: Path) -> int:
+    try:
+        return int(json.loads(state.read_text())["reached"]["users"])
+    except FileNotFoundError:
+        return 0
+
+
+def copied(path: Path) -> list[str]:
+    async def work() -> list[str]:
+        async with SQLStore(f"sqlite+aiosqlite:///{path}") as store:
+            return list((await store.users("", 1000)).user_ids)
+
+    return asyncio.run(work())
+
+
+def test_copy_of_something_else(tmp_path: Path) -> None:
+    """The place kept of one copy is not taken for that of another."""
+    (tmp_path / ".layered-store-copy.json").write_text('{"pair": "x"}')
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.db", "sqlite:///b.db"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "belongs to another copy" in done.stderr
 
 
 def test_interrupted(tmp_path: Path) -> None:
