@@ -201,3 +201,38 @@ async def test_listing_pages() -> None:
 async def test_ids_that_a_layer_changes() -> None:
     """Past a layer that may know its users by other ids, nothing is listed at all."""
     assert enumerable_of(Layer(MemoryStore())) is None
+
+
+async def test_back_again_before_the_end() -> None:
+    """A user whom the last listing missed, since he came back meanwhile, stays in the target."""
+
+    class Late(MemoryStore):
+        missing = ""
+
+        async def users(self, cursor: str, limit: int) -> Any:
+            page = await super().users(cursor, limit)
+            return page._replace(user_ids=[u for u in page.user_ids if u != self.missing])
+
+    source, target = Late(), MemoryStore()
+    for user in ("u-0", "u-1"):
+        await source.upsert_latest(StateSnapshot(user))
+    copy = Copy(source, target)
+    async for _ in copy.run():
+        source.missing = "u-1"
+    await copy.finish()
+    assert await target.get_latest("u-1") is not None
+    assert copy.progress.erased == 0
+
+
+async def test_a_history_that_lags_behind() -> None:
+    """The latest state is copied although the history does not have it yet."""
+
+    class Lagging(MemoryStore):
+        async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+            return (await super().get_history(user_id, limit + 1))[1:]
+
+    source, target = Lagging(), MemoryStore()
+    for value in (0.1, 0.2, 0.3):
+        await source.upsert_latest(StateSnapshot("u-0", axes={"a": value}))
+    await _copy(source, target)
+    assert [state.axes["a"] for state in await target.get_history("u-0", 9)] == [0.3, 0.2, 0.1]
