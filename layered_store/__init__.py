@@ -34,6 +34,7 @@ from layered_store.stack import describe, find, replace
 
 if TYPE_CHECKING:
     from layered_store.config import lint, load_stack, to_config
+    from layered_store.explaining import explain
     from layered_store.layers.bulkhead import Bulkhead
     from layered_store.layers.cached import Cached
     from layered_store.layers.circuit_breaker import CircuitBreaker
@@ -95,6 +96,7 @@ __all__ = [
     "ValidationError",
     "WriteThrough",
     "describe",
+    "explain",
     "find",
     "lint",
     "load_stack",
@@ -125,6 +127,7 @@ _LAZY = {
     "Timeout": "layered_store.layers.timeout",
     "Tracing": "layered_store.layers.tracing",
     "WriteThrough": "layered_store.layers.write_through",
+    "explain": "layered_store.explaining",
     "lint": "layered_store.config",
     "load_stack": "layered_store.config",
     "to_config": "layered_store.config",

@@ -21,6 +21,7 @@ from layered_store.coherence.contract import Invalidations, Notice
 from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
 from layered_store.errors import ConfigError, RejectedError, StoreError, UnavailableError
 from layered_store.eviction import Node, S3FIFOCache
+from layered_store.explaining import Held, Peek
 from layered_store.hotpath import HitCount, HotPath, Trust
 from layered_store.identity import check_user_id
 from layered_store.interface import (
@@ -732,6 +733,32 @@ class Cached(Layer):
     def capability(self, kind: type[C]) -> C | None:
         # A cache above this one must hear of the same writes and erasures.
         return self.inner.capability(kind) if kind is Invalidations else super().capability(kind)
+
+    async def peek(self, user_id: str) -> Peek:
+        """Tell what is cached of a user; the entry does not count as used."""
+        entry: Any = None
+        if self._s3 is not None:
+            entry = self._s3.nodes.get(user_id)
+        elif user_id in self._store:
+            # The base's method: those of the given cache's class would note the use.
+            entry = Cache.__getitem__(self._store, user_id)
+        if entry is None:
+            return Peek(Held.ABSENT, answers=False)
+        now = self._monotonic()
+        left = entry.deadline - now
+        leased = now < self._trust.lease_until
+        note = "" if leased else "no lease: the invalidation channel is away"
+        if left <= 0:
+            note = "kept for stale_if_error" if self._stale_seconds else "expired"
+        state = entry.value
+        return Peek(
+            Held.ABSENT if state is None else Held.STATE,
+            None if state is None else state.updated_at_unix_ms,
+            max(0.0, left),
+            entry.version or None,
+            answers=leased and left > 0,
+            note=note,
+        )
 
     def hot_path(self) -> HotPath | None:
         if self._s3 is None:

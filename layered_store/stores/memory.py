@@ -15,6 +15,7 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError
+from layered_store.explaining import Held, Peek
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import (
     Op,
@@ -115,6 +116,18 @@ class MemoryStore(StateStore, Authority, Enumerable):
 
     async def health_check(self) -> bool:
         return not self._closed
+
+    async def peek(self, user_id: str) -> Peek:
+        """Tell what is kept of a user."""
+        self._check_open("peek")
+        with self._lock:
+            row = self._users.get(user_id)
+            if row is None:
+                return Peek(Held.ABSENT)
+            state, version = row.snapshot, row.version
+        if state is None:
+            return Peek(Held.ERASED, version=version)
+        return Peek(Held.STATE, state.updated_at_unix_ms, version=version)
 
     async def aclose(self) -> None:
         self._closed = True

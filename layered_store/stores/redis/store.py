@@ -32,6 +32,7 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError, ConfigError, UnsupportedError
+from layered_store.explaining import Held, Peek
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import (
@@ -54,7 +55,15 @@ from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.redis.failures import ReplyError, translate
 from layered_store.stores.redis.links import ClientLink, LaneLink, Limits, pack_command
-from layered_store.stores.redis.record import FILLED, MAGIC, STATE, unpack
+from layered_store.stores.redis.record import (
+    FILLED,
+    MAGIC,
+    NO_GENERATION,
+    STATE,
+    TOKEN,
+    TOMBSTONE,
+    unpack,
+)
 from layered_store.stores.redis.scripts import ERASE, UPSERT, RedisScript
 
 if TYPE_CHECKING:
@@ -302,6 +311,34 @@ class RedisStore(StateStore, Enumerable):
                 layer=self.name,
             )
         return await list_users(self, self._state_head, cursor, limit)
+
+    async def peek(self, user_id: str) -> Peek:
+        """Tell what stands under a user's key; as a copy, whether its tier is trusted now."""
+        digest = self.digest(user_id)
+        key, guard_key = self.key(digest), self.bucket_key(self.bucket_of(digest), "guard")
+        value = await self.command("GET", key, operation="peek", write=False)
+        left = await self.command("PTTL", key, operation="peek", write=False)
+        record = unpack(value)
+        time_left = left / 1000 if left > 0 else None
+        if record is None:
+            note = "" if value is None else "what stands there is no record"
+            return Peek(Held.ABSENT, time_left=time_left, note=note)
+        answers = True
+        if record.generation != NO_GENERATION:
+            guard = await self.command("GET", guard_key, operation="peek", write=False)
+            answers = guard is not None and guard[:16] == record.generation
+        note = "" if answers else "not trusted before the next repair pass"
+        if record.kind == TOKEN:
+            return Peek(Held.ABSENT, time_left=time_left, note="a reader is about to fill it")
+        if record.kind == TOMBSTONE:
+            return Peek(Held.ERASED, None, time_left, record.version, answers, note)
+        try:
+            state = self._codec.decode(record.body, user_id)
+        except CodecError as exc:
+            return Peek(Held.ABSENT, time_left=time_left, note=exc.message)
+        return Peek(
+            Held.STATE, state.updated_at_unix_ms, time_left, record.version, answers, note
+        )
 
     async def health_check(self) -> bool:
         return (await self.health_report()).status is not HealthStatus.UNHEALTHY

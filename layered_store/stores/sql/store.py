@@ -21,6 +21,7 @@ from layered_store.errors import (
     UnavailableError,
     ValidationError,
 )
+from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
 from layered_store.interface import (
@@ -277,6 +278,25 @@ class SQLStore(StateStore, Authority, Enumerable):
             await session.rows(self._statements.horizon, session.timed({}))
 
         await self._run("open", work)
+
+    async def peek(self, user_id: str) -> Peek:
+        """Tell what the row of a user holds."""
+        self._check_open("peek")
+        row = await self._row(self._digest(user_id))
+        if isinstance(row, Exception):
+            raise self._own_error(row, "peek", self.name)
+        if row is None:
+            return Peek(Held.ABSENT)
+        _, owner, version, payload = row
+        if payload is None:
+            return Peek(Held.ERASED, version=version)
+        if owner != user_id:
+            return Peek(Held.UNKNOWN, note="the record belongs to another user")
+        try:
+            state = self._codec.decode(bytes(payload), user_id)
+        except CodecError as exc:
+            return Peek(Held.UNKNOWN, version=version, answers=False, note=exc.message)
+        return Peek(Held.STATE, state.updated_at_unix_ms, version=version)
 
     async def health_check(self) -> bool:
         return (await self.health_report()).status is not HealthStatus.UNHEALTHY
