@@ -154,7 +154,11 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
         "pool_reset_on_return": None,
         "hide_parameters": True,
     }
-    arguments = _connect_arguments(url, wait) | _statement_arguments(url, prepares)
+    arguments = _connect_arguments(url, wait)
+    if prepares:
+        arguments |= _session_arguments(url, wait)
+    else:
+        arguments |= _unprepared_arguments(url)
     if in_memory(url):
         options["connect_args"] = arguments
         engine = create_async_engine(url, poolclass=StaticPool, **options)
@@ -202,10 +206,26 @@ async def _open_sqlite(*args: Any, **options: Any) -> Any:
         raise
 
 
-def _statement_arguments(url: URL, prepares: bool) -> dict[str, Any]:  # noqa: FBT001
+def _session_arguments(url: URL, wait: float) -> dict[str, Any]:
+    """Return what makes the server end a transaction whose client is gone without a word.
+
+    It would hold its locks, and on PostgreSQL the change log, until TCP gives up: for hours.
+    """
+    driver, seconds = url.get_driver_name(), max(1, int(wait))
+    idle = "idle_in_transaction_session_timeout"
+    if driver == "asyncpg":
+        return {"server_settings": {idle: str(seconds * 1000)}}
+    if driver in ("psycopg", "psycopg_async") and "options" not in url.query:
+        return {"options": f"-c {idle}={seconds * 1000}"}
+    if driver in ("aiomysql", "asyncmy") and "init_command" not in url.query:
+        # MariaDB reads what stands in this comment, MySQL knows no such limit.
+        only = f"/*M!100300 , SESSION idle_write_transaction_timeout = {seconds} */"
+        return {"init_command": f"SET @layered_store = 1 {only}"}
+    return {}
+
+
+def _unprepared_arguments(url: URL) -> dict[str, Any]:
     driver = url.get_driver_name()
-    if prepares:
-        return {}
     if driver == "asyncpg":
         # The statement without a name lasts until the next one, which is all that is needed: it
         # is prepared and run before the connection may be given to another.
@@ -223,6 +243,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         # FULL: an acknowledged write survives power loss too (in WAL, NORMAL would not sync).
         cursor.execute("PRAGMA synchronous=FULL")
+        # What was erased is overwritten in the file too, as Debian's SQLite does by itself.
+        cursor.execute("PRAGMA secure_delete=ON")
         cursor.execute("PRAGMA journal_mode")
         mode = cursor.fetchone()
         if mode is not None and mode[0] not in ("wal", "memory"):

@@ -36,6 +36,7 @@ _NO_STATEMENT: Final = (
 _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
 
+_LOGIN_FAILED: Final = re.compile(r"FATAL: .*(authentication failed|no pg_hba.conf entry)").search
 _ABOUT_CALLS: Final = ("another transaction", "the write and an erasure")
 
 # (text, whether repeating the same call can help)
@@ -47,6 +48,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "26000": (_NO_STATEMENT, True),
     "42P05": (_NO_STATEMENT, True),
     "25006": (_READ_ONLY, True),
+    "25P03": (_LOST, True),
     "3D000": (_NO_DATABASE, False),
     "42P01": (_MISSING_TABLE, False),
     "42501": (_REFUSED, False),
@@ -70,7 +72,7 @@ _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),
     **dict.fromkeys((1040, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
     **dict.fromkeys((1969, 3024), (_SLOW, True)),
-    **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055), (_LOST, True)),
+    **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (_LOST, True)),
     1049: (_NO_DATABASE, False),
     1146: (_MISSING_TABLE, False),
     2012: (_GARBAGE, True),
@@ -210,6 +212,10 @@ def _rule(cause: BaseException) -> _Rule | None:
     if arguments and type(arguments[0]) is int and not isinstance(cause, OSError):
         return _MYSQL.get(arguments[0])
     state = getattr(cause, "sqlstate", None)
+    if state is None and _LOGIN_FAILED(str(cause)):
+        return _REFUSED, False  # of a login psycopg tells the text alone
+    if state in (None, "08P01") and "unsupported startup parameter" in str(cause):
+        return _NO_STATEMENT, True  # so says pgbouncer, before any statement is lost
     if isinstance(state, str) and re.fullmatch("[0-9A-Z]{5}", state):
         return _POSTGRES.get(state) or _POSTGRES.get(state[:2])
     return None

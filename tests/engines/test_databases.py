@@ -1,0 +1,225 @@
+"""SQLStore on databases behind a pooler, over TLS, with passwords, and with clients that vanish."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import Server, start_pgbouncer, start_postgres
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from chaos.stacks import number, serving, state, until  # noqa: E402
+
+from layered_store import SQLStore, StateSnapshot, StoreError, UnavailableError  # noqa: E402
+
+DRIVERS = ["postgresql+asyncpg", "postgresql+psycopg"]
+PASSWORD = "walrus-4711"  # noqa: S105
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    with serving(start_postgres) as server:
+        yield server
+
+
+_CHILD = """
+import asyncio, sys
+from layered_store import *
+async def main():
+    failed = []
+    async with SQLStore(sys.argv[1], timeout=30) as store:
+        async def one(user):
+            for number in range(1, 21):
+                try:
+                    await store.upsert_latest(StateSnapshot(user, number))
+                    assert (await store.get_latest(user)).updated_at_unix_ms == number
+                    assert len(await store.get_history(user, 3)) == min(3, number)
+                except Exception as exc:
+                    failed.append(str(exc))
+        await asyncio.gather(*(one(f"{sys.argv[2]}-{index}") for index in range(8)))
+        await store.delete(f"{sys.argv[2]}-0")
+        assert await store.get_latest(f"{sys.argv[2]}-0") is None
+    print(failed)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_behind_pgbouncer_in_transaction_mode(postgres: Server, driver: str) -> None:
+    """Three processes through four connections, with nothing set: no call fails."""
+    with serving(lambda: start_pgbouncer(postgres.port)) as bouncer:
+        url = f"{driver}://tester@127.0.0.1:{bouncer.port}/postgres"
+        children = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-W", "error", "-c", _CHILD, url, f"{driver[11:]}-{index}",
+                stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent.parent,
+            )
+            for index in range(3)
+        ]  # fmt: skip
+        for child in children:
+            assert child.stdout is not None
+            assert await child.stdout.read() == b"[]\n"
+            assert await child.wait() == 0
+
+
+_VANISHES = """
+import asyncio, os, signal, sys
+from layered_store import *
+from layered_store.stores.sql import transactions
+async def main():
+    store = SQLStore(sys.argv[1], timeout=4.0)
+    await store.upsert_latest(StateSnapshot("u", 1))
+    async def work(session):
+        await session.begin()
+        await transactions._lock(session, [store.digest("u")], transactions.Began())
+        os.kill(os.getpid(), signal.SIGSTOP)
+    await store._access.run("test", work, writes=True)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_client_that_vanishes_in_a_transaction(postgres: Server, driver: str) -> None:
+    """Its locks end by the server's limit: another writer of the same user comes through."""
+    url = f"{driver}://tester@127.0.0.1:{postgres.port}/postgres"
+    child = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", _VANISHES, url],
+        cwd=Path(__file__).parent.parent.parent,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        stopped = Path(f"/proc/{child.pid}/status")
+        await until(lambda: "State:\tT" in stopped.read_text(), "a client that stopped")
+        async with SQLStore(url, timeout=1.0) as other:
+            with pytest.raises(UnavailableError):
+                await other.upsert_latest(state("u", 2))
+
+            async def through() -> bool:
+                try:
+                    await other.upsert_latest(state("u", 3))
+                except UnavailableError:
+                    return False
+                return True
+
+            await until(through, "a write past the one who vanished", 20)
+            assert await number(other, "u") == 3
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _certificate(folder: Path) -> tuple[Path, Path]:
+    certificate, key = folder / "server.crt", folder / "server.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def secure_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A PostgreSQL that takes connections over TLS with a password, and no other."""
+    with serving(start_postgres) as server:
+        certificate, key = _certificate(tmp_path_factory.mktemp("tls"))
+        data = server.folder / "data"
+        owner = data.stat()
+        import os
+        import shutil
+
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            target = data / name
+            shutil.copy(source, target)
+            target.chmod(0o600)
+            os.chown(target, owner.st_uid, owner.st_gid)
+
+        async def make_user() -> None:
+            import asyncpg
+
+            connection = await asyncpg.connect(
+                host="127.0.0.1", port=server.port, user="tester", database="postgres"
+            )
+            await connection.execute(f"CREATE ROLE app LOGIN PASSWORD '{PASSWORD}' CREATEDB")
+            await connection.execute("CREATE DATABASE app OWNER app")
+            await connection.close()
+
+        from threading import Thread
+
+        thread = Thread(target=lambda: asyncio.run(make_user()))
+        thread.start()
+        thread.join()
+        (data / "pg_hba.conf").write_text("hostssl all app 127.0.0.1/32 scram-sha-256\n")
+        with (data / "postgresql.conf").open("a") as file:
+            file.write("\nssl = on\n")
+        server.kill()
+        (data / "postmaster.pid").unlink(missing_ok=True)
+        _start_again(server)
+        yield server, certificate
+
+
+def _start_again(server: Server) -> None:
+    """Start a killed PostgreSQL and wait until it lets in."""
+    import time
+
+    import psycopg
+
+    for _ in range(100):
+        try:
+            if not server.running:
+                server.start()  # not before the last of its processes is gone
+            psycopg.connect(
+                f"host=127.0.0.1 port={server.port} user=app password={PASSWORD} dbname=app"
+            ).close()
+            return
+        except (RuntimeError, psycopg.Error):
+            time.sleep(0.2)
+    raise RuntimeError("PostgreSQL did not come back")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+asyncpg://app:{password}@127.0.0.1:{port}/app?ssl=require",
+        "postgresql+psycopg://app:{password}@127.0.0.1:{port}/app"
+        "?sslmode=verify-full&sslrootcert={certificate}",
+    ],
+)
+async def test_tls_and_a_password(secure_postgres: tuple[Server, Path], url: str) -> None:
+    """The URL goes whole to the driver; a wrong password fails at once and shows nowhere."""
+    server, certificate = secure_postgres
+    places = {"port": server.port, "certificate": certificate}
+    async with SQLStore(url.format(password=PASSWORD, **places)) as store:
+        await store.upsert_latest(StateSnapshot("u", 1))
+        assert await number(store, "u") == 1
+        assert PASSWORD not in repr(store)
+    wrong = SQLStore(url.format(password="wrong-" + PASSWORD, **places))
+    with pytest.raises(UnavailableError) as caught:
+        await wrong.get_latest("u")
+    assert not caught.value.retryable
+    assert PASSWORD not in str(caught.value)
+    await wrong.aclose()
+    plain = SQLStore(f"postgresql+asyncpg://app:{PASSWORD}@127.0.0.1:{server.port}/app?ssl=disable")
+    with pytest.raises(UnavailableError):
+        await plain.get_latest("u")
+    await plain.aclose()
+
+
+async def test_a_certificate_of_nobody_known_is_refused(
+    secure_postgres: tuple[Server, Path],
+) -> None:
+    """Asked to verify, the driver does."""
+    server, _ = secure_postgres
+    url = f"postgresql+psycopg://app:{PASSWORD}@127.0.0.1:{server.port}/app"
+    store = SQLStore(url + "?sslmode=verify-full&sslrootcert=system")
+    with pytest.raises(StoreError) as caught:
+        await store.get_latest("u")
+    assert PASSWORD not in str(caught.value)
+    await store.aclose()
