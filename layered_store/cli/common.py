@@ -111,14 +111,28 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def quick_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes an event loop: uvloop's where it is installed, else None (asyncio's)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
 def run(stack: str | None, work: Callable[[StateStore], Awaitable[T]]) -> T:
-    """Build the stack, open it, await ``work`` on it and close it."""
+    """Build the stack, open it, await ``work`` on it and close it; on uvloop where there is one."""
 
     async def whole() -> T:
         async with build(stack) as store:
             return await work(store)
 
-    return guarded(lambda: asyncio.run(whole()))
+    def started() -> T:
+        with asyncio.Runner(loop_factory=quick_loop()) as runner:
+            return runner.run(whole())
+
+    return guarded(started)
 
 
 def progress(unit: str, *, shown: bool = True) -> Any:
