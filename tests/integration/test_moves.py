@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from servers import Server
@@ -22,6 +23,8 @@ from layered_store import (
     WriteThrough,
     find,
 )
+from layered_store.interface import Op
+from layered_store.layer import AroundLayer
 
 USERS = [f"u-{n}" for n in range(12)]
 
@@ -180,3 +183,47 @@ async def test_a_ramp_that_is_turned_under_traffic_shows_nobody_an_older_state(
             ramp.share = share
             assert await ramp.get_latest_many(USERS) == {}
         assert ramp.behind == 0
+
+
+@pytest.mark.parametrize("by", ["shadow", "ramp"])
+async def test_an_erasure_by_another_process_wins_over_what_is_on_its_way(
+    by: str, sqlite_url: str, postgres_url: str
+) -> None:
+    """A write that the other store has not got yet, when the user is erased elsewhere, is dropped
+    there: it began before."""
+
+    entered = asyncio.Event()
+
+    class Held(AroundLayer):
+        gate: asyncio.Event | None = None
+
+        async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if op is Op.UPSERT_LATEST and self.gate is not None:
+                entered.set()
+                await self.gate.wait()
+            return await method(*args, **kwargs)
+
+    def process() -> tuple[StateStore, Held]:
+        other = Held(SQLStore(postgres_url))
+        if by == "shadow":
+            return Shadow(SQLStore(sqlite_url), candidate=other, timeout=10), other
+        return Ramp(SQLStore(sqlite_url), alternative=other, share=1.0), other
+
+    (one, held), (two, _) = process(), process()
+    async with one, two:
+        await one.upsert_latest(state("u-1", 0.1))
+        held.gate = asyncio.Event()
+        write = asyncio.create_task(one.upsert_latest(state("u-1", 0.2)))
+        await entered.wait()
+        await two.delete("u-1")
+        held.gate.set()
+        await write
+        if isinstance(one, Shadow):
+            await settled(one)
+        assert await two.get_latest("u-1") is None
+        assert await held.inner.get_latest("u-1") is None
+        assert await held.inner.get_history("u-1", 5) == []
+        await two.upsert_latest(state("u-1", 0.3))
+        if isinstance(two, Shadow):
+            await settled(two)
+        assert await held.inner.get_latest("u-1") == state("u-1", 0.3)

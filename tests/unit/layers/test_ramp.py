@@ -15,6 +15,7 @@ from layered_store import (
     HealthStatus,
     MemoryStore,
     Ramp,
+    Retry,
     StateSnapshot,
     Timeout,
     UnavailableError,
@@ -456,6 +457,26 @@ async def test_in_the_share_a_write_that_one_side_missed_says_so() -> None:
     other.error = UnavailableError("down")
     await ramp.upsert_latest(state(value=0.3))
     assert await ramp.get_latest(LOW) == state(value=0.3)
+
+
+async def test_a_retry_finishes_what_one_side_missed() -> None:
+    """The repeat is the same write: inner keeps it once, and the alternative gets it."""
+
+    class Once(MemoryStore):
+        failed = False
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if not self.failed:
+                self.failed = True
+                raise UnavailableError("down")
+            await super().upsert_latest(snapshot)
+
+    inner, other = MemoryStore(), Once()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    await Retry(ramp, base_delay=0.0).upsert_latest(state())
+    assert len(await inner.get_history(LOW, 9)) == 1
+    assert len(await other.get_history(LOW, 9)) == 1
+    assert ramp.behind == 0
 
 
 async def test_a_write_that_inner_refused_reaches_nobody() -> None:
