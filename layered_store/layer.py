@@ -173,7 +173,9 @@ class AroundLayer(Layer):
         return await self.around(Op.GET_LATEST, self.inner.get_latest, user_id)
 
     async def delete(self, user_id: str) -> None:
-        await self.around(Op.DELETE, self.inner.delete, user_id)
+        # A repeat of an erasure that took effect must not erase what was written since.
+        with call_begins(self._call_clock()):
+            await self.around(Op.DELETE, self.inner.delete, user_id)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         return await self.around(Op.GET_HISTORY, self.inner.get_history, user_id, limit)

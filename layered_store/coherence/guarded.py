@@ -552,7 +552,10 @@ class GuardedCopies(Invalidations):
                 self._half(notice.version, echoed=True)
             return
         if not notice.digest:
+            # A new generation: what changed before it is not told one by one.
             self._distrust()
+            if self._ping_now is not None:
+                self._ping_now.set()
             return
         self._tell(notice)
         if notice.erased and self._ping_now is not None:

@@ -258,7 +258,8 @@ class RedisTier(CacheTier):
 
         async def ask(bucket: str) -> bool:
             keys = (self._guard(bucket), self._repair(bucket), self._lock(bucket))
-            reply = await self._run(bucket, "BEGIN", keys, me, head, _LOCK_MS, os.urandom(16))
+            args = (me, head, _LOCK_MS, os.urandom(16), self._channel(bucket))
+            reply = await self._run(bucket, "BEGIN", keys, *args)
             if reply:
                 began, generation, cursor, number = reply
                 parts[bucket] = _Part(int(began), generation, cursor.decode(), number)
@@ -283,7 +284,8 @@ class RedisTier(CacheTier):
 
         async def renew(bucket: str, before: bytes) -> None:
             keys = (self._guard(bucket), self._repair(bucket))
-            await self._run(bucket, "RENEW", keys, before, os.urandom(16), head, number)
+            args = (before, os.urandom(16), head, number, self._channel(bucket))
+            await self._run(bucket, "RENEW", keys, *args)
 
         await _together(map(renew, self._store.buckets, old))
 

@@ -183,12 +183,16 @@ if known[1] and known[2] and known[3] then
 end
 redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('HSET', KEYS[2], 'gen', ARGV[4], 'cursor', ARGV[2])
+tell(ARGV[5], '0', '0', '')
 return {text(now()), ARGV[4], ARGV[2], 0}
 """
 )
-"""Keys: guard, repair, lock. Arguments: process, head, life of the lock in ms, a new generation.
+"""Keys: guard, repair, lock. Arguments: process, head, life of the lock in ms, a new generation,
+channel.
 
-A generation that was never stamped holds no copies, so it is replaced by a new one: number 0."""
+A generation that was never stamped holds no copies, so it is replaced by a new one: number 0. What
+changed before its head is not replayed, so nobody is told of it: all in-process caches are told to
+drop everything."""
 
 RENEW: Final = (
     _LIBRARY
@@ -196,10 +200,12 @@ RENEW: Final = (
 if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[2], 'gen', ARGV[2], 'cursor', ARGV[3], 'pass', ARGV[4])
+tell(ARGV[5], '0', '0', '')
 return 1
 """
 )
-"""Keys: guard, repair. Arguments: the old generation, a new one, head, number of the pass."""
+"""Keys: guard, repair. Arguments: the old generation, a new one, head, number of the pass,
+channel."""
 
 REPAIR: Final = (
     _LIBRARY

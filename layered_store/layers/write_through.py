@@ -147,8 +147,7 @@ class WriteThrough(Layer):
         if not missing:
             return found, 0, 0
         marks = {
-            user_id: self._copies.watch(user_id) if copies.fillable else None
-            for user_id in missing
+            user_id: self._copies.watch(user_id) if copies.fillable else None for user_id in missing
         }
         try:
             loaded = await self.origin.get_latest_many(missing)
@@ -209,10 +208,11 @@ class WriteThrough(Layer):
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
         try:
-            if self._guard is not None:
-                await self._guard.delete(user_id)
-            else:
-                await self._delete(user_id)
+            with call_begins(self.clock):
+                if self._guard is not None:
+                    await self._guard.delete(user_id)
+                else:
+                    await self._delete(user_id)
         except ErasureIncompleteError as exc:
             self._unfinished += 1
             if not self._erasing_fails:

@@ -37,6 +37,7 @@ __all__ = ["MemoryStore"]
 _TOMBSTONE_SECONDS: Final = 7 * 86_400.0
 _SWEEP_PER_WRITE: Final = 2
 _WRITE_IDS: Final = 64
+_ERASE_IDS: Final = 16
 
 
 @dataclass(eq=False, repr=False)
@@ -178,8 +179,12 @@ class MemoryStore(StateStore, Authority, Enumerable):
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
         check_user_id(user_id, Op.DELETE)
         self._check_open(Op.DELETE)
+        write_id = current_call(self.clock).write_id
         with self._lock:
             row = self._users.setdefault(user_id, _Row())
+            if write_id in row.erase_ids:
+                return row.erased_version  # a repeat must not erase what was written since
+            row.erase_ids.append(write_id)
             row.version += 1
             row.snapshot = None
             row.history.clear()
@@ -311,6 +316,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
 class _Row:
     __slots__ = (
         "debts",
+        "erase_ids",
         "erased_at",
         "erased_order",
         "erased_version",
@@ -328,4 +334,5 @@ class _Row:
         self.erased_at = float("-inf")
         self.erased_order = 0
         self.erased_version = 0
+        self.erase_ids: deque[bytes] = deque(maxlen=_ERASE_IDS)
         self.debts: set[str] = set()

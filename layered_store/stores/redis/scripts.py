@@ -93,13 +93,19 @@ when a later write or erasure won.
 ERASE: Final = RedisScript(
     _LIBRARY
     + """
-local version = parse(KEYS[1])
-local value = 'LS\\1D' .. wide(version + 1) .. string.rep('\\0', 16) .. '\\0' .. wide(now())
+local version, kind, ids = parse(KEYS[1])
+local at = string.find(ids, ARGV[2], 1, true)
+while at and at % 16 ~= 1 do at = string.find(ids, ARGV[2], at + 1, true) end
+if at then return 1 end
+ids = string.sub(ARGV[2] .. ids, 1, 64)
+local value = 'LS\\1D' .. wide(version + 1) .. string.rep('\\0', 16)
+  .. string.char(#ids / 16) .. ids .. wide(now())
 redis.call('SET', KEYS[1], value, 'PX', ARGV[1])
 redis.call('DEL', KEYS[2])
 return 1
 """
 )
-"""Keys: record, history. Arguments: life of the tombstone in ms. A tombstone holds the version and
-the time of the erasure, so that a write that began before it cannot bring the user back.
+"""Keys: record, history. Arguments: life of the tombstone in ms, write id. A tombstone holds the
+version and the time of the erasure, so that a write that began before it cannot bring the user
+back. A repeat of an erasure changes nothing, so that it spares what was written since.
 """

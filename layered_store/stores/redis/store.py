@@ -222,6 +222,7 @@ class RedisStore(StateStore, Enumerable):
         digest = self.digest(user_id)
         command: Command = (
             "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
+            current_call(self.clock).write_id,
         )  # fmt: skip
         await self._call(command, Op.DELETE, write=True, script=ERASE)
 

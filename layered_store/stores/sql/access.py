@@ -318,9 +318,9 @@ class Access:
             now_us = (await session.rows(self.statements.now, session.timed({})))[0][0]
             values = {"due": now_us, "max_rows": _PURGE_ROWS}
             for row in await session.rows(self.statements.purgeable, values):
-                await session.run(
-                    self.statements.purge, [{"at_digest": bytes(row.digest), "due": now_us}]
-                )
+                place = {"at_digest": bytes(row.digest)}
+                await session.run(self.statements.purge, [{**place, "due": now_us}])
+                await session.run(self.statements.purge_history, [place])
 
         session = self._session()
         try:

@@ -93,6 +93,7 @@ class Statements:
     trim: Any = field(init=False)
     trim_aged: Any = field(init=False)
     forget: Any = field(init=False)
+    purge_history: Any = field(init=False)
     history: Any = field(init=False)
     debts: Any = field(init=False)
     owe: Any = field(init=False)
@@ -281,6 +282,11 @@ class Statements:
             .limit(bindparam("max_rows", type_=BigInteger))
         )
         self.purge = delete(latest).where(latest.c.digest == digest, latest.c.purge_at < due)
+        # What recalls the erasure itself goes with its tombstone.
+        self.purge_history = delete(history).where(
+            history.c.digest == digest,
+            ~select(latest.c.digest).where(latest.c.digest == digest).exists(),
+        )
 
     def _ignoring(self, table: Any, key: str) -> Any:
         """Return an insert that leaves a row that is there as it is."""

@@ -402,10 +402,13 @@ class SQLStore(StateStore, Authority, Enumerable):
         check_user_id(user_id, Op.DELETE)
         self._check_open(Op.DELETE)
         digest = self._digest(user_id)
-        version = await self._changed(self._new_erasure(digest, tiers))
-        if isinstance(version, Exception):
-            raise self._own_error(version, Op.DELETE, self.name)
-        self._erasures.made(digest, version, next_order())
+        write_id = current_call(self.clock).write_id
+        result = await self._changed(self._new_erasure(digest, tiers, write_id))
+        if isinstance(result, Exception):
+            raise self._own_error(result, Op.DELETE, self.name)
+        version, anew = result
+        if anew:
+            self._erasures.made(digest, version, next_order())
         return version  # type: ignore[no-any-return]
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:

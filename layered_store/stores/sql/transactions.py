@@ -61,6 +61,7 @@ class Erasure:
 
     digest: bytes
     tiers: Sequence[str]
+    write_id: bytes
 
 
 @dataclass(slots=True)
@@ -249,14 +250,7 @@ async def write(
     await session.begin()
     began = Began()
     rows = await _lock(session, [item.digest for item in writes], began)
-    found = await session.rows(
-        statements.seen,
-        {
-            "digests": padded(item.digest for item in writes),
-            "write_ids": padded(item.write_id for item in writes),
-        },
-    )
-    seen = {(bytes(digest), bytes(write_id)) for digest, write_id in found}
+    seen = await _seen(session, writes)
     now_us = int(began.high + session.clock.monotonic() * 1e6)
     results: list[Row] = []
     entries: list[dict[str, Any]] = []
@@ -366,36 +360,85 @@ async def _trim(session: Session, rows: list[Row], rules: Rules, now_us: int) ->
     await session.run(statements.trim_aged, values)
 
 
-async def erase(session: Session, erasures: Sequence[Erasure]) -> list[int]:
-    """Remove users and their histories, leave tombstones, return their versions.
+async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int, bool]]:
+    """Remove users and their histories, leave tombstones.
+
+    A repeat of an erasure that took effect changes nothing: a write that came in between stays.
+    Its id is found in the history, as a write's is, in an entry that shows nothing.
 
     Args:
         session: the connection; its transaction is begun and committed here.
         erasures: several may be of one user, who then has one tombstone.
+
+    Returns:
+        The version of each tombstone, and whether it is new.
     """
-    owed: dict[bytes, set[str]] = {}
-    for erasure in erasures:
-        owed.setdefault(erasure.digest, set()).update(erasure.tiers)
     await session.begin()
-    rows = await _lock(session, list(owed), Began())
-    places: list[dict[str, Any]] = [{"at_digest": digest} for digest in sorted(owed)]
+    began = Began()
+    rows = await _lock(session, [erasure.digest for erasure in erasures], began)
+    seen = await _seen(session, erasures)
+    versions: dict[bytes, int] = {}
+    owed: dict[bytes, set[str]] = {}
+    entries: list[dict[str, Any]] = []
+    now_us = int(began.high + session.clock.monotonic() * 1e6)
+    for erasure in erasures:
+        if (erasure.digest, erasure.write_id) in seen:
+            continue
+        seen.add((erasure.digest, erasure.write_id))
+        version = versions.get(erasure.digest, rows[erasure.digest].version) + 1
+        versions[erasure.digest] = version
+        owed.setdefault(erasure.digest, set()).update(erasure.tiers)
+        entries.append(
+            {
+                "digest": erasure.digest,
+                "version": version,
+                "write_id": erasure.write_id,
+                "recorded_at": now_us,
+                "payload": None,
+            }
+        )
+    results = [
+        (versions[erasure.digest], True)
+        if erasure.digest in versions
+        else (rows[erasure.digest].erased_version or rows[erasure.digest].version, False)
+        for erasure in erasures
+    ]
+    if not versions:
+        await session.rollback()
+        return results
+    places: list[dict[str, Any]] = [{"at_digest": digest} for digest in sorted(versions)]
     await session.run(session.statements.forget, places)
+    await session.run(session.statements.append, entries)
     values = [
         session.timed(
             {
                 "at_digest": digest,
-                "to_version": rows[digest].version + 1,
+                "to_version": versions[digest],
                 "to_debts": json.dumps(
                     sorted({*json.loads(rows[digest].debts or "[]"), *owed[digest]})
                 ),
                 "kept_us": TOMBSTONE_US,
             }
         )
-        for digest in sorted(owed)
+        for digest in sorted(versions)
     ]
     await session.run(session.statements.bury, await session.positioned(values))
     await session.commit()
-    return [rows[erasure.digest].version + 1 for erasure in erasures]
+    return results
+
+
+async def _seen(
+    session: Session, items: Sequence[Write] | Sequence[Erasure]
+) -> set[tuple[bytes, bytes]]:
+    """Return the (digest, write id) of those that were stored before."""
+    found = await session.rows(
+        session.statements.seen,
+        {
+            "digests": padded(item.digest for item in items),
+            "write_ids": padded(item.write_id for item in items),
+        },
+    )
+    return {(bytes(digest), bytes(write_id)) for digest, write_id in found}
 
 
 async def settle(session: Session, digest: bytes, version: int, tier: str) -> None:
