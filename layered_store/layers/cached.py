@@ -80,10 +80,11 @@ class _Failure:
 class _Stale:
     """An old answer in place of an error, on its way to those who wait."""
 
-    __slots__ = ("value",)
+    __slots__ = ("error", "value")
 
-    def __init__(self, value: StateSnapshot) -> None:
+    def __init__(self, value: StateSnapshot, error: Exception) -> None:
         self.value = value
+        self.error = error
 
 
 _LEAD: Final = object()
@@ -100,10 +101,15 @@ class _Flight:
     callers still get their answer, but no later caller joins and nothing of it is kept.
     """
 
-    __slots__ = ("loop", "passengers", "waiters")
+    __slots__ = ("boarding", "late", "loop", "passengers", "waiters")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        # Whether it may be joined without a lease: until the turn in which it began is over,
+        # nothing of it can have been read.
+        self.boarding = False
+        # Callers that came too late to be sure of it.
+        self.late: list[asyncio.Future[Any]] | None = None
         self.waiters: list[asyncio.Future[Any]] | None = None
         # Callers that wait for other users as well, and so cannot take over this load.
         self.passengers: list[asyncio.Future[Any]] | None = None
@@ -116,6 +122,16 @@ class _Flight:
                     if not future.done():
                         future.set_result(result)
         self.waiters = self.passengers = None
+        late, self.late = self.late, None
+        for future in late or ():
+            if not future.done():
+                # What failed for others fails for them; what was found may be too old for them.
+                old = type(result) in (_Failure, _Stale)
+                future.set_result(result if old else _AGAIN)
+
+    def close_doors(self) -> None:
+        """End the turn in which it began."""
+        self.boarding = False
 
     def hand_over(self) -> bool:
         """Make the first caller who can the one that loads; False when none can."""
@@ -301,8 +317,11 @@ class Cached(Layer):
             flight = self._flights[user_id] = _Flight(loop)
             if self._channel is not None:
                 self._by_digest[self._channel.key_of(user_id)] = user_id
+                self._open_doors(flight)
         elif flight.loop is loop:
-            return await self._follow(user_id, flight)
+            if self._joinable(flight):
+                return await self._follow(user_id, flight)
+            return await self._come_late(user_id, flight)
         else:
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
             flight = _Flight(loop)
@@ -310,13 +329,13 @@ class Cached(Layer):
         try:
             value = await self.inner.get_latest(user_id)
         except Exception as exc:  # noqa: BLE001
-            return self._load_failed(user_id, flight, exc)
+            return await self._load_failed(user_id, flight, exc)
         except BaseException:
             self._abandoned(user_id, flight)
             raise
         self._reads.miss += 1
         self._landed(user_id, flight, value)
-        if flight.waiters is not None or flight.passengers is not None:
+        if flight.waiters is not None or flight.passengers or flight.late:
             flight.land(value)
         return value
 
@@ -337,7 +356,7 @@ class Cached(Layer):
             flight = self._flights.get(user_id)
             if flight is None or flight.loop.is_closed():
                 led[user_id] = self._takeoff(user_id, loop)
-            elif flight.loop is loop:
+            elif flight.loop is loop and self._joinable(flight):
                 self._waits += 1
                 joined[user_id] = future = loop.create_future()
                 flight.passengers = [*(flight.passengers or ()), future]
@@ -386,7 +405,42 @@ class Cached(Layer):
         flight = self._flights[user_id] = _Flight(loop)
         if self._channel is not None:
             self._by_digest[self._channel.key_of(user_id)] = user_id
+            self._open_doors(flight)
         return flight
+
+    def _open_doors(self, flight: _Flight) -> None:
+        """Let others join a load without a lease until the turn in which it began is over."""
+        if self._monotonic() >= self._trust.lease_until:
+            flight.boarding = True
+            flight.loop.call_soon(flight.close_doors)
+
+    def _joinable(self, flight: _Flight) -> bool:
+        """Tell whether a load that began before a call may answer it.
+
+        Under a lease it may: whatever another process wrote or erased before the call was told of,
+        and took the flight away. Without one nobody was told, and an erasure may have returned
+        since the flight read.
+        """
+        return (
+            self._channel is None
+            or flight.boarding
+            or self._monotonic() < self._trust.lease_until
+        )
+
+    async def _come_late(self, user_id: str, flight: _Flight) -> StateSnapshot | None:
+        """Wait until a load that may be too old is over; share the next one."""
+        self._waits += 1
+        future: asyncio.Future[Any] = flight.loop.create_future()
+        flight.late = [*(flight.late or ()), future]
+        result = await future
+        if result is _AGAIN:
+            return await self.get_latest(user_id)
+        old = await self._old(user_id, result.error)
+        if old is None:
+            self._reads.failed(result.error)
+            raise _fresh(result.error)
+        self._reads.stale += 1
+        return old
 
     async def _lead(
         self, user_id: str, flight: _Flight, *, counted: bool = True
@@ -395,22 +449,26 @@ class Cached(Layer):
         try:
             value = await self.inner.get_latest(user_id)
         except Exception as exc:  # noqa: BLE001
-            return self._load_failed(user_id, flight, exc, counted=counted)
+            return await self._load_failed(user_id, flight, exc, counted=counted)
         except BaseException:
             self._abandoned(user_id, flight)
             raise
         if counted:
             self._reads.miss += 1
         self._landed(user_id, flight, value)
-        if flight.waiters is not None or flight.passengers is not None:
+        if flight.waiters is not None or flight.passengers or flight.late:
             flight.land(value)
         return value
 
-    def _load_failed(
+    async def _load_failed(
         self, user_id: str, flight: _Flight, exc: Exception, *, counted: bool = True
     ) -> StateSnapshot:
-        """Return the old entry that may answer, or raise the error of a load."""
-        answer = self._failed(user_id, flight, exc)
+        """Return the old state that may answer, or raise the error of a load."""
+        try:
+            answer = await self._failed(user_id, flight, exc)
+        except BaseException:
+            self._abandoned(user_id, flight)
+            raise
         if answer is None:
             if counted:
                 self._reads.failed(exc)
@@ -424,9 +482,17 @@ class Cached(Layer):
             values = await self.inner.get_latest_many(list(led))
             found = {user_id: values.get(user_id) for user_id in led}
         except Exception as exc:
-            answers = {
-                user_id: self._failed(user_id, flight, exc) for user_id, flight in led.items()
-            }
+            left = dict(led)
+            answers = {}
+            try:
+                while left:
+                    user_id = next(iter(left))
+                    answers[user_id] = await self._failed(user_id, left[user_id], exc)
+                    del left[user_id]
+            except BaseException:
+                for user_id, flight in left.items():
+                    self._abandoned(user_id, flight)
+                raise
             if None in answers.values():
                 self._reads.failed(exc, len(led))
                 raise
@@ -494,24 +560,45 @@ class Cached(Layer):
         self._reads.miss += 1
         return result  # type: ignore[no-any-return]
 
-    def _failed(self, user_id: str, flight: _Flight, exc: Exception) -> StateSnapshot | None:
-        """End a load that raised; return the old entry that may answer instead, if any."""
-        current = self._leave_flight(user_id, flight)
-        entry = self._entries.get(user_id)
-        if (
-            self.stale_if_error
-            and current
-            and isinstance(exc, UnavailableError | RejectedError)
-            and entry is not None
-            and entry.value is not None
-            and (now := self._monotonic()) < entry.deadline + self._stale_seconds
-            and now < self._trust.lease_until
-        ):
-            flight.land(_Stale(entry.value))
-            return entry.value  # type: ignore[no-any-return]
+    async def _failed(
+        self, user_id: str, flight: _Flight, exc: Exception
+    ) -> StateSnapshot | None:
+        """End a load that raised; return the old state that may answer instead, if any."""
+        old = None
+        if self.stale_if_error and self._flights.get(user_id) is flight:
+            old = await self._old(user_id, exc)
+        if not self._leave_flight(user_id, flight):
+            old = None  # written or erased meanwhile
+        if old is not None:
+            flight.land(_Stale(old, exc))
+            return old
         self._unindex(user_id)
         flight.land(_Failure(exc))
         return None
+
+    async def _old(self, user_id: str, exc: Exception) -> StateSnapshot | None:
+        """Return an old state that may answer in place of this error, if there is one."""
+        if (
+            not self.stale_if_error
+            or not isinstance(exc, UnavailableError | RejectedError)
+            or user_id in self._writing
+            or self._quarantined(user_id)
+        ):
+            return None
+        entry = self._entries.get(user_id)
+        now = self._monotonic()
+        if (
+            entry is not None
+            and entry.value is not None
+            and now < entry.deadline + self._stale_seconds
+            # Not under a lease, which ends when the tier is no longer repaired; but no erasure may
+            # have been missed.
+            and now < self._heard_until
+        ):
+            return entry.value  # type: ignore[no-any-return]
+        if self._channel is None:
+            return None
+        return await self._channel.stale(user_id, self._stale_seconds)
 
     def _abandoned(self, user_id: str, flight: _Flight) -> None:
         """The loading caller was cancelled: the next one loads, or nobody."""

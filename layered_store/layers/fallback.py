@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
+from layered_store.call import call_begins
 from layered_store.errors import (
     ConfigError,
     ErasureIncompleteError,
@@ -124,6 +125,11 @@ class Fallback(Layer):
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
+        # One erasure, also where both stores are ways to the same database.
+        with call_begins():
+            await self._delete(user_id)
+
+    async def _delete(self, user_id: str) -> None:
         pending: list[str] = []
         first: Exception | None = None
         for store in (self.inner, self.secondary):
