@@ -628,15 +628,15 @@ class Cached(Layer):
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
         user_id = snapshot.user_id
-        if self._following is None and self._channel is not None:
-            await self._follow_channel(self._channel)
-        self._write_begins(user_id)
-        try:
-            with call_begins(self.clock) as call:
+        with call_begins(self.clock) as call:
+            if self._following is None and self._channel is not None:
+                await self._follow_channel(self._channel)
+            self._write_begins(user_id)
+            try:
                 await self.inner.upsert_latest(snapshot)
-        except BaseException as exc:
-            self._write_failed(user_id, exc)
-            raise
+            except BaseException as exc:
+                self._write_failed(user_id, exc)
+                raise
         self._write_ends(user_id, snapshot, call.version, kept=not call.superseded)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:

@@ -53,6 +53,7 @@ def check_fleet(calls: Sequence[Call], commits: Sequence[Commit], bound: float) 
         return bisect_right(orders, order)
 
     _check_acknowledged(calls, place, commits)
+    _check_late(calls, commits)
     # Erasures that returned, as (when they returned, what they had erased).
     erased: list[tuple[int, int]] = []
     # By process: (when it was seen there, what).
@@ -101,6 +102,17 @@ def check_fleet(calls: Sequence[Call], commits: Sequence[Commit], bound: float) 
             age = call.began_at - superseded(at)
             raise Violation("stale", f"read what was replaced {age:.3f} s ago: {call}")
         seen.setdefault(call.process, []).append((call.ended, at, "seen"))
+
+
+def _check_late(calls: Sequence[Call], commits: Sequence[Commit]) -> None:
+    """A write that began before an erasure was committed does not come after it."""
+    began = {call.value: call.began for call in calls if call.kind == "upsert"}
+    erased = 0
+    for commit in commits:
+        if commit.value is None:
+            erased = commit.order
+        elif began[commit.value] < erased:
+            raise Violation("late", f"write {commit.value} began before an erasure and outlived it")
 
 
 def _check_acknowledged(

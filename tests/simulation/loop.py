@@ -172,7 +172,11 @@ class SimLoop(_ExploringLoop):
         """Close what a dead process left half done, so that nothing is said of it later."""
         for task in process.running():
             task._log_destroy_pending = False
-            for _ in range(9):  # some go on waiting while they are closed
-                with contextlib.suppress(BaseException):
-                    task.get_coro().close()  # type: ignore[union-attr]
+            coroutine: Any = task.get_coro()
+            for _ in range(99):  # some go on waiting while they are closed
+                try:
+                    coroutine.close()
+                except BaseException:  # noqa: S112
+                    continue
+                break
         process.tasks.clear()

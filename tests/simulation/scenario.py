@@ -137,7 +137,8 @@ class _World:
         self.parts: list[Parts] = []
         self.dead: list[tuple[Process, StateStore]] = []
         self.starts = 0
-        self.over = False
+        self.over = self.ended = False
+        self.broken: Violation | None = None
         self.clients: list[asyncio.Task[Any]] = []
 
     def note(self, line: str) -> None:
@@ -166,6 +167,9 @@ class _World:
         else:
             raise Violation("bounded", "a call did not end in 20 s")
         await asyncio.sleep(PEACE_SECONDS)
+        self.ended = True
+        if self.broken is not None:
+            raise self.broken
         await self.check_converged()
         self.check_history()
         self.check_books()
@@ -191,11 +195,10 @@ class _World:
             await asyncio.sleep(chance.choice((0.0, 0.002, 0.05, 0.3, 1.0)) * chance.random())
             if self.over:
                 return
-            work = self.one_call(process, stack)
             if chance.random() < 0.12:
-                await self.cancelled(process, work)
+                await self.cancelled(process, self.one_call(process, stack, leaves=True))
             else:
-                await work
+                await self.one_call(process, stack)
 
     async def cancelled(self, process: Process, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
@@ -203,7 +206,9 @@ class _World:
         task.cancel()
         await asyncio.wait((task,))
 
-    async def one_call(self, process: Process, stack: StateStore) -> None:
+    async def one_call(
+        self, process: Process, stack: StateStore, *, leaves: bool = False
+    ) -> None:
         chance = self.chance
         draw = chance.random()
         kind = "read" if draw < 0.55 else "upsert" if draw < 0.86 else "delete"
@@ -241,6 +246,8 @@ class _World:
             outcome = type(exc).__name__
         except asyncio.CancelledError:
             outcome = "cancelled"
+            if not leaves and not self.ended:
+                self.broken = Violation("cancelled", f"nobody cancelled this: {calls[0]}")
             raise
         finally:
             if outcome == "pending":

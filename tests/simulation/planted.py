@@ -1,0 +1,367 @@
+"""Faults planted in the shipped code, each a step of the protocol left out or done wrong.
+
+A simulation that finds none of them proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from layered_store.coherence import redis_tier
+from layered_store.coherence.guarded import GuardedCopies
+from layered_store.coherence.local import LocalCopies
+from layered_store.coherence.redis_tier import RedisTier
+from layered_store.layers import cached
+from layered_store.layers.cached import Cached
+from layered_store.stores.memory import MemoryStore
+
+__all__ = ["FAULTS", "Fault"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Args:
+        name: short.
+        shape: the stack in which it shows.
+        rules: the rules of which it may break one.
+        plant: enters the patches into an exit stack.
+        first: a seed that showed it once; tried first.
+    """
+
+    name: str
+    shape: str
+    rules: tuple[str, ...]
+    plant: Callable[[contextlib.ExitStack], None]
+    first: int = 0
+
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        """Break the code inside the block."""
+        with contextlib.ExitStack() as stack:
+            self.plant(stack)
+            yield
+
+
+def _method(owner: Any, name: str, new: Any) -> Callable[[contextlib.ExitStack], None]:
+    return lambda stack: stack.enter_context(patch.object(owner, name, new))
+
+
+def _script(name: str, *edits: tuple[str, str]) -> Callable[[contextlib.ExitStack], None]:
+    source = redis_tier._SOURCES[name]
+    for before, after in edits:
+        assert before in source, (name, before)
+        source = source.replace(before, after)
+    return lambda stack: stack.enter_context(patch.dict(redis_tier._SOURCES, {name: source}))
+
+
+def _both(
+    *plants: Callable[[contextlib.ExitStack], None],
+) -> Callable[[contextlib.ExitStack], None]:
+    def plant(stack: contextlib.ExitStack) -> None:
+        for each in plants:
+            each(stack)
+
+    return plant
+
+
+async def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _always_leased(self: Cached, until: float) -> None:
+    self._trust.lease(math.inf)
+
+
+async def _keep_first(self: Cached, snapshot: Any) -> None:
+    self._detach(snapshot.user_id)
+    self._keep(snapshot.user_id, snapshot)
+    await self.inner.upsert_latest(snapshot)
+
+
+_land = cached._Flight.land
+
+
+def _cancel_followers(self: Cached, user_id: str, flight: Any) -> None:
+    for future in flight.waiters or ():
+        future.cancel()
+    _land(flight, cached._AGAIN)
+    if self._leave_flight(user_id, flight):
+        self._unindex(user_id)
+
+
+_begin = RedisTier.begin
+
+
+async def _begin_now(self: RedisTier, me: str, head: str, seconds: float) -> Any:
+    begun = await _begin(self, me, head, seconds)
+    return None if begun is None else begun._replace(cursor=head)
+
+
+def _distrust_leases_only(self: GuardedCopies) -> None:
+    for cache in self._caches:
+        cache.lease(float("-inf"))
+
+
+_write = MemoryStore._write
+
+
+def _write_again(self: MemoryStore, snapshot: Any, order: int, write_id: bytes) -> Any:
+    row = self._users.get(snapshot.user_id)
+    if row is not None:
+        row.write_ids.clear()
+    return _write(self, snapshot, order, write_id)
+
+
+_erase = MemoryStore.erase
+
+
+async def _erase_again(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
+    row = self._users.get(user_id)
+    if row is not None:
+        row.erase_ids.clear()
+    return await _erase(self, user_id, tiers)
+
+
+async def _erase_late_writes_pass(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
+    version = await _erase(self, user_id, tiers)
+    self._users[user_id].erased_order = 0
+    return version
+
+
+_keep = Cached._keep
+
+
+def _keep_for_ever(self: Cached, user_id: str, value: Any, version: int = 0) -> None:
+    if value is not None:
+        self.__dict__.setdefault("graves", {})[user_id] = value
+    _keep(self, user_id, value, version)
+
+
+async def _from_the_grave(self: Cached, user_id: str, exc: Exception) -> Any:
+    return self.__dict__.get("graves", {}).get(user_id)
+
+
+_remove = Cached._remove
+
+
+def _remove_but_absent(self: Cached, user_id: str) -> bool:
+    entry = self._entries.get(user_id)
+    return False if entry is not None and entry.value is None else _remove(self, user_id)
+
+
+def _leave_flights(self: Cached, user_id: str, reason: str = "write") -> None:
+    if self._remove(user_id):
+        self._removals["invalidations", reason] += 1
+
+
+_fail_write = Cached._write_failed
+
+
+def _no_quarantine(self: Cached, user_id: str, exc: BaseException) -> None:
+    _fail_write(self, user_id, exc)
+    self._quarantine.clear()
+
+
+_doubt = LocalCopies.doubt
+
+
+def _no_doubt(self: LocalCopies, user_id: str, *, quarantine: bool = False) -> None:
+    _doubt(self, user_id)
+    self._doubtful[user_id] = 0.0
+
+
+_server = redis_tier._server
+
+
+def _same_server(info: Any) -> Any:
+    return "0" * 40, _server(info)[1]
+
+
+async def _fill_anything(self: GuardedCopies, user_id: str, record: Any, ticket: Any) -> None:
+    with contextlib.suppress(Exception):
+        if record.version:
+            await self._tier.fill(user_id, record, ticket)
+
+
+_STAMP_LEFT = "math.min(tonumber(ARGV[4]) - now(), tonumber(ARGV[6]))"
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault(
+            "no floor",
+            "without_l1",
+            ("own writes", "monotonic"),
+            _method(GuardedCopies, "_floor", lambda self, user_id: 0),
+        ),
+        Fault(
+            "no token",
+            "three_tiers",
+            ("stale", "erased", "monotonic", "own writes", "converged"),
+            _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
+        ),
+        Fault(
+            "no version guard",
+            "without_l1",
+            ("stale", "erased", "converged", "monotonic"),
+            _script("PUT", ("if version(r) < tonumber(ARGV[1]) or", "if true or")),
+        ),
+        Fault(
+            "no tombstone",
+            "three_tiers",
+            ("stale", "erased", "converged", "monotonic", "own writes"),
+            _both(
+                _script("BURY", ("if g then", "if false then")),
+                _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
+            ),
+        ),
+        Fault(
+            "late writes pass erasures",
+            "without_l1",
+            ("late",),
+            _method(MemoryStore, "erase", _erase_late_writes_pass),
+        ),
+        Fault(
+            "no stamp",
+            "without_l1",
+            ("stale", "erased"),
+            _script("STAMP", ("'PX', text(left))", "'PX', 3600000)")),
+        ),
+        Fault(
+            "no lease",
+            "three_tiers",
+            ("stale", "erased"),
+            _method(Cached, "lease", _always_leased),
+        ),
+        Fault(
+            "no erasure wait",
+            "three_tiers",
+            ("erased",),
+            _method(GuardedCopies, "_wait_for_leases", _nothing),
+        ),
+        Fault(
+            "L1 set before the record",
+            "memory",
+            ("register",),
+            _method(Cached, "upsert_latest", _keep_first),
+        ),
+        Fault(
+            "follower cancelled with leader",
+            "memory",
+            ("cancelled",),
+            _method(Cached, "_abandoned", _cancel_followers),
+        ),
+        Fault(
+            "repair silent",
+            "three_tiers",
+            ("stale",),
+            _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
+        ),
+        Fault(
+            "repair anchored at now",
+            "without_l1",
+            ("stale", "erased", "converged"),
+            _method(RedisTier, "begin", _begin_now),
+        ),
+        Fault(
+            "L1 kept after channel loss",
+            "three_tiers",
+            ("stale", "erased", "monotonic"),
+            _method(GuardedCopies, "_distrust", _distrust_leases_only),
+        ),
+        Fault(
+            "double history append",
+            "resilient",
+            ("doubled", "history"),
+            _method(MemoryStore, "_write", _write_again),
+        ),
+        Fault(
+            "stale served after erasure",
+            "options",
+            ("erased", "own writes", "monotonic"),
+            _both(
+                _method(Cached, "_keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
+            ),
+        ),
+        Fault(
+            "negative mark survives an upsert",
+            "memory",
+            ("register",),
+            _method(Cached, "_remove", _remove_but_absent),
+        ),
+        Fault(
+            "loads outlive writes",
+            "memory",
+            ("register", "one load"),
+            _method(Cached, "_detach", _leave_flights),
+        ),
+        Fault(
+            "no quarantine",
+            "memory",
+            ("register",),
+            _method(Cached, "_write_failed", _no_quarantine),
+        ),
+        Fault(
+            "no quarantine in the tier",
+            "unversioned",
+            ("register",),
+            _method(LocalCopies, "doubt", _no_doubt),
+        ),
+        Fault(
+            "new generation silent",
+            "three_tiers",
+            ("stale", "erased", "monotonic"),
+            _script("BEGIN", ("tell(ARGV[5], '0', '0', '')", "")),
+        ),
+        Fault(
+            "loads joined without a lease",
+            "three_tiers",
+            ("stale", "erased", "monotonic"),
+            _method(Cached, "_joinable", lambda self, flight: True),
+        ),
+        Fault(
+            "repeated erasure erases again",
+            "nested",
+            ("register",),
+            _method(MemoryStore, "erase", _erase_again),
+        ),
+        Fault(
+            "a paused repairer vouches for the past",
+            "without_l1",
+            ("stale", "erased"),
+            _both(
+                _script(
+                    "STAMP",
+                    ("if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end", ""),
+                    (_STAMP_LEFT, "tonumber(ARGV[6])"),
+                ),
+            ),
+        ),
+        Fault(
+            "a restored server is believed",
+            "without_l1",
+            ("stale", "erased", "monotonic", "converged"),
+            _method(redis_tier, "_server", _same_server),
+        ),
+        Fault(
+            "erasures are filled and not told",
+            "three_tiers",
+            ("stale", "erased"),
+            _method(GuardedCopies, "_fill", _fill_anything),
+        ),
+        Fault(
+            "debts are never paid",
+            "without_l1",
+            ("debts",),
+            _method(MemoryStore, "settle", _nothing),
+        ),
+    )
+}
+"""By name."""
