@@ -152,21 +152,21 @@ BURY: Final = (
     + """
 local g = redis.call('GET', KEYS[2])
 local r, kind = fetch(KEYS[1])
-local newer = r and (kind == 'S' or kind == 'F' or kind == 'D') and version(r) > tonumber(ARGV[1])
-  and g and generation(r) == string.sub(g, 1, 16)
-if not newer then
-  if g then
+local copy = r and (kind == 'S' or kind == 'F' or kind == 'D')
+if copy and g and generation(r) == string.sub(g, 1, 16) then
+  if version(r) <= tonumber(ARGV[1]) then
     redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])
-  elseif r then
-    redis.call('DEL', KEYS[1])
   end
+elseif r then
+  redis.call('DEL', KEYS[1])
 end
 tell(ARGV[5], ARGV[1], '1', ARGV[6])
 return holders(KEYS[3])
 """
 )
 """Keys: record, guard, register. Arguments: version, tombstone before and after the generation, its
-life in ms, channel, digest."""
+life in ms, channel, digest. It replaces a copy and voids a token, but leaves nothing where nothing
+was: it may come so late that the user was written again, and that was replayed already."""
 
 HOLDERS: Final = _LIBRARY + "return holders(KEYS[1])"
 """Keys: register."""

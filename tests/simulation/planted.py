@@ -218,8 +218,27 @@ FAULTS = {
             "three_tiers",
             ("stale", "erased", "converged", "monotonic", "own writes"),
             _both(
-                _script("BURY", ("if g then", "if false then")),
+                _script(
+                    "BURY",
+                    (
+                        "redis.call('SET', KEYS[1], ARGV[2]",
+                        "redis.call('DEL', KEYS[1]) local _ = ('' .. ARGV[2]",
+                    ),
+                    ("ARGV[3], 'PX', ARGV[4])", "ARGV[3])"),
+                ),
                 _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
+            ),
+        ),
+        Fault(
+            "late burial in empty ground",
+            "three_tiers",
+            ("stale", "converged"),
+            _script(
+                "BURY",
+                (
+                    "elseif r then",
+                    "elseif g and not r then redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])\nelseif r then",
+                ),
             ),
         ),
         Fault(

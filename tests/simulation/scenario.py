@@ -206,9 +206,7 @@ class _World:
         task.cancel()
         await asyncio.wait((task,))
 
-    async def one_call(
-        self, process: Process, stack: StateStore, *, leaves: bool = False
-    ) -> None:
+    async def one_call(self, process: Process, stack: StateStore, *, leaves: bool = False) -> None:
         chance = self.chance
         draw = chance.random()
         kind = "read" if draw < 0.55 else "upsert" if draw < 0.86 else "delete"
