@@ -237,7 +237,10 @@ FAULTS = {
                 "BURY",
                 (
                     "elseif r then",
-                    "elseif g and not r then redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])\nelseif r then",
+                    "elseif g and not r then "
+                    "redis.call('SET', KEYS[1], "
+                    "ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4]) "
+                    "elseif r then",
                 ),
             ),
         ),
