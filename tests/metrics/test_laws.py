@@ -250,6 +250,47 @@ def test_laws_hold_under_faults_in_every_interleaving(cancelled: bool) -> None:
     explore(run, schedules=400, seed=1)
 
 
+@pytest.mark.parametrize("time_hits", ["sampled", "all"])
+def test_laws_hold_on_the_fused_path_of_hits(time_hits: str) -> None:
+    """Where a hit passes all layers in one coroutine, through two views and a breaker."""
+
+    async def run(schedule: Schedule) -> None:
+        registry, clock = CollectorRegistry(), schedule.clock
+        below = Faulty(MemoryStore(clock=clock), random=schedule.random, clock=clock, share=0.2)
+        cache = Cached(below, ttl=0.4, stale_if_error=0.2, clock=clock)
+        limited = Timeout(cache, seconds=9, clock=clock)
+        back = Metrics(limited, name="back", registry=registry, clock=clock)
+        front = Metrics(
+            CircuitBreaker(back, minimum_calls=6, open_for=0.1, clock=clock),
+            name="front",
+            registry=registry,
+            time_hits=time_hits,
+            clock=clock,
+        )
+        seen: Counter[str] = Counter()
+        await asyncio.gather(*(caller(front, schedule, seen, True) for _ in range(6)))
+        figures = samples(registry)
+        ended = {}
+        for name in ("front", "back"):
+            calls = {
+                key[3]: int(value)
+                for key, value in figures.items()
+                if key[:3] == ("layered_store_operations_total", name, "get_latest")
+            }
+            count = ("layered_store_operation_duration_seconds_count", name, "get_latest")
+            assert figures.get(count, 0) == sum(calls.values())
+            assert figures["layered_store_operations_in_flight", name] == 0
+            ended[name] = sum(calls.values()) - calls.get("invalid", 0) - calls.get("cancelled", 0)
+            ended[name] -= calls.get("rejected", 0) if name == "front" else 0
+        reads = {s.labels[0]: int(s.value) for s in cache.samples() if s.metric == "reads"}
+        assert sum(reads.values()) == ended["back"] >= ended["front"]
+        hits.append(reads["hit"])
+
+    hits: list[int] = []
+    explore(run, schedules=300, seed=11)
+    assert sum(hits) > 200
+
+
 def test_followers_of_a_load_count_once_each() -> None:
     """A thousand callers of one cold user: a thousand misses, one load, 999 waits."""
 
