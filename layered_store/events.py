@@ -12,7 +12,7 @@ circuit_half_open    INFO    it lets one call through to see
 circuit_closed       INFO    calls pass again
 tier_lost            WARNING the cache tier is passed by: it hangs or failed twice running
 tier_back            INFO    it answers again
-tier_repaired        INFO    a repair pass removed copies that were behind
+tier_repaired        INFO    back again, a repair pass removed copies that were behind
 channel_lost         WARNING the invalidation channel broke: in-process caches stop answering
 channel_back         INFO    it stands again
 erasure_incomplete   WARNING a delete could not finish in every tier (the first of a row)

@@ -121,6 +121,8 @@ class GuardedCopies(Invalidations):
         self.failures: Counter[str] = Counter()
         self.channel_losses = 0
         self._channel_lost = False
+        # Whether the tier was lost since the last repair pass that was told of.
+        self._was_away = False
         self._leased_until = float("-inf")
         # Users whose copies may be behind, by digest, and since when; the repair removes them.
         self._unrepaired: OrderedDict[bytes, float] = OrderedDict()
@@ -657,8 +659,11 @@ class GuardedCopies(Invalidations):
             self._note_repaired(started)
             if self._ping_now is not None and self._leased_until <= self._clock.monotonic():
                 self._ping_now.set()  # what the last ping was refused for is there now
-        if self.repaired > repaired:
-            log_event("tier_repaired", tier=self._tier.tier_name, users=self.repaired - repaired)
+        if self._was_away:
+            self._was_away = False
+            if self.repaired > repaired:
+                users = self.repaired - repaired
+                log_event("tier_repaired", tier=self._tier.tier_name, users=users)
         for change in owed:
             await self._authority.settle(change.digest, change.version, self._tier.tier_name)
         if owed:
@@ -685,6 +690,7 @@ class GuardedCopies(Invalidations):
         self._failures += 1
         if (isinstance(exc, StoreTimeoutError) or self._failures > 1) and self._reachable:
             self._reachable = False
+            self._was_away = True
             log_event("tier_lost", tier=self._tier.tier_name, reason=type(exc).__name__)
         self._kick()
 

@@ -19,6 +19,7 @@ from layered_store import (
     SQLStore,
     StateSnapshot,
     Timeout,
+    WriteThrough,
 )
 from layered_store.errors import ErasureIncompleteError
 
@@ -104,5 +105,37 @@ async def test_an_outage_of_redis_shows_and_ends(
         assert event in events
     for lost, back in (("tier_lost", "tier_back"), ("channel_lost", "channel_back")):
         assert events.index(back) > events.index(lost)
+    assert events.count("tier_repaired") <= events.count("tier_lost")
     assert events.count("erasure_incomplete") == events.count("erasure_complete")
     assert not any(f"u-{number}" in caplog.text for number in range(20))
+
+
+async def test_a_frozen_redis_is_repaired_when_it_goes_on(
+    redis_server: Callable[..., Server], sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It still has the old copies then: they are removed, counted and told of once."""
+    caplog.set_level(logging.INFO, logger="layered_store")
+    server = redis_server()
+    registry = CollectorRegistry()
+    redis = RedisStore(f"redis://127.0.0.1:{server.port}/0", timeout=0.3)
+    tier = "1.write_through"
+    async with Metrics(
+        WriteThrough(redis, origin=SQLStore(sqlite_url)), name="users", registry=registry
+    ) as stack:
+        for number in range(8):
+            await stack.upsert_latest(StateSnapshot(f"u-{number}", axes={"warmth": 0.1}))
+        server.stop()
+        for number in range(8):
+            await stack.upsert_latest(StateSnapshot(f"u-{number}", axes={"warmth": 0.9}))
+        assert figure(registry, "layered_store_pending_repairs", tier) == 8
+        server.cont()
+        await until(lambda: figure(registry, "layered_store_pending_repairs", tier) == 0)
+        repaired = figure(registry, "layered_store_repairs_total", tier)
+        assert repaired is not None
+        assert 1 <= repaired <= 8
+        for number in range(8):
+            state = await stack.get_latest(f"u-{number}")
+            assert state is not None
+            assert state.get_axis("warmth") == 0.9
+    told = [record for record in caplog.records if getattr(record, "event", "") == "tier_repaired"]
+    assert [record.facts["users"] for record in told] == [repaired]  # type: ignore[attr-defined]
