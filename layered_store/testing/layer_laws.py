@@ -57,6 +57,11 @@ async def check_layer(
         TypeError: ``factory`` does not return a StateStore.
     """
     check_seconds(limit, "limit", check_layer)
+    if not callable(factory):
+        raise TypeError(
+            "the factory must be a function that builds a layer around a store, such as"
+            f" `lambda inner: MyLayer(inner)`, not a {type(factory).__name__}"
+        )
     as_store = await check_store(lambda: build(factory, MemoryStore()), limit=limit)
     results = [
         Result(f"as a store: {result.check}", result.outcome, result.message)

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.call import call_begins
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["check_store"]
 
 _CHECK_SECONDS: Final = 30.0
-_BATCH: Final = 30
+_BATCH: Final = 120
 _NOW_MS: Final = 1_700_000_000_000
 
 
@@ -87,6 +88,11 @@ async def check_store(
 
 
 async def _built(factory: Callable[[], Any]) -> StateStore:
+    if not callable(factory):
+        raise TypeError(
+            "the factory must be a function that builds a store, such as `lambda: MyStore(url)`,"
+            f" not a {type(factory).__name__}"
+        )
     store = await build(factory)
     if not isinstance(store, StateStore):
         raise TypeError(f"the factory must return a StateStore, not {type(store).__name__}")
@@ -329,12 +335,12 @@ async def _bad_ids(suite: _Suite) -> None:
         )
     for user_id in (*bad, None, 7, b"u-1", ["u-1"]):
         for read in (
-            store.get_latest(user_id),
-            store.get_history(user_id, 5),
-            store.get_latest_many([user_id]),
+            partial(store.get_latest, user_id),
+            partial(store.get_history, user_id, 5),
+            partial(store.get_latest_many, [user_id]),
         ):
             try:
-                found = await read
+                found = await read()
             except ValidationError:
                 continue
             except (TypeError, AttributeError) as exc:
@@ -415,6 +421,7 @@ async def _write_many(suite: _Suite) -> None:
     batch += [suite.snapshot(ids[0], _BATCH), suite.snapshot(ids[0], _BATCH + 1)]
     await suite.store.upsert_latest_many(iter(batch))
     last = {snapshot.user_id: snapshot for snapshot in batch}
+    many = await suite.store.get_latest_many(ids)
     found = {user_id: await suite.store.get_latest(user_id) for user_id in last}
     lost = list(found.values()).count(None)
     _expect(
@@ -422,6 +429,7 @@ async def _write_many(suite: _Suite) -> None:
         f"upsert_latest_many() of {len(batch)} snapshots lost {lost} of {len(last)} users",
     )
     _expect(found == last, "upsert_latest_many() did not keep the last of a user's states")
+    _expect(many == last, f"get_latest_many() found {len(many)} of {len(last)} users")
     if suite.history >= 3:  # noqa: PLR2004
         kept = await suite.store.get_history(ids[0], 3)
         _expect(kept == [batch[-1], batch[-2], batch[0]], "a batch is not in the history in order")
@@ -492,6 +500,8 @@ async def _immutable(suite: _Suite) -> None:
         history.clear()
         kept = await suite.store.get_history(user_id, 5)
         _expect(kept == [same], message.format("get_history() returned"))
+        await suite.store.upsert_latest(suite.snapshot(user_id, 1))
+        _expect(kept == [same], "a write changed the list that get_history() had returned")
 
 
 async def _deletes(suite: _Suite) -> None:
@@ -558,18 +568,19 @@ async def _cancelled(suite: _Suite) -> None:
     user_id = suite.user("cancelled")
     for turns in range(4):
         for call in (
-            suite.store.upsert_latest(suite.snapshot(user_id, turns)),
-            suite.store.get_latest(user_id),
-            suite.store.get_latest_many([user_id]),
+            partial(suite.store.upsert_latest, suite.snapshot(user_id, turns)),
+            partial(suite.store.get_latest, user_id),
+            partial(suite.store.get_latest_many, [user_id]),
         ):
-            task = asyncio.ensure_future(call)
+            task: asyncio.Future[Any] = asyncio.ensure_future(call())
             for _ in range(turns):
                 await asyncio.sleep(0)
-            task.cancel()
+            asked = task.cancel()
             done, _ = await asyncio.wait({task}, timeout=5.0)
             _expect(done, "a cancelled call did not end within 5 s; let CancelledError through")
             if not task.cancelled():
                 task.result()
+                _expect(not asked, "a cancelled call returned normally; let CancelledError through")
     wrote = suite.snapshot(user_id, 99)
     await suite.store.upsert_latest(wrote)
     got = await suite.store.get_latest(user_id)
@@ -583,12 +594,12 @@ async def _private(suite: _Suite) -> None:
     await suite.store.upsert_latest(suite.snapshot(user_id, axes={"warmth": value}))
     texts = [repr(suite.store), str((await suite.store.health_report()).to_dict())]
     for call in (
-        suite.store.get_history(user_id, -1),
-        suite.store.get_latest(f"{user_id} !"),
-        suite.store.upsert_latest(suite.snapshot(user_id, axes={"warmth": 100 + value})),
+        partial(suite.store.get_history, user_id, -1),
+        partial(suite.store.get_latest, f"{user_id} !"),
+        partial(suite.store.upsert_latest, suite.snapshot(user_id, axes={"warmth": 100 + value})),
     ):
         try:
-            await call
+            await call()
         except StoreError as exc:
             texts += [str(exc), repr(exc)]
     for text in texts:
@@ -680,12 +691,12 @@ async def _closes(store: StateStore, second: StateStore) -> None:
     before = asyncio.all_tasks()
     snapshot = store.snapshot_type(user_id=f"check-{os.urandom(5).hex()}")
     for call in (
-        store.upsert_latest(snapshot),
-        store.get_latest(snapshot.user_id),
-        store.delete(snapshot.user_id),
+        partial(store.upsert_latest, snapshot),
+        partial(store.get_latest, snapshot.user_id),
+        partial(store.delete, snapshot.user_id),
     ):
         try:
-            await call
+            await call()
         except (UnsupportedError, RejectedError):
             pass  # it cannot, or does not let anybody
     await store.aclose()

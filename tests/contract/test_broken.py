@@ -21,7 +21,7 @@ LAYERS = {
     "SwallowsCancellation": "let CancelledError through",
     "LeavesCallRunning": "left its call running in the store",
     "ForgetsClose": "aclose() did not close the store inside",
-    "LosesBatchItems": "upsert_latest_many() of 32 snapshots lost 10 of 30 users",
+    "LosesBatchItems": "upsert_latest_many() of 122 snapshots lost 100 of 120 users",
     "LosesBatchReads": "get_latest_many() found 2 of the 5 users",
     "SwallowsErrors": "failed in the store inside and returned normally",
     "NaiveCache": "put the older state back",
@@ -40,6 +40,9 @@ STORES = {
     "DeleteLeavesHistory": "delete() left 3 states in the history",
     "LowersIds": "a user got the state of another one",
     "TellsIds": "error text shows a user id",
+    "StoreSwallowsCancellation": "a cancelled call returned normally",
+    "GrowsItsList": "a write changed the list that get_history() had returned",
+    "ShiftsBatches": "users where get_latest() finds",
 }
 
 
@@ -116,6 +119,10 @@ async def test_factory_of_something_else() -> None:
     """What is no store is refused, not checked."""
     with pytest.raises(TypeError, match="must return a StateStore, not dict"):
         await check_store(dict)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a function that builds a store"):
+        await check_store(MemoryStore())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a function that builds a layer"):
+        await check_layer(broken.Layer(MemoryStore()))  # type: ignore[arg-type]
 
 
 async def test_report() -> None:
