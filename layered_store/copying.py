@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from layered_store.call import Call, call_continues, next_order
@@ -193,15 +194,17 @@ class Copy:
             async with gate:
                 return await self._missing(user, latest[user], there.get(user))
 
-        batch: list[StateSnapshot] = []
-        copied: dict[str, int] = {}
+        found: dict[str, Sequence[StateSnapshot]] = {}
         for user, states in zip(users, await asyncio.gather(*map(missing, users)), strict=True):
             if states is None:
                 self.progress.conflicts += 1
             elif user in latest:
-                # In the order of each user's history, so that the newest becomes the latest.
-                batch.extend(states)
-                copied[user] = len(states)
+                found[user] = states
+        # Everybody's oldest state, then everybody's next: in each user's order, so that the newest
+        # becomes the latest, and with no user twice in a row, which stores write faster.
+        rounds = zip_longest(*found.values())
+        batch = [state for each in rounds for state in each if state is not None]
+        copied = {user: len(states) for user, states in found.items()}
         self._copied.add(copied)
         await self._write(batch, copied)
         self.progress.users += len(users)
