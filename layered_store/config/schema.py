@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.config.durations import DURATION_PATTERN
+from layered_store.config.lint import RULES
 from layered_store.config.registry import MISSING, kinds, spec_of
 from layered_store.errors import ConfigError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["json_schema"]
 
-_VARIABLE: Final = {"type": "string", "pattern": r"\$\{"}
+_VARIABLE: Final = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}"}
 _JSON: Final = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object"}
 
 
@@ -52,12 +53,19 @@ def json_schema() -> dict[str, Any]:
                 "properties": {
                     "allow": {
                         "description": "rules that are accepted, as a list or with their reasons",
-                        "type": ["array", "object"],
+                        "anyOf": [
+                            {"type": "array", "items": {"enum": list(RULES)}},
+                            {
+                                "type": "object",
+                                "propertyNames": {"enum": list(RULES)},
+                                "additionalProperties": {"type": "string"},
+                            },
+                        ],
                     },
                     "max_staleness": {
                         "description": "the oldest answer that is acceptable",
                         "anyOf": [
-                            {"type": "number"},
+                            {"type": "number", "minimum": 0},
                             {"type": "string", "pattern": DURATION_PATTERN},
                         ],
                     },
@@ -99,7 +107,9 @@ def _block(spec: BlockSpec, *, in_layers: bool) -> dict[str, Any]:
     for option in spec.options:
         if (in_layers and option.name == "inner") or not option.from_file:
             continue
-        properties[option.name] = _option(option)
+        # None of our own options is negative; a third party's may be.
+        ours = spec.cls.__module__.startswith("layered_store.")
+        properties[option.name] = _option(option, at_least=0 if ours or option.duration else None)
         if option.required:
             required.append(option.name)
     return {
@@ -111,7 +121,7 @@ def _block(spec: BlockSpec, *, in_layers: bool) -> dict[str, Any]:
     }
 
 
-def _option(option: Option) -> dict[str, Any]:
+def _option(option: Option, *, at_least: float | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"description": option.doc} if option.doc else {}
     if option.store:
         return {**facts, "$ref": "#/$defs/block"}
@@ -119,7 +129,9 @@ def _option(option: Option) -> dict[str, Any]:
     if option.choices:
         forms.append({"enum": list(option.choices)})
     else:
-        forms.extend({"type": _JSON[kind]} for kind in _JSON if kind in option.accepts)
+        for kind in (kind for kind in _JSON if kind in option.accepts):
+            bound = {"minimum": at_least} if kind in (int, float) and at_least is not None else {}
+            forms.append({"type": _JSON[kind], **bound})
     if list in option.accepts:
         forms.append({"type": "array", "items": {"type": _JSON[option.item or str]}})
     if type in option.accepts:

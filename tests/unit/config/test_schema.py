@@ -40,6 +40,20 @@ BAD: list[dict[str, Any]] = [
     {"store": {"use": "memory", "layers": [{"use": "memory"}]}},
     {"store": {"use": "memory", "layers": [{"use": "cached", "inner": {"use": "memory"}}]}},
     {"store": {"use": "memory"}, "stroe": {}},
+    {"store": {"use": "memory", "history_limit": -1}},
+    {"store": {"use": "memory", "history_limit": "${A B}"}},
+    {"store": {"use": "cached", "inner": {"use": "memory"}, "ttl": -1}},
+    {"store": {"use": "cached", "inner": {"use": "memory"}, "invalidation": "on"}},
+    {"store": {"use": "cached", "inner": {"use": "memory"}, "refresh_ahead": "half"}},
+    {"store": {"use": "memory"}, "lint": {"allow": ["LS999"]}},
+    {"store": {"use": "memory"}, "lint": {"allow": {"LS999": "why"}}},
+    {"store": {"use": "memory"}, "lint": {"max_staleness": "soon"}},
+    {"store": {"use": "sql", "url": 5}},
+    {"store": {"use": "sql", "url": "sqlite://", "order": "random"}},
+    {"store": {"use": "redis", "url": "redis://h", "ttl": "forever"}},
+    {"store": {"use": "timeout", "inner": {"use": "memory"}}},
+    {"store": {"use": "write_through", "inner": {"use": "memory"}}},
+    {"store": {"use": "memory", "layers": [{"use": "retry", "atempts": 3}]}},
 ]
 
 
