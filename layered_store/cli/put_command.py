@@ -17,7 +17,8 @@ __all__ = ["command"]
 @click.command("put")
 @click.argument("stack")
 @click.argument("user")
-@click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="An axis; repeatable.")
+@click.argument("values", metavar="[NAME=VALUE]...", nargs=-1)
+@click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="The same, as an option.")
 @click.option("--confidence", type=float, default=1.0, show_default=True, help="From 0 to 1.")
 @click.option(
     "--source",
@@ -35,12 +36,18 @@ __all__ = ["command"]
 def command(
     stack: str,
     user: str,
+    values: tuple[str, ...],
     axes: tuple[str, ...],
     confidence: float,
     source: str,
     source_file: IO[bytes] | None,
 ) -> None:
-    """Store a state of USER, such as: put stack.toml u-1 --axis warmth=0.7"""
+    """Store a state of USER: the axes given, and no others.
+
+    \b
+    layered-store put stack.toml u-1 warmth=0.7 energy=0.25
+    layered-store put stack.toml u-1 --file state.json
+    """
 
     async def work(store: StateStore) -> None:
         if source_file is not None:
@@ -48,13 +55,16 @@ def command(
             snapshot = msgspec.structs.replace(snapshot, user_id=user)
         else:
             snapshot = store.snapshot_type(
-                user, source=Source(source), confidence=confidence, axes=values
+                user, source=Source(source), confidence=confidence, axes=pairs
             )
         await store.upsert_latest(snapshot)
 
-    if source_file is not None and axes:
-        raise click.UsageError("give either --file or --axis")
-    values = dict(map(_axis, axes))
+    given = (*values, *axes)
+    if source_file is not None and given:
+        raise click.UsageError("give either --file or axes")
+    pairs = dict(map(_axis, given))
+    if len(pairs) < len(given):
+        raise click.UsageError("an axis is given twice")
     run(stack, work)
 
 

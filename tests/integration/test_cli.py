@@ -26,6 +26,7 @@ def run(*arguments: str, cwd: Path, code: int = 0) -> str:
         timeout=120,
         check=False,
         cwd=cwd,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -51,14 +52,14 @@ async def read(path: Path, users: int) -> list[list[StateSnapshot]]:
 def test_one_user(tmp_path: Path) -> None:
     """What is put is there for the next process, until it is erased."""
     url = "sqlite+aiosqlite:///states.db"
-    run("put", url, "u-1", "--axis", "warmth=0.5", cwd=tmp_path)
+    run("put", url, "u-1", "warmth=0.5", "energy=0.25", cwd=tmp_path)
     run("put", url, "u-1", "--axis", "warmth=0.7", "--source", "mixed", cwd=tmp_path)
     assert json.loads(run("get", url, "u-1", cwd=tmp_path))["axes"] == {"warmth": 0.7}
     assert "warmth=0.7" in run("history", url, "u-1", cwd=tmp_path)
     assert len(json.loads(run("history", url, "u-1", "--json", cwd=tmp_path))) == 2
     exported = json.loads(run("export", url, "u-1", cwd=tmp_path))
     assert (exported["latest"]["source"], len(exported["history"])) == ("mixed", 2)
-    run("erase", url, "u-1", "--yes", cwd=tmp_path)
+    run("erase", url, "u-1", cwd=tmp_path)  # a script is not asked
     run("get", url, "u-1", cwd=tmp_path, code=1)
     assert "SQLStore healthy" in run("check", url, cwd=tmp_path)
 
