@@ -1,0 +1,204 @@
+"""Two processes' stacks over one Redis and one database, held up at chosen steps.
+
+Each stack has a clock, caches and connections of its own, so two of them are two processes as far
+as the servers can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
+
+import pytest
+
+from layered_store import RedisStore, SQLStore, StateSnapshot, WriteThrough, explain
+from layered_store.call import call_begins
+from layered_store.coherence.contract import CacheTier, Versioned
+from layered_store.explaining import Held
+from layered_store.interface import Op
+from layered_store.layer import AroundLayer
+from layered_store.testing.scripted import Gate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def state(value: float = 0.5, user_id: str = "u-1") -> StateSnapshot:
+    return StateSnapshot(user_id, 0, axes={"a": value})
+
+
+class Gated(AroundLayer):
+    """Holds calls at a gate, before or after they took effect."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.before: dict[Op, Gate] = {}
+        self.after: dict[Op, Gate] = {}
+
+    async def around(
+        self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        if (gate := self.before.pop(op, None)) is not None:
+            await gate.pass_through()
+        result = await method(*args, **kwargs)
+        if (gate := self.after.pop(op, None)) is not None:
+            await gate.pass_through()
+        return result
+
+
+class Process:
+    """One process: a stack whose steps can be held up."""
+
+    def __init__(self, redis_url: str, sql_url: str) -> None:
+        self.tier = Gated(RedisStore(redis_url))
+        self.record = Gated(SQLStore(sql_url))
+        self.stack = WriteThrough(self.tier, origin=self.record)
+
+
+@pytest.fixture
+async def pair(redis_url: str, sqlite_url: str) -> AsyncIterator[tuple[Process, Process]]:
+    processes = Process(redis_url, sqlite_url), Process(redis_url, sqlite_url)
+    for process in processes:
+        await process.stack.open()
+    yield processes
+    for process in processes:
+        await process.stack.aclose()
+
+
+async def in_redis(process: Process, user_id: str = "u-1") -> Held:
+    tiers = await explain(process.stack, user_id)
+    return next(tier.held for tier in tiers if tier.kind == "redis")
+
+
+@pytest.mark.parametrize("write", ["upsert", "delete"])
+async def test_case_6_a_fill_in_flight_never_lands_after_a_write(
+    pair: tuple[Process, Process], write: str
+) -> None:
+    """A reader of one process has read the database; another process writes or erases; the fill
+    comes too late."""
+    ours, theirs = pair
+    await theirs.stack.upsert_latest(state(0.1))
+    await theirs.tier.inner.command("DEL", theirs.tier.inner.key(theirs.tier.inner.digest("u-1")))
+    gate = ours.record.after[Op.GET_LATEST] = Gate()
+    reader = asyncio.create_task(ours.stack.get_latest("u-1"))
+    await gate.entered.wait()
+    if write == "upsert":
+        await theirs.stack.upsert_latest(state(0.2))
+    else:
+        await theirs.stack.delete("u-1")
+    gate.open()
+    assert await reader == state(0.1)
+    expected = state(0.2) if write == "upsert" else None
+    for process in pair:
+        assert await process.stack.get_latest("u-1") == expected
+    if write == "delete":
+        assert await in_redis(ours) is not Held.STATE
+
+
+async def test_case_26_the_tier_follows_the_order_of_the_database(
+    pair: tuple[Process, Process],
+) -> None:
+    """Of two writers the one whose commit came first reaches Redis last: the later one stands."""
+    ours, theirs = pair
+    gate = ours.tier.before[Op.UPSERT_LATEST] = Gate()
+    first = asyncio.create_task(ours.stack.upsert_latest(state(0.1)))
+    await gate.entered.wait()
+    await theirs.stack.upsert_latest(state(0.2))
+    gate.open()
+    await first
+    for process in pair:
+        assert await process.stack.get_latest("u-1") == state(0.2)
+    assert [s.axes["a"] for s in await ours.stack.get_history("u-1", 9)] == [0.2, 0.1]
+
+
+async def test_case_34_a_writer_that_dies_after_its_commit_is_repaired_by_others(
+    pair: tuple[Process, Process],
+) -> None:
+    """The copy that it did not replace is gone within a repair pass, in any process."""
+    ours, theirs = pair
+    await theirs.stack.upsert_latest(state(0.1))
+    gate = ours.tier.before[Op.UPSERT_LATEST] = Gate()
+    dying = asyncio.create_task(ours.stack.upsert_latest(state(0.2)))
+    await gate.entered.wait()
+    dying.cancel()
+    await asyncio.gather(dying, return_exceptions=True)
+    async with asyncio.timeout(10):
+        while await theirs.stack.get_latest("u-1") != state(0.2):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_case_25_and_28_a_copy_only_moves_up(pair: tuple[Process, Process]) -> None:
+    """An older version never replaces a newer one, also where doubles would confuse the two."""
+    store = pair[0].tier.inner
+    tier = store.capability(CacheTier)
+    assert tier is not None
+    top = 2**53 - 2
+    for newer, older in ((top, top - 1), (1_795_000_000_000_001, 1_795_000_000_000_000)):
+        user = f"v-{newer}"
+        ticket = await tier.ticket(user)
+        await tier.put(user, Versioned(newer, state(0.9, user)), ticket)
+        await tier.put(user, Versioned(older, state(0.1, user)), await tier.ticket(user))
+        read = await tier.read(user)
+        assert read.found == Versioned(newer, state(0.9, user))
+
+
+async def test_case_13_a_late_write_of_another_process_does_not_bring_the_user_back(
+    pair: tuple[Process, Process],
+) -> None:
+    """Begun before the erasure and held up above the database until it returned."""
+    ours, theirs = pair
+    await theirs.stack.upsert_latest(state(0.1))
+    gate = ours.record.before[Op.UPSERT_LATEST] = Gate()
+    late = asyncio.create_task(ours.stack.upsert_latest(state(0.2)))
+    await gate.entered.wait()
+    await asyncio.sleep(0.05)  # what the two clocks may be apart is measured, and is less
+    await theirs.stack.delete("u-1")
+    gate.open()
+    await late
+    for process in pair:
+        assert await process.stack.get_latest("u-1") is None
+        assert await process.stack.get_history("u-1", 9) == []
+    await ours.stack.upsert_latest(state(0.3))
+    assert await theirs.stack.get_latest("u-1") == state(0.3)
+
+
+async def test_case_29_a_repeated_write_counts_once_through_all_tiers(
+    pair: tuple[Process, Process],
+) -> None:
+    """Its first attempt was cut off after the commit, and another write came in between."""
+    ours, theirs = pair
+    snapshot = state(0.1)
+    with call_begins():
+        gate = ours.record.after[Op.UPSERT_LATEST] = Gate()
+        attempt = asyncio.create_task(ours.stack.upsert_latest(snapshot))
+        await gate.entered.wait()
+        attempt.cancel()
+        await asyncio.gather(attempt, return_exceptions=True)
+        await asyncio.create_task(_alone(theirs.stack.upsert_latest(state(0.2))))
+        await ours.stack.upsert_latest(snapshot)
+    for process in pair:
+        assert await process.stack.get_latest("u-1") == state(0.2)
+        history = await process.stack.get_history("u-1", 9)
+        assert [s.axes["a"] for s in history] == [0.2, 0.1]
+
+
+async def _alone(work: Awaitable[T]) -> T:
+    """Await a write that belongs to no call of this context."""
+    from layered_store.call import _current
+
+    _current.set(None)
+    return await work
+
+
+async def test_a_token_is_for_one_filler(pair: tuple[Process, Process]) -> None:
+    """Readers who miss together get the same token; the first fill takes it, the second is void."""
+    ours, theirs = pair
+    tiers = [process.tier.inner.capability(CacheTier) for process in pair]
+    await theirs.record.upsert_latest(state(0.1))
+    tickets = [await tier.ticket("u-1") for tier in tiers]
+    assert tickets[0] == tickets[1]
+    record = await ours.record.inner.read("u-1")
+    await tiers[0].fill("u-1", record, tickets[0])
+    await tiers[1].fill("u-1", Versioned(record.version - 1, state(0.9)), tickets[1])
+    assert (await tiers[1].read("u-1")).found == record
