@@ -84,7 +84,16 @@ class FakeClock:
         return sum(1 for _, _, timer in self._timers if timer.callback is not None)
 
     async def advance(self, seconds: float) -> None:
-        """Move time forward, running what falls due in its order, and let all tasks settle."""
+        """Move time forward, running what falls due in its order, and let all tasks settle.
+
+        Args:
+            seconds: how far; 0 only lets tasks settle.
+
+        Raises:
+            ValueError: ``seconds`` is negative or no number: time does not go back.
+        """
+        if not seconds >= 0:
+            raise ValueError("seconds must be a number of at least 0; time does not go back")
         await settle()
         end = self._now + seconds
         while self._timers and self._timers[0][0] <= end:
@@ -117,12 +126,17 @@ class _Timer:
 
 
 _SETTLE_TURNS = 20
+_MOST_TURNS = 10_000
 
 
 async def settle() -> None:
     """Let other tasks run until they wait for something outside, as far as can be told."""
-    for _ in range(_SETTLE_TURNS):
+    # What is ready to run next; asyncio's loops have it, others need not.
+    ready = getattr(asyncio.get_running_loop(), "_ready", ())
+    for turn in range(_MOST_TURNS):
         await asyncio.sleep(0)
+        if turn >= _SETTLE_TURNS and not ready:
+            return
 
 
 def _wake(done: asyncio.Future[None]) -> None:

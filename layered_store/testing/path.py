@@ -26,6 +26,7 @@ from layered_store.errors import (
 )
 from layered_store.interface import Op
 from layered_store.layer import AroundLayer
+from layered_store.options import check_store
 from layered_store.stack import children_of, kind_of, walk
 
 if TYPE_CHECKING:
@@ -184,7 +185,11 @@ async def record(stack: StateStore) -> AsyncIterator[Recording]:
 
     Args:
         stack: whose calls; calls into it by any task are recorded.
+
+    Raises:
+        ConfigError: ``stack`` is no store.
     """
+    check_store(stack, "stack", record)
     recording = Recording(stack)
     taps = [_tap(place.store) for place in walk(stack)]
     try:

@@ -373,3 +373,11 @@ async def test_sequence() -> None:
     assert str(path) == "cached miss, sql miss\ncached miss, sql miss"
     assert repr(path) == "Recording(['cached miss, sql miss', 'cached miss, sql miss'])"
     assert path != 3
+
+
+@pytest.mark.parametrize("stack", [None, MemoryStore, "memory"])
+async def test_only_stacks_are_recorded(stack: Any) -> None:
+    """Anything else is refused by name."""
+    with pytest.raises(ValueError, match="stack: must be a StateStore"):
+        async with record(stack):
+            pass
