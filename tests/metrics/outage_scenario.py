@@ -121,6 +121,7 @@ class Load:
             self._repeat(self._erase, 0.1),
             self._repeat(self._check, 0.2),
             self._repeat(self._move, 0.05),
+            self._repeat(self._read_replica, 0.05),
         )
 
     async def _repeat(self, call: Callable[[], Awaitable[None]], pause: float) -> None:
@@ -133,6 +134,9 @@ class Load:
         hot = f"hot-{self._random.randrange(20)}"
         await self.users.get_latest(hot)
         await self.users.get_latest_many([hot, f"u-{self._random.randrange(300)}"])
+
+    async def _read_replica(self) -> None:
+        # On its own, so that the hung database of the other stack does not hold it up.
         await self.replica.get_latest("hot-1")
 
     async def _write(self) -> None:
