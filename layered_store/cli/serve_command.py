@@ -40,6 +40,13 @@ _KEY = "LAYERED_STORE_API_KEY"
     help="Most bytes that a request may send.",
 )
 @click.option(
+    "--max-in-flight",
+    type=click.IntRange(1),
+    default=1_000,
+    show_default=True,
+    help="Most requests at a time; those beyond are refused with 503.",
+)
+@click.option(
     "--patience",
     type=click.FloatRange(0, min_open=True),
     default=10.0,
@@ -62,6 +69,7 @@ def command(
     port: int,
     api_key_file: Path | None,
     max_body: int,
+    max_in_flight: int,
     patience: float,
     drain: int,
     *,
@@ -89,7 +97,13 @@ def command(
             " or give --public-without-key"
         )
     app = guarded(
-        lambda: create_app(build(stack), api_key=key, max_body=max_body, body_seconds=patience)
+        lambda: create_app(
+            build(stack),
+            api_key=key,
+            max_body=max_body,
+            max_in_flight=max_in_flight,
+            body_seconds=patience,
+        )
     )
     server = build_server(app, host=host, port=port, drain=drain, patience=patience)
     # The server drains on SIGTERM and then raises it again, for whoever handled it before.

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 
     from layered_store.interface import StateStore
 
-__all__ = ["DEFAULT_BODY_SECONDS", "DEFAULT_MAX_BODY", "create_app"]
+__all__ = ["DEFAULT_BODY_SECONDS", "DEFAULT_MAX_BODY", "DEFAULT_MAX_IN_FLIGHT", "create_app"]
 
 _log = logging.getLogger("layered_store.service")
 
 DEFAULT_MAX_BODY: Final = 65_536
+DEFAULT_MAX_IN_FLIGHT: Final = 1_000
 DEFAULT_BODY_SECONDS: Final = 10.0
 MAX_LIMIT: Final = 1_000
 _DEFAULT_LIMIT: Final = 100
@@ -52,6 +53,7 @@ def create_app(
     *,
     api_key: str | None = None,
     max_body: int = DEFAULT_MAX_BODY,
+    max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
     body_seconds: Seconds = DEFAULT_BODY_SECONDS,
 ) -> Starlette:
     """Return the service for a stack, an ASGI application.
@@ -65,6 +67,7 @@ def create_app(
         stack: what answers.
         api_key: when given, requests for states and metrics need ``Authorization: Bearer <key>``.
         max_body: the largest body in bytes, at least 1.
+        max_in_flight: most requests at a time, at least 1; those beyond are refused with 503.
         body_seconds: how long a body may take to arrive, above 0.
 
     Raises:
@@ -73,6 +76,7 @@ def create_app(
     """
     check_store(stack, "stack", _OWNER)
     check_count(max_body, "max_body", _OWNER)
+    check_count(max_in_flight, "max_in_flight", _OWNER)
     seconds = check_seconds(body_seconds, "body_seconds", _OWNER)
     if api_key is not None and not (isinstance(api_key, str) and api_key.strip() == api_key != ""):
         raise ConfigError(
@@ -97,7 +101,13 @@ def create_app(
     app = Starlette(
         routes=_routes(stack),
         middleware=[
-            Middleware(Guard, api_key=api_key, max_body=max_body, body_seconds=seconds),
+            Middleware(
+                Guard,
+                api_key=api_key,
+                max_body=max_body,
+                max_in_flight=max_in_flight,
+                body_seconds=seconds,
+            ),
         ],
         exception_handlers={StoreError: _store_error, HTTPException: _http_error},
         lifespan=lifespan,

@@ -46,6 +46,7 @@ class Guard:
         app: what handles requests that pass.
         api_key: the key that ``Authorization: Bearer`` must carry; None lets everyone in.
         max_body: largest body in bytes.
+        max_in_flight: most requests at a time; probes are let in beyond them.
         body_seconds: how long a body may take to arrive.
         clock: source of time.
     """
@@ -56,12 +57,15 @@ class Guard:
         *,
         api_key: str | None,
         max_body: int,
+        max_in_flight: int,
         body_seconds: float,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
         self._body_seconds = body_seconds
         self._clock = clock
 
@@ -94,6 +98,12 @@ class Guard:
         if length.isdigit() and len(length) < 20 and int(length) > self._max_body:
             await self._too_large(tagged, request_id)
             return
+        if self._in_flight >= self._max_in_flight and path not in _OPEN:
+            message = f"{self._max_in_flight} requests are under way; try again"
+            again = [(b"retry-after", b"1")]
+            await refuse(tagged, 503, "UNAVAILABLE", message, request_id, again)
+            return
+        self._in_flight += 1
         try:
             await self._app(scope, self._limited(receive), tagged)
         except _TooLargeError:
@@ -109,6 +119,8 @@ class Guard:
             if started:
                 raise
             await refuse(tagged, 500, "STORE_ERROR", "the service failed", request_id)
+        finally:
+            self._in_flight -= 1
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or path in _OPEN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from layered_store.errors import ConfigError
 from layered_store.service import create_app
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
@@ -466,6 +468,44 @@ async def test_store_errors() -> None:
         assert "secret-in-a-bug" not in answer.text
         if isinstance(error, CircuitOpenError):
             assert answer.headers["retry-after"] == "7"
+
+
+async def test_no_more_than_so_many_at_a_time() -> None:
+    """Requests beyond the bound are refused at once, probes are not, and places come free again."""
+    gate = asyncio.Event()
+
+    class Waiting(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            await gate.wait()
+            return None
+
+    async with _client(Waiting(), max_in_flight=2) as client:
+        first = [asyncio.create_task(client.get("/v1/state/u-1")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        refused = await client.get("/v1/state/u-1")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "UNAVAILABLE")
+        assert refused.headers["retry-after"] == "1"
+        assert (await client.get("/live")).status_code == 200
+        gate.set()
+        assert [answer.status_code for answer in await asyncio.gather(*first)] == [404, 404]
+        assert (await client.get("/v1/state/u-1")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_body": 0},
+        {"max_in_flight": 0},
+        {"body_seconds": 0},
+        {"api_key": ""},
+        {"api_key": " a"},
+        {"api_key": 5},
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    """An option out of its range is refused by name; so is a key that would protect nothing."""
+    with pytest.raises(ConfigError, match=rf"create_app\.{next(iter(options))}"):
+        create_app(MemoryStore(), **options)
 
 
 async def test_unhealthy() -> None:
