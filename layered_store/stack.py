@@ -67,14 +67,16 @@ def children_of(store: StateStore) -> dict[str, StateStore]:
 def walk(stack: StateStore) -> Iterator[Place]:
     """Yield every block of a stack, outermost first, each branch down to its end."""
     counter = 0
-    pending: list[tuple[int, str, StateStore]] = [(0, "", stack)]
+    pending: list[tuple[tuple[StateStore, ...], str, StateStore]] = [((), "", stack)]
     while pending:
-        depth, path, store = pending.pop()
-        yield Place(counter, depth, path, store)
+        above, path, store = pending.pop()
+        yield Place(counter, len(above), path, store)
         counter += 1
         below = [
-            (depth + 1, f"{path}.{role}" if path else role, child)
+            ((*above, store), f"{path}.{role}" if path else role, child)
             for role, child in children_of(store).items()
+            # A third party's block may point back to what it stands in.
+            if not any(child is each for each in (*above, store))
         ]
         pending.extend(reversed(below))
 
@@ -198,13 +200,15 @@ def options(store: StateStore) -> dict[str, Any]:
     return shown
 
 
-def expression(store: StateStore) -> str:
+def expression(store: StateStore, above: tuple[StateStore, ...] = ()) -> str:
     """Return a block and all below it as the nested expression that builds it, secrets masked."""
     parts = []
     shown = options(store)
-    roles = children_of(store)
-    for role, child in roles.items():
-        parts.append(expression(child) if role == "inner" else f"{role}={expression(child)}")
+    way = (*above, store)
+    for role, child in children_of(store).items():
+        if not any(child is each for each in way):
+            text = expression(child, way)
+            parts.append(text if role == "inner" else f"{role}={text}")
     positional: set[str] = set()
     if dataclasses.is_dataclass(store):
         positional = {field.name for field in dataclasses.fields(store) if not field.kw_only}

@@ -492,3 +492,21 @@ def test_third_party_block(tmp_path: Path) -> None:
 def test_all_blocks_are_stores() -> None:
     """What loading returns is a StateStore, closed by nobody yet."""
     assert isinstance(load_stack(MEMORY), StateStore)
+
+
+def test_a_block_that_points_back() -> None:
+    """A third party's block that knows what it stands in is walked and printed once."""
+    from layered_store.config import lint
+
+    class Aware(MemoryStore):
+        parent: StateStore
+
+        def children(self) -> dict[str, StateStore]:
+            return {"parent": self.parent}
+
+    end = Aware()
+    stack = Cached(end)
+    end.parent = stack
+    assert repr(stack) == "Cached(Aware())"
+    assert [block.name for block in describe(stack)] == ["Cached", "Aware"]
+    assert lint(stack)
