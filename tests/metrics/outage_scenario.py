@@ -255,6 +255,16 @@ class Scene:
             assert clock() < until, f"silent: {set(alerts) - fired}"
             await asyncio.sleep(SCRAPE)
 
+    async def fired(self, seconds: float) -> set[str]:
+        """Return all alerts that fire within so many seconds."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        fired: set[str] = set()
+        while clock() < until:
+            fired |= await self.prometheus.alerts()
+            await asyncio.sleep(SCRAPE)
+        return fired
+
     async def silent(self, within: float = 30.0) -> None:
         """Wait until no alert is firing or pending."""
         clock = asyncio.get_running_loop().time
