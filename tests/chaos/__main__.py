@@ -7,6 +7,7 @@ import asyncio
 import sys
 import time
 
+from .planted import PLANTED
 from .run import SQL, Plan, run
 
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--redis", choices=("single", "cluster", "sentinel"), default="single")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--fault", action="append", dest="faults", help="only these faults")
+    parser.add_argument("--plant", choices=tuple(PLANTED), default="", help="what to break")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     plan = Plan(**vars(options), say=lambda text: print(text, flush=True))

@@ -48,6 +48,9 @@ _COMPLAINTS = {
 _SILENT_SECONDS = 30.0
 """After which a worker that says nothing hangs; none is stopped for so long."""
 
+_START_SECONDS = 120.0
+"""How long a worker may take to start, on a machine that has much else to do."""
+
 _SLOTS = (0, 8_000, 16_383)
 """Of each primary of a cluster one slot, which no run moves."""
 
@@ -85,6 +88,8 @@ class Plan:
         redis: ``single``, ``cluster`` (three primaries with a replica each) or ``sentinel`` (three
             Sentinels, a primary and a replica).
         faults: names of faults; None: all that fit.
+        sql_timeout: time limit of the system of record, in seconds.
+        plant: a fault to plant in the shipped code; the run must then find it.
         bound: seconds after which every process must show an acknowledged write.
     """
 
@@ -98,6 +103,8 @@ class Plan:
     sql: str = "postgres"
     redis: str = "single"
     faults: list[str] | None = None
+    sql_timeout: float = 2.0
+    plant: str = ""
     # Trust 2 s and lease 1 s, one attempt at the cache and one at the database (0.25 + 2 s), and
     # what a machine that runs all of it on two cores adds.
     bound: float = 6.0
@@ -253,6 +260,8 @@ class Fleet:
             "users": self.plan.users,
             "clients": self.plan.clients,
             "think": self.plan.think,
+            "sql_timeout": self.plan.sql_timeout,
+            "plant": self.plan.plant,
         }
         log_path = self.folder / f"{number}.log"
         with log_path.open("wb") as log:
@@ -426,7 +435,8 @@ class Fleet:
 
     async def stop_worker(self) -> None:
         worker = self.random.choice(self.workers)
-        worker.process.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            worker.process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(self.random.uniform(0.3, 4.0))
         with contextlib.suppress(ProcessLookupError):
             worker.process.send_signal(signal.SIGCONT)
@@ -461,7 +471,8 @@ class Fleet:
             if attack.done():
                 attack.result()
             for worker in self.workers:
-                if time.monotonic() - worker.heard > _SILENT_SECONDS:
+                silent = time.monotonic() - worker.heard
+                if silent > (_SILENT_SECONDS if worker.ready.is_set() else _START_SECONDS):
                     state = await worker.diagnose()
                     text = worker.log.read_text(errors="replace")[-20_000:]
                     raise RuntimeError(f"worker {worker.number} is silent ({state})\n{text}")

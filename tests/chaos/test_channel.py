@@ -98,6 +98,18 @@ async def test_case_36_a_half_open_socket(tmp_path: Path, mode: Mode) -> None:
         await leased(both.reader, "u")
 
 
+async def test_case_7_an_erasure_waits_for_a_half_open_reader(tmp_path: Path) -> None:
+    """It cannot be told, so ``delete`` returns when its lease has run out, and not before."""
+    async with two(tmp_path) as both:
+        await both.way.set(Mode.SWALLOW)
+        assert await number(both.reader, "u") == 1  # under its lease still
+        start = time.monotonic()
+        await both.writer.delete("u")
+        assert await number(both.reader, "u") is None
+        assert time.monotonic() - start < LEASE_SECONDS + 1
+        await both.way.set(Mode.PASS)
+
+
 async def test_case_35_a_slow_subscriber_is_kicked(tmp_path: Path) -> None:
     """Redis drops a subscriber whose buffer is full: no message lost with it stays unnoticed."""
     limit = ("--client-output-buffer-limit", "pubsub 65536 65536 1")

@@ -31,6 +31,7 @@ from layered_store import (
 )
 
 from .history import Journal
+from .planted import plant
 
 _call: contextvars.ContextVar[int] = contextvars.ContextVar("call", default=0)
 
@@ -81,13 +82,14 @@ class TracedSQLStore(SQLStore):
 def build(options: dict[str, Any], journal: Journal) -> StateStore:
     """Return the stack of one process."""
     redis = RedisStore(options["redis"], timeout=1.0, connect_timeout=1.0)
-    sql = TracedSQLStore(options["sql"], history_limit=None, timeout=2.0, pool_size=8)
+    limit = options["sql_timeout"]
+    sql = TracedSQLStore(options["sql"], history_limit=None, timeout=limit, pool_size=8)
     sql.journal = journal
     tier = Retry(CircuitBreaker(Timeout(redis, seconds=0.25), open_for=0.5), attempts=2)
     return Metrics(
         Cached(
             tier,
-            fallback=Retry(sql, attempts=3, time_limit=5.0),
+            fallback=Retry(sql, attempts=3, time_limit=2.5 * limit),
             ttl=60.0,
             negative_ttl=5.0,
             refresh_ahead=0.5,
@@ -101,6 +103,8 @@ class Load:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.journal = Journal(options["journal"])
+        if options["plant"]:
+            plant(options["plant"])
         self.store = build(options, self.journal)
         self.random = random.Random(options["seed"])
         self.users = [f"user-{number}" for number in range(options["users"])]

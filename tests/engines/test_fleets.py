@@ -54,7 +54,10 @@ async def test_a_failover_in_mid_traffic_is_not_seen_by_readers(redis: str) -> N
     record meanwhile, and the fleet stays coherent.
     """
     faults = ["redis primary killed"]
-    plan = Plan(100_000, seconds=12, workers=3, users=60, redis=redis, faults=faults, say=print)
+    plan = Plan(
+        100_000, seconds=12, workers=3, users=60, redis=redis, faults=faults, sql_timeout=20,
+        bound=8, say=print,
+    )  # fmt: skip
     report = await play(plan)
     print(report.figures)
     assert report.violations == []
