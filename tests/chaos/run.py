@@ -490,7 +490,7 @@ class Fleet:
         """Let everything come to rest, read everything, and judge."""
         for worker in self.workers:
             await worker.tell("rest", "rested", 60)
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(3.5)  # trust, and what a repair takes
         for worker in self.workers:
             await worker.tell("final", "done", 60)
             await worker.process.wait()

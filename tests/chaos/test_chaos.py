@@ -16,7 +16,7 @@ async def test_no_fault_breaks_a_promise(sql: str) -> None:
     """Under every kind of fault no acknowledged write is lost or doubled, nobody reads an erased
     user, no process goes backwards or shows what is older than the bound, and all agree at last.
     """
-    plan = Plan(operations=6_000, seconds=40, workers=4, sql=sql, seed=11, say=print)
+    plan = Plan(operations=8_000, seconds=25, workers=4, sql=sql, seed=11, say=print)
     try:
         report = await run(plan)
     except ServerMissingError as exc:
@@ -25,5 +25,5 @@ async def test_no_fault_breaks_a_promise(sql: str) -> None:
         pytest.skip(str(exc))
     print(report.figures)
     assert report.violations == []
-    assert report.figures["calls"] > 500
+    assert report.figures["calls"] > 100
     assert sum(report.figures["faults"].values()) >= 10
