@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Authority
@@ -12,7 +13,7 @@ from layered_store.interface import Op, StateStore
 from layered_store.layer import Layer
 from layered_store.options import check_seconds
 from layered_store.snapshot import StateSnapshot
-from layered_store.stack import children_of, walk
+from layered_store.stack import children_of, replace, walk
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.report import Broken, Report, Result, Unneeded, build, run_check
 from layered_store.testing.store_checks import check_store
@@ -50,7 +51,9 @@ async def check_layer(
     Args:
         factory: builds the layer around the store that it is given; may be a coroutine function.
             For a layer with several stores, the one that holds the truth:
-            ``lambda inner: WriteThrough(MemoryStore(), origin=inner)``.
+            ``lambda inner: WriteThrough(MemoryStore(), origin=inner)``. A function without a
+            parameter builds layers around a store of its own, whose place is taken by
+            :func:`layered_store.replace`; these must be dataclasses.
         limit: seconds of real time that one law may take.
 
     Raises:
@@ -62,6 +65,7 @@ async def check_layer(
             "the factory must be a function that builds a layer around a store, such as"
             f" `lambda inner: MyLayer(inner)`, not a {type(factory).__name__}"
         )
+    factory = _around_given(factory)
     as_store = await check_store(lambda: build(factory, MemoryStore()), limit=limit)
     results = [
         Result(f"as a store: {result.check}", result.outcome, result.message)
@@ -78,6 +82,27 @@ async def check_layer(
     if not read_only:
         results.append(await run_check(title, lambda: _check_subclass(factory), limit))
     return Report(as_store.subject, as_store.abilities, tuple(results))
+
+
+def _around_given(factory: Callable[..., Any]) -> Callable[[StateStore], Any]:
+    """Return a factory that takes the store inside, whether the given one does or not."""
+    try:
+        inspect.signature(factory).bind(None)
+    except TypeError:
+        pass
+    except ValueError:  # a builtin that does not tell
+        return factory
+    else:
+        return factory
+
+    async def around(inner: StateStore) -> StateStore:
+        stack = await build(factory)
+        end = stack
+        while below := children_of(end):
+            end = below.get("origin") or below.get("inner") or next(iter(below.values()))
+        return replace(stack, end, inner)
+
+    return around
 
 
 async def _both(

@@ -8,7 +8,7 @@ from typing import Any
 import broken
 import pytest
 
-from layered_store import MemoryStore
+from layered_store import Cached, MemoryStore, Retry
 from layered_store.interface import StateStore
 from layered_store.testing import Report, check_layer, check_store
 
@@ -123,6 +123,15 @@ async def test_factory_of_something_else() -> None:
         await check_store(MemoryStore())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a function that builds a layer"):
         await check_layer(broken.Layer(MemoryStore()))  # type: ignore[arg-type]
+
+
+async def test_factory_without_a_parameter() -> None:
+    """A function that builds a whole stack is checked as well, its end being swapped."""
+    stack = lambda: Cached(Retry(MemoryStore(), base_delay=0))  # noqa: E731
+    report = await check_layer(stack)
+    assert report.ok, str(report)
+    report = await check_layer(lambda: Cached(broken.DropsHistory(MemoryStore())))
+    assert "get_history() gave 0 states" in messages(report)
 
 
 async def test_report() -> None:
