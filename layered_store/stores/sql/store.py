@@ -73,9 +73,11 @@ class SQLStore(StateStore, Authority, Enumerable):
     """Keeps states in a database: SQLite, PostgreSQL, MariaDB or MySQL.
 
     A full system of record: a write is acknowledged when it is committed, versions and erasures
-    are kept, a repeated write counts once. Opens itself on first use, with connections of its own
-    for each event loop. Tables: one row per user in ``latest_table``, one per write in
-    ``history_table``, and a counter beside them (not on PostgreSQL's path).
+    are kept, a repeated write counts once. Calls that wait together share a round trip and a
+    commit; a lone call goes at once, and one that fails does so alone. Opens itself on first use,
+    with connections of its own for each event loop. Tables: one row per user in
+    ``latest_table``, one per write in ``history_table``, and a counter beside them (not on
+    PostgreSQL's path).
 
     Args:
         url: a SQLAlchemy URL, such as ``sqlite+aiosqlite:///states.db``,
@@ -92,7 +94,7 @@ class SQLStore(StateStore, Authority, Enumerable):
             to date; without it they are only looked at.
         snapshot_type: the class of the snapshots it keeps.
         digest_key: key of the digests that stand for users, as in all blocks that share data.
-        timeout: seconds that one operation may take.
+        timeout: seconds that one operation may take, the wait for others included.
         probe_seconds: seconds that a health probe may take.
         pool_size: most connections per event loop; callers beyond it wait for one.
         clock: source of time.
@@ -106,9 +108,10 @@ class SQLStore(StateStore, Authority, Enumerable):
             write had been sent.
 
     Cancellation:
-        The caller leaves at once. A statement that is under way is cut off and its connection
-        thrown away, within 2 s, in a task that ``aclose`` waits for; SQLite's cannot be cut
-        off, so it runs to its end there. A write that was cancelled may have been committed.
+        The caller leaves at once. A statement that is under way, and that nobody else waits for,
+        is cut off and its connection thrown away, within 2 s, in a task that ``aclose`` waits for;
+        SQLite's cannot be cut off, so it runs to its end there. A write that was cancelled may have
+        been committed.
     """
 
     url: Any = field(default=None, metadata={"mask": mask_url})
