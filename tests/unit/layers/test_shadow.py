@@ -516,6 +516,27 @@ async def test_a_write_that_an_erasure_overtook_does_not_bring_the_user_back() -
     assert candidate.kept == {}
 
 
+async def test_comparisons_go_on_after_an_erasure() -> None:
+    """One that waited is dropped with all that waited, and the next is made."""
+    candidate = Trial()
+    shadow = Shadow(MemoryStore(), candidate=candidate)
+    candidate.gate = asyncio.Event()
+    await shadow.upsert_latest(state())
+    await settle()
+    await shadow.get_latest("u-1")
+    erasing = asyncio.create_task(shadow.delete("u-1"))
+    await settle()
+    await shadow.get_latest("u-1")
+    candidate.gate.set()
+    await erasing
+    await settle()
+    assert seen(shadow) == {"same": 1}
+    await shadow.get_latest("u-1")
+    await settle()
+    assert seen(shadow) == {"same": 2}
+    assert shadow._pending == 0
+
+
 async def test_a_cancelled_delete_leaves_nothing_held() -> None:
     """Cancellation passes at once; later calls of the user are mirrored as before."""
     clock = FakeClock()
@@ -617,7 +638,14 @@ async def test_open_and_health_are_those_of_inner() -> None:
         assert report.status is HealthStatus.DEGRADED
         assert "candidate is down" in report.message
         assert await shadow.health_check()
-    async with Shadow(MemoryStore(), candidate=MemoryStore()) as shadow:
+    opened = []
+
+    class Opening(MemoryStore):
+        async def open(self) -> None:
+            opened.append(self)
+
+    async with Shadow(MemoryStore(), candidate=Opening()) as shadow:
+        assert opened == [shadow.candidate]
         assert (await shadow.health_report()).status is HealthStatus.HEALTHY
     down = Shadow(Down(), candidate=MemoryStore())
     assert (await down.health_report()).status is HealthStatus.UNHEALTHY
@@ -641,9 +669,11 @@ async def test_it_stands_at_the_origin_of_a_write_through() -> None:
     authority = shadow.capability(Authority)
     assert authority is not None
     assert (await authority.read("u-1")) == await old.read("u-1")
+    await settle()
+    assert seen(shadow) == {"same": 1}
     await authority.read_many(["u-1", "u-2"])
     await settle()
-    assert seen(shadow) == {"same": 2}
+    assert seen(shadow) == {"same": 3}
     await stack.delete("u-1")
     assert await new.get_latest("u-1") is None
     new.error = UnavailableError("down")
@@ -652,6 +682,7 @@ async def test_it_stands_at_the_origin_of_a_write_through() -> None:
     assert await old.get_latest("u-2") is None
     assert await old.debts("u-2") == ["tier"]
     assert shadow.capability(CacheTier) is None
+    assert shadow.capability(Shadow) is shadow
     assert shadow.capability(Enumerable) is not None
 
 
