@@ -280,6 +280,24 @@ def describe(stack: StateStore) -> Description:
     )
 
 
+def staleness(stack: StateStore) -> tuple[float, str]:
+    """Return how old an answer may be in seconds, and why when there is no bound.
+
+    That is towards other processes, and while what is below answers; what this process wrote shows
+    at once. What the blocks on the way down add sums up; a block says so in ``staleness``.
+    """
+    total, reasons = 0.0, []
+    store: StateStore | None = stack
+    while store is not None:
+        seconds, why = getattr(store, "staleness", (0.0, ""))
+        total += seconds
+        if why:
+            reasons.append(why)
+        # The copies of a write-through are as old as it says, whatever holds them.
+        store = None if kind_of(store) == "write_through" else children_of(store).get("inner")
+    return total, "; ".join(reasons)
+
+
 def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
     """Return a new stack with ``target`` swapped for ``new`` and the rest rebuilt.
 

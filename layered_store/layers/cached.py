@@ -40,6 +40,7 @@ from layered_store.options import (
     check_seconds,
     check_share,
 )
+from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -869,11 +870,21 @@ class Cached(Layer):
 
     def notes(self) -> tuple[str, ...]:
         """Return what ``describe`` says of this block: the worst-case staleness."""
+        bound, why = staleness(self)
         if self._channel is not None:
-            return (
-                "other processes' writes show within the delivery time of the channel; lease 1 s",
-            )
-        return (f"other processes' writes show after {self._ttl_seconds:g} s at the latest",)
+            first = f"other processes' writes show at once, after {bound:g} s at the latest"
+        elif bound < math.inf:
+            first = f"other processes' writes show after {bound:g} s at the latest"
+        else:
+            first = f"other processes' writes may not show: {why}"
+        if self._stale_seconds:
+            first += f"; up to {self._stale_seconds:g} s older while inner is unavailable"
+        return (first,)
+
+    @property
+    def staleness(self) -> tuple[float, str]:
+        """Seconds by which this block makes an answer older, and why when there is no bound."""
+        return (0.0 if self._channel is not None else self._ttl_seconds), ""
 
     async def aclose(self) -> None:
         self._refuse_operations()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
-from layered_store.coherence.guarded import GuardedCopies
+from layered_store.coherence.guarded import TRUST_SECONDS, GuardedCopies
 from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
@@ -293,9 +294,17 @@ class WriteThrough(Layer):
         """Return what ``describe`` says of this block: how processes agree."""
         if self._guard is not None:
             return (
-                "versioned: other processes' writes show at once, or within 0.25 s after a crash",
+                "versioned: other processes' writes show at once, after"
+                f" {TRUST_SECONDS:g} s at the latest",
             )
         return ("no versions below: right within this process only",)
+
+    @property
+    def staleness(self) -> tuple[float, str]:
+        """Seconds by which this block makes an answer older, and why when there is no bound."""
+        if self._guard is not None:
+            return TRUST_SECONDS, ""
+        return math.inf, "the cache tier has no versions"
 
     async def aclose(self) -> None:
         self._refuse_operations()

@@ -361,7 +361,8 @@ FAULTS = {
             _both(
                 _script(
                     "STAMP",
-                    ("if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end", ""),
+                    ("if holder and holder ~= ARGV[1] then return 0 end", ""),
+                    ("or (known[2] or '0') ~= ARGV[8]", ""),
                     (_STAMP_LEFT, "tonumber(ARGV[6])"),
                 ),
             ),
