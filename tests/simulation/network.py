@@ -54,6 +54,7 @@ class Network:
         self.chance = chance
         self.faults = faults
         self.note = note
+        self.slowest = 2.5
         # (process name, server name) -> "refuse" or "silent"
         self.cuts: dict[tuple[str, str], str] = {}
 
@@ -66,7 +67,7 @@ class Network:
         draw = self.chance.random()
         if draw < 0.6:
             return 0.1 * self.chance.random()
-        return (0.6 if draw < 0.9 else 2.5) * self.chance.random()
+        return min(self.slowest, 0.6 if draw < 0.9 else 2.5) * self.chance.random()
 
     def blocked(self, process: Process, server: Server) -> str | None:
         """Return how a process fails to reach a server now, if it does."""

@@ -127,6 +127,7 @@ class _World:
         self.alone = shape.bound is None
         faults = chance.choice((0.0, 0.02, 0.06))
         self.network = Network(loop, chance, faults, self.note)
+        self.network.slowest = shape.slowest
         self.orders = itertools.count(1)
         self.redis = RedisServer(self.network)
         self.database = Database(self.orders)

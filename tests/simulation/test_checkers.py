@@ -1,0 +1,94 @@
+"""The checkers see what they are there for, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.checks import Violation, check_fleet, check_register
+from tests.simulation.history import Call
+from tests.simulation.scenario import run_seed
+from tests.simulation.shapes import SHAPES
+from tests.simulation.sql_model import Commit
+
+
+def call(
+    kind: str, value: int | None, began: int, ended: int, process: str = "P0", outcome: str = "ok"
+) -> Call:
+    return Call(process, kind, "ann", value, began, began / 10, ended, ended / 10, outcome)
+
+
+def commit(order: int, value: int | None, by: int) -> Commit:
+    return Commit(order, order / 10, order, value, by)
+
+
+def test_a_register_may_overlap_but_not_go_back() -> None:
+    """A read beside a write may see either state; after it, only the new one."""
+    write = call("upsert", 1, 2, 6)
+    check_register([write, call("read", None, 3, 4)])
+    check_register([write, call("read", 1, 3, 4)])
+    with pytest.raises(Violation, match="register"):
+        check_register([write, call("read", None, 7, 8)])
+    with pytest.raises(Violation, match="register"):
+        check_register([write, call("read", 1, 3, 4), call("read", None, 5, 7)])
+
+
+def test_a_write_that_failed_may_happen_later_or_never() -> None:
+    """Its outcome is unknown, so both are explained; to be undone is not."""
+    failed = call("upsert", 1, 2, 3, outcome="StoreTimeoutError")
+    check_register([failed, call("read", None, 4, 5), call("read", 1, 6, 7)])
+    check_register([failed, call("read", None, 4, 5)])
+    with pytest.raises(Violation, match="register"):
+        check_register([failed, call("read", 1, 4, 5), call("read", None, 6, 7)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "calls", "commits"),
+    [
+        (
+            "erased",
+            [call("delete", None, 2, 4), call("read", 1, 5, 6, "P1")],
+            [commit(1, 1, 0), commit(3, None, 2)],
+        ),
+        (
+            "own writes",
+            [call("upsert", 2, 2, 4), call("read", 1, 5, 6)],
+            [commit(1, 1, 0), commit(3, 2, 2)],
+        ),
+        (
+            "monotonic",
+            [call("read", 2, 4, 5), call("read", 1, 6, 7)],
+            [commit(1, 1, 0), commit(3, 2, 2)],
+        ),
+        (
+            "stale",
+            [call("read", 1, 60, 61)],
+            [commit(1, 1, 0), commit(3, 2, 2)],
+        ),
+        ("lost", [call("upsert", 9, 2, 4)], [commit(1, 1, 0)]),
+        ("invented", [call("read", 7, 2, 3)], [commit(1, 1, 0)]),
+        ("doubled", [], [commit(1, 1, 0), commit(3, 1, 0)]),
+    ],
+)
+def test_each_rule_of_the_fleet_bites(rule: str, calls: list[Call], commits: list[Commit]) -> None:
+    """What breaks a rule is found under its name."""
+    writes = [call("upsert", each.value, 0, 0, "W", "lost reply") for each in commits if each.value]
+    with pytest.raises(Violation) as caught:
+        check_fleet([*writes, *calls], commits, bound=2.0)
+    assert caught.value.rule == rule
+
+
+def test_a_read_in_time_is_no_violation() -> None:
+    """Another process may show what was replaced less than the bound ago."""
+    commits = [commit(1, 1, 0), commit(3, 2, 0)]
+    writes = [call("upsert", each, 0, 0, "W", "lost reply") for each in (1, 2)]
+    check_fleet([*writes, call("read", 1, 4, 5), call("read", 2, 6, 7)], commits, bound=2.0)
+
+
+@pytest.mark.parametrize("shape", ["three_tiers", "memory"])
+def test_a_seed_is_the_same_run_each_time(shape: str) -> None:
+    """So a failure can be looked at again."""
+    first, second = (run_seed(7, SHAPES[shape], traced=True) for _ in range(2))
+    assert first.failure is None
+    assert first.calls > 10
+    assert (first.steps, first.log) == (second.steps, second.log)
+    assert list(map(str, first.history)) == list(map(str, second.history))

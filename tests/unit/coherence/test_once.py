@@ -1,0 +1,94 @@
+"""What is repeated takes effect once, and debts are found again."""
+
+from __future__ import annotations
+
+from layered_store.call import _current, call_begins
+from layered_store.errors import UnavailableError
+from layered_store.layers.cached import Cached
+from layered_store.layers.retry import Retry
+from layered_store.layers.write_through import WriteThrough
+from layered_store.snapshot import StateSnapshot
+from layered_store.stack import describe
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import FakeClock
+
+WRITTEN = StateSnapshot("u-1", 7)
+
+
+async def test_a_repeated_erasure_spares_what_was_written_since() -> None:
+    """The first attempt took effect, so the write in between came after the erasure."""
+    store = MemoryStore()
+    await store.upsert_latest(StateSnapshot("u-1", 1))
+    with call_begins() as call:
+        await store.delete("u-1")
+    call.ended = False
+    await store.upsert_latest(WRITTEN)
+    # The reply of the first attempt was lost; this is the second of the same call.
+    token = _current.set(call)
+    try:
+        await store.delete("u-1")
+    finally:
+        _current.reset(token)
+    assert await store.get_latest("u-1") == WRITTEN
+    await store.delete("u-1")
+    assert await store.get_latest("u-1") is None
+
+
+async def test_retry_erases_once() -> None:
+    """All attempts of one delete are one erasure: it leaves one tombstone."""
+    store = MemoryStore()
+    await store.upsert_latest(StateSnapshot("u-1", 1))
+    attempts = 0
+
+    class Flaky(MemoryStore):
+        async def delete(self, user_id: str) -> None:
+            nonlocal attempts
+            attempts += 1
+            await store.delete(user_id)
+            if attempts == 1:
+                raise UnavailableError("the reply was lost")
+
+    clock = FakeClock()
+    await Retry(Flaky(), attempts=2, base_delay=0.0, max_delay=0.0, clock=clock).delete("u-1")
+    assert attempts == 2
+    assert (await store.read("u-1")).version == 2
+
+
+async def test_owing_names_what_is_owed() -> None:
+    """Debts are found by tier, and no longer once settled; a new erasure owes anew."""
+    store = MemoryStore()
+    version = await store.erase("u-1", ("redis",))
+    await store.erase("u-2", ("other",))
+    (owed,) = await store.owing("redis", 10)
+    assert (owed.digest, owed.version, owed.erased, owed.owed) == (
+        store.digest("u-1"),
+        version,
+        True,
+        True,
+    )
+    await store.settle(owed.digest, version - 1, "redis")
+    assert await store.owing("redis", 10)
+    await store.settle(owed.digest, version, "redis")
+    assert not await store.owing("redis", 10)
+    await store.erase("u-1", ("redis",))
+    assert await store.owing("redis", 10)
+
+
+async def test_a_cursor_of_another_run_is_not_covered() -> None:
+    """A store in memory starts anew with its process: no cursor of before may be believed."""
+    before, after = MemoryStore(), MemoryStore()
+    await before.upsert_latest(StateSnapshot("u-1"))
+    cursor = await before.head()
+    await after.upsert_latest(StateSnapshot("u-1"))
+    assert await before.covers(cursor)
+    assert not await after.covers(cursor)
+
+
+def test_describe_sums_up_the_staleness() -> None:
+    """Caches without a channel add up; a tier without versions has no bound."""
+    stack = Cached(Cached(MemoryStore(), ttl=30), ttl=5)
+    assert describe(stack)[0].notes == ("other processes' writes show after 35 s at the latest",)
+    unbounded = Cached(WriteThrough(MemoryStore(), origin=MemoryStore()), stale_if_error=9)
+    (note,) = describe(unbounded)[0].notes
+    assert note.startswith("other processes' writes may not show: the cache tier has no versions")
+    assert note.endswith("up to 9 s older while inner is unavailable")
