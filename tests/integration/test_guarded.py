@@ -202,3 +202,24 @@ async def test_a_token_is_for_one_filler(pair: tuple[Process, Process]) -> None:
     await tiers[0].fill("u-1", record, tickets[0])
     await tiers[1].fill("u-1", Versioned(record.version - 1, state(0.9)), tickets[1])
     assert (await tiers[1].read("u-1")).found == record
+
+
+async def test_writes_without_the_tier_share_repair_passes(sqlite_url: str) -> None:
+    """While Redis is away the database is not asked for its head with every write."""
+    store = SQLStore(sqlite_url)
+    heads = 0
+    real = store.head
+
+    async def counted() -> str:
+        nonlocal heads
+        heads += 1
+        return await real()
+
+    store.head = counted  # type: ignore[method-assign]
+    stack = WriteThrough(RedisStore("redis://127.0.0.1:1/0"), origin=store)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    for index in range(200):
+        await stack.upsert_latest(state(0.5, f"u-{index}"))
+    assert heads <= 2 + (loop.time() - begun) / 0.05
+    await stack.aclose()
