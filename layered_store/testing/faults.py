@@ -209,9 +209,10 @@ class Faults(AroundLayer):
         """
         self._outage = None
         self._script.clear()
-        for future in self._hung:
-            if not future.done():
-                future.get_loop().call_soon_threadsafe(_end, future)
+        for future in list(self._hung):
+            loop = future.get_loop()
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_end, future)
 
     @property
     def is_down(self) -> bool:
