@@ -127,7 +127,6 @@ _SHOWN_IN_QUERIES: Final = frozenset(
         "ssl_cert_reqs",
         "ssl_certfile",
         "ssl_check_hostname",
-        "ssl_key",
         "ssl_keyfile",
         "ssl_min_version",
         "sslcert",

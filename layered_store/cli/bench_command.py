@@ -214,7 +214,7 @@ class _Bench:
 
 def _view(result: dict[str, Any], setting: str) -> Group:
     calls = Table(title=setting, title_justify="left", title_style="bold")
-    calls.add_column("operation")
+    calls.add_column("operation", no_wrap=True, min_width=len("upsert_latest"))
     for heading in ("calls", "per second", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"):
         calls.add_column(heading, justify="right")
     for operation, figures in result["operations"].items():
