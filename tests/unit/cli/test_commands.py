@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -306,3 +307,24 @@ def test_tells_how_to_install_the_extra() -> None:
     assert done.returncode == 2
     assert "layered-store[cli]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_where_the_api_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file when one is named, else from the environment; one set to nothing is none."""
+    from layered_store.cli.serve_command import _is_local, _key
+
+    path = tmp_path / "key"
+    path.write_text("from-file\n")
+    monkeypatch.setenv("LAYERED_STORE_API_KEY", "from-environment ")
+    assert (_key(path), _key(None)) == ("from-file", "from-environment")
+    for nothing in ("", "  "):
+        monkeypatch.setenv("LAYERED_STORE_API_KEY", nothing)
+        assert _key(None) is None
+    for content in (b"", b" \n", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(click.UsageError):
+            _key(path)
+    for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
+        assert _is_local(host)
+    for host in ("0.0.0.0", "::", "", "10.0.0.1", "localhost.example.org", "::ffff:10.0.0.1"):  # noqa: S104
+        assert not _is_local(host)
