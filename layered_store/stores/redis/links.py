@@ -13,7 +13,7 @@ from layered_store.errors import ClosedError
 from layered_store.stores.redis.failures import ConnectionLostError, NotSentError, ReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from layered_store.clock import Clock
     from layered_store.stores.redis.address import Address
@@ -312,6 +312,7 @@ class ClientLink:
         self._shared = address.shared
         self._limits = limits
         self._places = asyncio.Semaphore(limits.max_connections)
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def connect(self, key: bytes) -> Any:
         """Return a connection of the driver to the server that has this key."""
@@ -358,10 +359,7 @@ class ClientLink:
                 await self._places.acquire()
         except TimeoutError as exc:
             return _not_sent(exc)
-        try:
-            return await self._send(command)
-        finally:
-            self._places.release()
+        return await self._send(command, self._places.release)
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
         """Send several commands, those of one key in their order, and return their replies."""
@@ -381,7 +379,25 @@ class ClientLink:
         """Send PING, also when all places are taken."""
         return await self._send(("PING",))
 
-    async def _send(self, command: Command) -> Any:
+    async def _send(self, command: Command, ended: Callable[[], object] | None = None) -> Any:
+        """Have the driver send a command, in a task of its own.
+
+        The driver's clients now and then swallow a cancellation. Here the caller leaves at once,
+        and what was begun ends by itself; only then its place is free.
+        """
+        task = self.loop.create_task(self._execute(command))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        if ended is not None:
+            task.add_done_callback(lambda _: ended())
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        return task.result()
+
+    async def _execute(self, command: Command) -> Any:
         try:
             async with self._limits.clock.timeout(self._limits.timeout):
                 return await self._client.execute_command(*command)

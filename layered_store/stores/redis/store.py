@@ -404,6 +404,8 @@ class RedisStore(StateStore, Enumerable):
                 tier = RedisTier(self)
                 self._tier = weakref.ref(tier)
             return cast("C", tier)
+        if kind is Enumerable and self._cluster:
+            return None  # their keys are spread over the nodes
         return super().capability(kind)
 
     def bucket_of(self, digest: bytes) -> str:
