@@ -68,7 +68,7 @@ async def test_delete_removes_all(store: RedisStore) -> None:
 async def test_write_from_before_an_erasure_is_dropped(store: RedisStore) -> None:
     """A write that began before the erasure does not bring the user back."""
     with call_begins() as call:
-        await store.delete("u-1")
+        await _elsewhere(store.delete("u-1"))
         await store.upsert_latest(state())
     assert call.superseded
     assert await store.get_latest("u-1") is None
