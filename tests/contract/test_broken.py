@@ -8,7 +8,8 @@ from typing import Any
 import broken
 import pytest
 
-from layered_store import Cached, MemoryStore, Retry
+from layered_store import Cached, MemoryStore, Retry, StateSnapshot
+from layered_store.coherence import Authority
 from layered_store.interface import StateStore
 from layered_store.testing import Report, check_layer, check_store
 
@@ -73,6 +74,20 @@ async def test_store_is_caught(name: str) -> None:
             task.cancel()
     assert not report.ok
     assert STORES[name] in messages(report), str(report)
+
+
+@pytest.mark.parametrize("versions", [True, False])
+async def test_broken_around_some_stores(versions: bool) -> None:
+    """A layer that is right around a store with versions and wrong around others is caught."""
+
+    class Picky(broken.Layer):
+        async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+            if (self.inner.capability(Authority) is not None) is versions:
+                return await StateStore.get_history(self, user_id, limit)
+            return await super().get_history(user_id, limit)
+
+    report = await check_layer(Picky)
+    assert "get_history() gave 0 states where the store inside has 4" in messages(report)
 
 
 async def test_minimal_store() -> None:

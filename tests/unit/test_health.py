@@ -229,6 +229,7 @@ async def test_bounded() -> None:
         await clock.advance(limit - 0.01)
         assert not caller.done()
         await clock.advance(0.02)
+        assert caller.done()
         report = await caller
         assert report == HealthReport("X", UNHEALTHY, pytest.approx(limit * 1000), report.message)
         assert report.message == f"no answer within {limit:g} s"
