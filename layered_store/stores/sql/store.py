@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from layered_store.call import current_call, next_order
@@ -63,6 +64,7 @@ _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
 _COVERED_US: Final = (7 * 86_400 - 3_600) * 1_000_000
 _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip with others
 _MAX_INT: Final = 2**53
+_BULK: Final = 1_000
 _MAX_POSITION: Final = 2**63 - 1
 _AHEAD_ROWS: Final = 20_000
 _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
@@ -94,7 +96,8 @@ class SQLStore(StateStore, Authority, Enumerable):
             to date; without it they are only looked at.
         snapshot_type: the class of the snapshots it keeps.
         digest_key: key of the digests that stand for users, as in all blocks that share data.
-        timeout: seconds that one operation may take, the wait for others included.
+        timeout: seconds that one operation may take, the wait for others included; of a bulk call,
+            each thousand users.
         probe_seconds: seconds that a health probe may take.
         pool_size: most connections per event loop; callers beyond it wait for one.
         clock: source of time.
@@ -557,15 +560,22 @@ class SQLStore(StateStore, Authority, Enumerable):
             raise
 
     async def _all(self, batcher: Batcher, items: Iterable[Any]) -> list[Any]:
-        """Return the results of several calls, or exception objects, when all are there."""
-        futures = [batcher.submit(item) for item in items]
-        try:
-            return [await future for future in futures]
-        except asyncio.CancelledError:
-            for future in futures:
-                future.cancel()
-            batcher.left()
-            raise
+        """Return the results of several calls, or exception objects, when all are there.
+
+        Each thousand of them has the time limit of its own.
+        """
+        results: list[Any] = []
+        left = iter(items)
+        while some := list(islice(left, _BULK)):
+            futures = [batcher.submit(item) for item in some]
+            try:
+                results += [await future for future in futures]
+            except asyncio.CancelledError:
+                for future in futures:
+                    future.cancel()
+                batcher.left()
+                raise
+        return results
 
     async def _run(
         self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
