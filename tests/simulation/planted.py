@@ -216,8 +216,8 @@ FAULTS = {
             first=227,
         ),
         Fault(
-            "no tombstone",
-            "three_tiers",
+            "no token and no tombstone",
+            "without_l1",
             ("stale", "erased", "converged", "monotonic", "own writes"),
             _both(
                 _script(
@@ -230,6 +230,7 @@ FAULTS = {
                 ),
                 _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
             ),
+            first=119,
         ),
         Fault(
             "late burial in empty ground",
@@ -252,60 +253,70 @@ FAULTS = {
             "without_l1",
             ("late",),
             _method(MemoryStore, "erase", _erase_late_writes_pass),
+            first=4,
         ),
         Fault(
             "no stamp",
             "without_l1",
             ("stale", "erased"),
             _script("STAMP", ("'PX', text(left))", "'PX', 3600000)")),
+            first=349,
         ),
         Fault(
             "no lease",
             "three_tiers",
             ("stale", "erased"),
             _method(Cached, "lease", _always_leased),
+            first=160,
         ),
         Fault(
             "no erasure wait",
             "three_tiers",
             ("erased",),
             _method(GuardedCopies, "_wait_for_leases", _nothing),
+            first=3,
         ),
         Fault(
             "L1 set before the record",
             "memory",
             ("register",),
             _method(Cached, "upsert_latest", _keep_first),
+            first=0,
         ),
         Fault(
             "follower cancelled with leader",
             "memory",
             ("cancelled",),
             _method(Cached, "_abandoned", _cancel_followers),
+            first=235,
         ),
         Fault(
             "repair silent",
             "three_tiers",
             ("stale",),
             _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
+            first=80,
         ),
         Fault(
             "repair anchored at now",
             "without_l1",
             ("stale", "erased", "converged"),
             _method(RedisTier, "begin", _begin_now),
+            first=2,
         ),
         Fault(
             "L1 kept after channel loss",
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _method(GuardedCopies, "_distrust", _distrust_leases_only),
+            first=3,
         ),
         Fault(
             "double history append",
             "resilient",
             ("doubled", "history"),
             _method(MemoryStore, "_write", _write_again),
+            first=10,
         ),
         Fault(
             "stale served after erasure",
@@ -314,18 +325,21 @@ FAULTS = {
             _both(
                 _method(Cached, "_keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
             ),
+            first=37,
         ),
         Fault(
             "negative mark survives an upsert",
             "memory",
             ("register",),
             _method(Cached, "_remove", _remove_but_absent),
+            first=6,
         ),
         Fault(
             "loads outlive writes",
             "memory",
             ("register", "one load"),
             _method(Cached, "_detach", _leave_flights),
+            first=18,
         ),
         Fault(
             "no quarantine",
@@ -338,6 +352,7 @@ FAULTS = {
             "unversioned",
             ("register",),
             _method(LocalCopies, "doubt", _no_doubt),
+            first=25,
         ),
         Fault(
             "new generation silent",
@@ -356,6 +371,7 @@ FAULTS = {
             "nested",
             ("register",),
             _method(MemoryStore, "erase", _erase_again),
+            first=138,
         ),
         Fault(
             "a paused repairer vouches for the past",
@@ -375,6 +391,7 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "monotonic", "converged"),
             _method(redis_tier, "_server", _same_server),
+            first=245,
         ),
         Fault(
             "erasures are filled and not told",
@@ -387,6 +404,7 @@ FAULTS = {
             "without_l1",
             ("debts",),
             _method(MemoryStore, "settle", _nothing),
+            first=1,
         ),
     )
 }
