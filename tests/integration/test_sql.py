@@ -388,7 +388,10 @@ async def test_a_given_engine_stays_open(url: str) -> None:
     await store.upsert_latest(state("u", 0.3))
     await store.aclose()
     async with engine.connect() as connection:
-        found = await connection.exec_driver_sql(f"SELECT count(*) FROM {names['history_table']}")
+        # The erasure left an entry that shows nothing, by which a repeat of it is known.
+        found = await connection.exec_driver_sql(
+            f"SELECT count(*) FROM {names['history_table']} WHERE payload IS NOT NULL"
+        )
         assert found.scalar() == 1
     await engine.dispose()
 
