@@ -56,6 +56,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_tests_exist(page: Path) -> None:
+    """Where a page names a test as the proof of something, the test is there."""
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", page.read_text()):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 def test_the_reference_has_every_public_name() -> None:
     """Each name that users import has an entry on a page of the API reference."""
     sys.path.insert(0, str(ROOT / "docs" / "assets"))
