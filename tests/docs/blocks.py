@@ -69,9 +69,8 @@ def blocks(page: Path) -> list[Block]:
             language = info.split()[0] if info else ""
             found.append(Block(number + 1, language, title[1] if title else None, code, *comment))
             comment = (None, None)
-        elif line.strip():
-            if comment[0]:
-                raise ValueError(f"{page.name}:{number}: a comment with no block below it")
+        elif line.strip() and comment[0]:
+            raise ValueError(f"{page.name}:{number}: a comment with no block below it")
     return found
 
 

@@ -1,6 +1,6 @@
 """What docs/comparison.md says of other libraries was seen with the versions installed here.
 
-A test that fails after an upgrade means that the page is to be corrected, in the other's favour too.
+A test that fails after an upgrade means that the page is to be corrected, also in their favour.
 """
 
 from __future__ import annotations
