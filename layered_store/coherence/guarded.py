@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, Notice
+from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
     ErasureIncompleteError,
@@ -105,6 +106,8 @@ class GuardedCopies(Invalidations):
         self._caches: list[LeasedCache] = []
         # The highest version seen of each user: what the tier holds below it is not shown.
         self._floors: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        # Users of whom a write may still take effect, and until when.
+        self._doubtful: OrderedDict[str, float] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Event | None = None
@@ -281,8 +284,25 @@ class GuardedCopies(Invalidations):
         """Tell whether a copy is not older than what this process has seen; note it as seen."""
         if found.version < self._floor(user_id):
             return False
+        if self._doubtful and self._doubtful.get(user_id, 0.0) > self._clock.monotonic():
+            return False
         self._raise_floor(user_id, found.version)
         return True
+
+    def _doubt(self, user_ids: Iterable[str], exc: BaseException) -> None:
+        """Pass the copies of these users by for a while: a write of theirs may have happened.
+
+        Nor is it known when: until it must have ended, each read asks the authority.
+        """
+        if isinstance(exc, NOT_HAPPENED):
+            return
+        now = self._clock.monotonic()
+        for user_id in user_ids:
+            self._doubtful.pop(user_id, None)
+            self._doubtful[user_id] = now + QUARANTINE_SECONDS
+        while self._doubtful[first := next(iter(self._doubtful))] <= now:
+            del self._doubtful[first]
+        self._kick()  # the others follow with the next pass
 
     async def _fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
         if record.snapshot is None or not self._reachable:
@@ -302,7 +322,11 @@ class GuardedCopies(Invalidations):
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         await self._started()
         ticket = await self._ticket(snapshot.user_id)
-        record = await self._authority.write(snapshot)
+        try:
+            record = await self._authority.write(snapshot)
+        except BaseException as exc:
+            self._doubt((snapshot.user_id,), exc)
+            raise
         current_call(self._clock).version = record.version
         await self._committed({snapshot.user_id: record}, {snapshot.user_id: ticket})
 
@@ -311,7 +335,11 @@ class GuardedCopies(Invalidations):
         users = list(dict.fromkeys(snapshot.user_id for snapshot in snapshots))
         taken = await _together(self._ticket(user_id) for user_id in users)
         tickets = dict(zip(users, taken, strict=True))
-        records = await self._authority.write_many(snapshots)
+        try:
+            records = await self._authority.write_many(snapshots)
+        except BaseException as exc:
+            self._doubt(users, exc)
+            raise
         await self._committed(records, tickets)
 
     async def _ticket(self, user_id: str) -> Ticket | None:
@@ -365,7 +393,11 @@ class GuardedCopies(Invalidations):
 
     async def delete(self, user_id: str) -> None:
         await self._started()
-        version = await self._authority.erase(user_id, (self._tier.tier_name,))
+        try:
+            version = await self._authority.erase(user_id, (self._tier.tier_name,))
+        except BaseException as exc:
+            self._doubt((user_id,), exc)
+            raise
         self._raise_floor(user_id, version)
         digest = self._authority.digest(user_id)
         self._tell(Notice(digest, version, erased=True))

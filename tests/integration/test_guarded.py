@@ -12,12 +12,20 @@ from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
-from layered_store import RedisStore, SQLStore, StateSnapshot, WriteThrough, explain
+from layered_store import (
+    RedisStore,
+    SQLStore,
+    StateSnapshot,
+    UnavailableError,
+    WriteThrough,
+    explain,
+)
 from layered_store.call import call_begins
 from layered_store.coherence.contract import CacheTier, Versioned
 from layered_store.explaining import Held
 from layered_store.interface import Op
 from layered_store.layer import AroundLayer
+from layered_store.testing import Faults
 from layered_store.testing.scripted import Gate
 
 P = ParamSpec("P")
@@ -222,4 +230,31 @@ async def test_writes_without_the_tier_share_repair_passes(sqlite_url: str) -> N
     for index in range(200):
         await stack.upsert_latest(state(0.5, f"u-{index}"))
     assert heads <= 2 + (loop.time() - begun) / 0.05
+    await stack.aclose()
+
+
+@pytest.mark.parametrize("write", ["upsert", "upsert many", "delete"])
+async def test_a_write_that_may_have_happened_leaves_no_copy_to_be_read(
+    write: str, redis_url: str, sqlite_url: str
+) -> None:
+    """It took effect and then failed: from then on this process reads the database, and not the
+    older copy that the repair has still to remove."""
+    record = Faults(SQLStore(sqlite_url))
+    stack = WriteThrough(RedisStore(redis_url), origin=record)
+    await stack.upsert_latest(state(0.1))
+    assert await stack.get_latest("u-1") == state(0.1)
+    operation = {
+        "upsert": Op.UPSERT_LATEST, "upsert many": Op.UPSERT_LATEST_MANY, "delete": Op.DELETE
+    }[write]  # fmt: skip
+    record.fail(1, fault="error_after", operations=[operation])
+    with pytest.raises(UnavailableError):
+        if write == "delete":
+            await stack.delete("u-1")
+        elif write == "upsert":
+            await stack.upsert_latest(state(0.2))
+        else:
+            await stack.upsert_latest_many([state(0.2)])
+    expected = None if write == "delete" else state(0.2)
+    assert await stack.get_latest("u-1") == expected
+    assert (await stack.get_latest_many(["u-1"])).get("u-1") == expected
     await stack.aclose()
