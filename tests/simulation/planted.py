@@ -19,8 +19,9 @@ from layered_store.coherence.redis_tier import RedisTier
 from layered_store.layers import cached
 from layered_store.layers.cached import Cached
 from layered_store.stores.memory import MemoryStore
+from tests.simulation.shapes import CLOCK
 
-__all__ = ["FAULTS", "Fault"]
+__all__ = ["FAULTS", "NO_REPAIRS", "SLOW_FILLS", "Fault"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,35 @@ def _cancel_followers(self: Cached, user_id: str, flight: Any) -> None:
     if self._leave_flight(user_id, flight):
         self._unindex(user_id)
 
+
+_fill = RedisTier.fill
+
+
+async def _fill_late(self: RedisTier, user_id: str, record: Any, ticket: Any) -> None:
+    await CLOCK.sleep(0.7)
+    await _fill(self, user_id, record, ticket)
+
+
+SLOW_FILLS = _method(RedisTier, "fill", _fill_late)
+"""Not a fault: readers that take their time between the database and the copy."""
+
+_repair = GuardedCopies._repair
+
+
+async def _repair_late(self: GuardedCopies) -> None:
+    if self._repaired_once and CLOCK.monotonic() < 5.0:
+        await CLOCK.sleep(6.0)
+    await _repair(self)
+
+
+async def _put_nowhere(self: GuardedCopies, user_id: str, record: Any, ticket: Any) -> None:
+    self._note_behind(user_id)
+
+
+NO_REPAIRS = _both(
+    _method(GuardedCopies, "_repair", _repair_late), _method(GuardedCopies, "_put", _put_nowhere)
+)
+"""Not a fault: writers whose copies never arrive, and repairs that come after seconds only."""
 
 _begin = RedisTier.begin
 
@@ -204,9 +234,11 @@ FAULTS = {
         ),
         Fault(
             "no token",
-            "three_tiers",
+            "without_l1",
             ("stale", "erased", "monotonic", "own writes", "converged"),
-            _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
+            # Other nets hold unless the fill is late; being late is no fault in itself.
+            _both(SLOW_FILLS, _script("FILL", ("if r ~= ARGV[1] then return 0 end", ""))),
+            first=21,
         ),
         Fault(
             "no version guard",
@@ -259,8 +291,9 @@ FAULTS = {
             "no stamp",
             "without_l1",
             ("stale", "erased"),
-            _script("STAMP", ("'PX', text(left))", "'PX', 3600000)")),
-            first=349,
+            # While repairs come, they hide that nothing ends the trust.
+            _both(NO_REPAIRS, _script("STAMP", ("'PX', text(left))", "'PX', 3600000)"))),
+            first=85,
         ),
         Fault(
             "no lease",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import chain
 
 import pytest
 
 from tests.simulation.__main__ import run_chunk
-from tests.simulation.planted import FAULTS, Fault
+from tests.simulation.planted import FAULTS, NO_REPAIRS, SLOW_FILLS, Fault
 from tests.simulation.scenario import run_seed
 from tests.simulation.shapes import SHAPES
 
@@ -48,3 +50,13 @@ def test_a_planted_fault_is_found(fault: Fault) -> None:
             if report.rule in fault.rules:
                 return
     pytest.fail(f"{fault.name} was not found")
+
+
+@pytest.mark.parametrize("weather", [SLOW_FILLS, NO_REPAIRS], ids=["late fills", "no repairs"])
+def test_what_some_faults_are_planted_with_breaks_no_rule(
+    weather: Callable[[ExitStack], None],
+) -> None:
+    """It makes the missing step matter, and is no fault in itself."""
+    with ExitStack() as stack:
+        weather(stack)
+        assert not [seed for seed in range(60) if run_seed(seed, SHAPES["without_l1"]).failure]
