@@ -230,7 +230,7 @@ FAULTS = {
             "without_l1",
             ("own writes", "monotonic"),
             _method(GuardedCopies, "_floor", lambda self, user_id: 0),
-            first=14,
+            first=0,
         ),
         Fault(
             "no token",
@@ -245,7 +245,7 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "converged", "monotonic"),
             _script("PUT", ("if version(r) < tonumber(ARGV[1]) or", "if true or")),
-            first=227,
+            first=747,
         ),
         Fault(
             "no token and no tombstone",
@@ -262,7 +262,7 @@ FAULTS = {
                 ),
                 _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
             ),
-            first=119,
+            first=832,
         ),
         Fault(
             "late burial in empty ground",
@@ -278,7 +278,7 @@ FAULTS = {
                     "elseif r then",
                 ),
             ),
-            first=121,
+            first=342,
         ),
         Fault(
             "late writes pass erasures",
@@ -328,7 +328,7 @@ FAULTS = {
             "three_tiers",
             ("stale",),
             _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
-            first=80,
+            first=6,
         ),
         Fault(
             "repair anchored at now",
@@ -349,7 +349,7 @@ FAULTS = {
             "resilient",
             ("doubled", "history"),
             _method(MemoryStore, "_write", _write_again),
-            first=10,
+            first=15,
         ),
         Fault(
             "stale served after erasure",
@@ -358,7 +358,7 @@ FAULTS = {
             _both(
                 _method(Cached, "_keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
             ),
-            first=37,
+            first=5,
         ),
         Fault(
             "negative mark survives an upsert",
@@ -424,7 +424,7 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "monotonic", "converged"),
             _method(redis_tier, "_server", _same_server),
-            first=245,
+            first=602,
         ),
         Fault(
             "erasures are filled and not told",
