@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_layer"]
 
+_ENDING_SECONDS = 1.0
+
 _LAW_SECONDS: Final = 30.0
 _END_SECONDS: Final = 5.0
 _TURNS: Final = 30
@@ -125,6 +127,9 @@ async def _both(
         await run_check("", twin.aclose, limit)
         await _settle()
         left = asyncio.all_tasks() - before
+        if left:
+            # Other users of this event loop may have tasks as well, which end by themselves.
+            _, left = await asyncio.wait(left, timeout=_ENDING_SECONDS)
         for task in left:
             task.cancel()
         if result.outcome == "passed" and closed.outcome == "failed":

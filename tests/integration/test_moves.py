@@ -15,6 +15,7 @@ from layered_store import (
     ErasureIncompleteError,
     Ramp,
     RedisStore,
+    Retry,
     Shadow,
     SQLStore,
     StateSnapshot,
@@ -73,7 +74,7 @@ async def test_a_shadow_of_the_origin_ends_up_with_the_same(
         new = (
             RedisStore(url, prefix="candidate:", history_limit=10)
             if candidate_of == "redis"
-            else SQLStore(url)
+            else Retry(SQLStore(url), attempts=9, budget=None)
         )
         shadow = Shadow(SQLStore(postgres_url), candidate=new, max_pending=10_000, timeout=10)
         return Cached(RedisStore(redis_url), fallback=shadow)

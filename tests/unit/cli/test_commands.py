@@ -71,7 +71,7 @@ def test_show_draws_branches_with_whole_remarks(tmp_path: Path) -> None:
         'origin = { use = "memory" }\n'
     )
     lines = run("show", str(path)).output.splitlines()
-    assert lines[0].endswith("; lease 1 s")
+    assert lines[0].endswith(" s at the latest")
     assert [line.split("(")[0] for line in lines] == [
         "Cached",
         "└── WriteThrough",
