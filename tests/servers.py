@@ -410,6 +410,8 @@ def start_mysql() -> Server:
         raise ServerMissingError("no MariaDB (mariadbd, mariadb-install-db) on this machine")
     folder, port = _folder("mysql"), free_port()
     popen = _unprivileged(folder, "mysql")
+    # One that starts removes what another has in the folder for temporary tables.
+    popen["env"] = {**os.environ, "TMPDIR": str(folder)}
     data = folder / "data"
     subprocess.run(  # noqa: S603
         [

@@ -15,7 +15,6 @@ from layered_store import (
     ErasureIncompleteError,
     Ramp,
     RedisStore,
-    Retry,
     Shadow,
     SQLStore,
     StateSnapshot,
@@ -55,7 +54,7 @@ async def traffic(store: StateStore, seed: int, calls: int = 60) -> None:
 
 
 async def settled(shadow: Shadow) -> None:
-    for _ in range(500):
+    for _ in range(6_000):
         if not shadow._lanes:
             return
         await asyncio.sleep(0.01)
@@ -74,9 +73,10 @@ async def test_a_shadow_of_the_origin_ends_up_with_the_same(
         new = (
             RedisStore(url, prefix="candidate:", history_limit=10)
             if candidate_of == "redis"
-            else Retry(SQLStore(url), attempts=9, budget=None)
+            else SQLStore(url, timeout=60)
         )
-        shadow = Shadow(SQLStore(postgres_url), candidate=new, max_pending=10_000, timeout=10)
+        old = SQLStore(postgres_url, timeout=60)
+        shadow = Shadow(old, candidate=new, max_pending=10_000, timeout=60)
         return Cached(RedisStore(redis_url), fallback=shadow)
 
     async with stack() as one, stack() as two:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from layered_store.call import Call, call_continues
+from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import UnavailableError
 from layered_store.layers.retry import Retry
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
-from layered_store.stores.sql import SQLStore
+from layered_store.stores.sql import SQLStore, transactions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite+aiosqlite:///{tmp_path}/states.db"
     if request.param == "memory":
         return "sqlite://"
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+def shared_url(request: pytest.FixtureRequest) -> str:
+    """A database that several processes can open."""
     return str(request.getfixturevalue(f"{request.param}_url"))
 
 
@@ -102,6 +110,78 @@ async def test_cancelled_callers_harm_nobody(url: str, seed: int) -> None:
             places = [called[user].index(value) for value in stored]
             assert places == sorted(places)
             assert answered & set(called[user]) <= set(stored)
+
+
+async def test_two_processes_in_each_others_way_do_not_show_it(shared_url: str) -> None:
+    """Batches of the same users in opposite orders, and erasures of them: no call fails, and in the
+    end each user is there who was written after the last erasure.
+    """
+    one = build(shared_url, timeout=60)
+    names = {"latest_table": one.latest_table, "history_table": one.history_table}
+    two = SQLStore(shared_url, timeout=60, **names)
+
+    async def traffic(store: SQLStore, seed: int, users: tuple[str, ...]) -> None:
+        random = Random(seed)
+        for number in range(30):
+            if random.random() < 0.2:
+                await store.delete(random.choice(users))
+            await store.upsert_latest_many([state(user, number) for user in users])
+
+    async with one, two, asyncio.TaskGroup() as group:
+        for seed in range(3):
+            group.create_task(traffic(one, seed, USERS))
+            group.create_task(traffic(two, 10 + seed, USERS[::-1]))
+    async with SQLStore(shared_url, **names) as after:
+        await after.upsert_latest_many([state(user, 99) for user in USERS])
+        assert set(await after.get_latest_many(USERS)) == set(USERS)
+
+
+@pytest.mark.parametrize(
+    ("offset", "stands"), [(-0.5, False), (0.0, None), (0.5, True)], ids=["before", "tie", "after"]
+)
+async def test_a_write_that_began_with_an_erasure_elsewhere(
+    shared_url: str, offset: float, stands: bool | None
+) -> None:
+    """Half a second before it the write is dropped, half a second after it is stored. At the very
+    moment, nobody saw the erasure yet: either will do, and an error will not.
+    """
+    one = build(shared_url)
+    other = SQLStore(shared_url, latest_table=one.latest_table, history_table=one.history_table)
+    latest = one.metadata.tables[one.latest_table]
+
+    async def erased_ago(session: Any) -> float:
+        """Return the moment of the erasure on the clock of this process."""
+        rows = await session.rows(latest.select(), {})
+        now = await session.rows(session.statements.now, session.timed({}))
+        return SYSTEM_CLOCK.monotonic() - (now[0][0] - rows[0].erased_at) / 1e6
+
+    async with one, other:
+        for number in range(20):
+            await one.upsert_latest(state("ann", number))
+            await other.delete("ann")
+            moment = await one._run("test", erased_ago)
+            call = Call(uuid.uuid4().bytes, moment + offset)
+            with call_continues(call):
+                await one.upsert_latest(state("ann", 5))
+            found = await other.get_latest("ann")
+            assert call.superseded is (found is None)
+            if stands is not None:
+                assert (found is not None) is stands
+
+
+@pytest.mark.parametrize("fixture", ["postgres_url", "mysql_url"])
+async def test_nobody_sees_an_erasure_within_what_counts_as_its_moment(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    """A write that cannot be told from the erasure is dropped: so nobody who saw the user gone may
+    begin one so early.
+    """
+    async with build(request.getfixturevalue(fixture)) as store:
+        await store.upsert_latest(state("ann", 1))
+        await store.get_latest("ann")
+        begun = SYSTEM_CLOCK.monotonic()
+        await store.delete("ann")
+        assert SYSTEM_CLOCK.monotonic() - begun > transactions._HIDDEN_SECONDS
 
 
 async def test_connections_that_are_killed_lose_and_double_nothing(postgres_url: str) -> None:

@@ -190,8 +190,8 @@ class Statements:
                 updated_at_unix_ms=None,
                 version=bindparam("to_version"),
                 erased_version=bindparam("to_version"),
-                erased_at=now_us,
-                purge_at=now_us + bindparam("kept_us", type_=BigInteger),
+                erased_at=bindparam("to_erased_at", type_=BigInteger),
+                purge_at=bindparam("to_purge_at", type_=BigInteger),
                 debts=bindparam("to_debts"),
                 position=position,
             )
