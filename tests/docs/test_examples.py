@@ -182,6 +182,51 @@ def test_fastapi_app(application: str) -> None:
     assert json.loads(ask("GET", f"{application}/users/ada/history")[1]) == []
 
 
+def test_flask_app(tmp_path: Path, postgres_url: str) -> None:
+    """The Flask example serves states, errors, health and metrics from several threads."""
+    code = f"""
+import sys, threading
+sys.path.insert(0, {str(EXAMPLES)!r})
+from flask_app import app
+
+def ask(number, seen):
+    client = app.test_client()
+    state = f"/users/ada-{{number}}/state"
+    seen.append(client.get(state).status_code)
+    seen.append(client.put(state, json={{"warmth": 0.7}}).status_code)
+    seen.append(client.get(state).json["axes"]["warmth"])
+    seen.append(client.put(state, json={{"warmth": 7}}).status_code)
+    seen.append(client.put(state, json=[]).status_code)
+    seen.append(client.delete(f"/users/ada-{{number}}").status_code)
+    seen.append(client.get(state).status_code)
+
+results = [[] for _ in range(5)]
+threads = [threading.Thread(target=ask, args=each) for each in enumerate(results)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(*results, sep="\\n")
+client = app.test_client()
+print(client.get("/health").json["status"])
+text = client.get("/metrics").text
+print("ada-" in text, "layered_store_reads_total" in text)
+"""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=environment(DATABASE_URL=postgres_url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *["[404, 204, 0.7, 400, 400, 204, 404]"] * 5,
+        "healthy",
+        "False True",
+    ]
+
+
 def test_every_example_is_run() -> None:
     """No example is left out here or elsewhere in the tests."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))

@@ -74,6 +74,26 @@ async def test_write_from_before_an_erasure_is_dropped(store: RedisStore) -> Non
     assert await store.get_latest("u-1") is None
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        pack(TOMBSTONE, 3, (2**60).to_bytes(8, "big")),
+        pack(STATE, 3, write_ids=[bytes(16)])[:-3],
+        pack(STATE, 3, write_ids=[bytes(16)] * 255)[:60],
+    ],
+    ids=["erased in the future", "cut off in an id", "fewer ids than it says"],
+)
+async def test_a_damaged_record_swallows_no_write(store: RedisStore, left: bytes) -> None:
+    """An acknowledged write can be read, whatever was under the key before."""
+    await store.upsert_latest(state())
+    key = store.key(store.digest("u-1"))
+    await store.command("SET", key, left)
+    assert await store.get_latest("u-1") is None
+    written = state(a=0.7)
+    await store.upsert_latest(written)
+    assert await store.get_latest("u-1") == written
+
+
 async def test_repeated_write_takes_effect_once(store: RedisStore) -> None:
     """A write that is repeated appends once, and does not replace what came after it."""
     first, second = state(a=0.1), state(a=0.2)

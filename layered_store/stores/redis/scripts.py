@@ -36,6 +36,7 @@ local function parse(key)
   for i = 5, 12 do version = version * 256 + string.byte(r, i) end
   if version >= 9007199254740991 then return 0, '', '', '' end
   local n = string.byte(r, 29) or 0
+  if #r < 29 + 16 * n and #r > 28 then return 0, '', '', '' end
   return version, string.sub(r, 4, 4), string.sub(r, 30, 29 + 16 * n), string.sub(r, 30 + 16 * n)
 end
 local function wide(n)
@@ -64,7 +65,8 @@ if at then return 0 end
 if kind == 'D' and #rest == 8 then
   local erased = 0
   for i = 1, 8 do erased = erased * 256 + string.byte(rest, i) end
-  if now() - tonumber(ARGV[2]) < erased then return 0 end
+  local t = now()
+  if erased <= t and t - tonumber(ARGV[2]) < erased then return 0 end
 end
 local ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 ids = string.sub(ARGV[1] .. ids, 1, 64)
@@ -107,5 +109,7 @@ return 1
 )
 """Keys: record, history. Arguments: life of the tombstone in ms, write id. A tombstone holds the
 version and the time of the erasure, so that a write that began before it cannot bring the user
-back. A repeat of an erasure changes nothing, so that it spares what was written since.
+back; a time in the future (damaged, or the server's clock was set back) bars nothing, or it would
+swallow every write until then. A repeat of an erasure changes nothing, so that it spares what was
+written since.
 """
