@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
+from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.interface import Op
 
 if TYPE_CHECKING:
@@ -187,34 +188,19 @@ class Capability(ABC):  # noqa: B024  its parts are
         return wrapped(layer, target)  # type: ignore[no-any-return]
 
 
-_wrappers: dict[type, Any] = {}
+_wrapped: dict[type, Any] = {}
 
 
 def _wrapped_class(kind: type[Capability]) -> Any:
     """Return a subclass of ``kind`` whose methods go through a layer, built once per kind."""
-    if (known := _wrappers.get(kind)) is not None:
-        return known
 
-    def build(self: Any, layer: AroundLayer, target: Any) -> None:
-        self.layer = layer
-        self.target = target
+    def member(name: str) -> Any:
+        op = kind.operations.get(name)
+        return as_it_is(name) if op is None else through(name, op)
 
-    def through(method: str, op: Op) -> Any:
-        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await self.layer.around(op, getattr(self.target, method), *args, **kwargs)
-
-        call.__name__ = method
-        return call
-
-    def plain(method: str) -> Any:
-        return property(lambda self: getattr(self.target, method))
-
-    body: dict[str, Any] = {"__init__": build, "__slots__": ("layer", "target")}
-    for method in kind.__abstractmethods__:
-        op = kind.operations.get(method)
-        body[method] = plain(method) if op is None else through(method, op)
-    _wrappers[kind] = type(f"{kind.__name__}Around", (kind,), body)
-    return _wrappers[kind]
+    if kind not in _wrapped:
+        _wrapped[kind] = viewed(kind, member)
+    return _wrapped[kind]
 
 
 class Authority(Capability):

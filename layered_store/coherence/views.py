@@ -1,11 +1,16 @@
-"""Seeing a capability of the store below through a layer that changes a part of it."""
+"""Seeing a capability of the store below through a layer."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["View", "view_of"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from layered_store.interface import Op
+
+__all__ = ["View", "as_it_is", "through", "view_of", "viewed"]
 
 
 class View:
@@ -31,9 +36,29 @@ def view_of(kind: type, view: type[View]) -> Any:
 
     def forward(name: str) -> Any:
         if isinstance(inspect.getattr_static(kind, name), property):
-            return property(lambda self: getattr(self.target, name))
+            return as_it_is(name)
         return lambda self, *args, **kwargs: getattr(self.target, name)(*args, **kwargs)
 
-    missing: frozenset[str] = kind.__abstractmethods__  # type: ignore[attr-defined]
-    body = {name: forward(name) for name in missing if not hasattr(view, name)}
-    return type(view.__name__.lstrip("_"), (view, kind), body)
+    return viewed(kind, forward, view)
+
+
+def viewed(kind: type, member: Callable[[str], Any], view: type[View] = View) -> Any:
+    """Return a class of ``kind``: ``view``, and ``member(name)`` for each name that it lacks."""
+    names: frozenset[str] = kind.__abstractmethods__  # type: ignore[attr-defined]
+    body = {name: member(name) for name in names if not hasattr(view, name)}
+    return type(f"{view.__name__.lstrip('_')}{kind.__name__}", (view, kind), body)
+
+
+def through(name: str, op: Op) -> Any:
+    """Return a method that calls the one of ``target`` as the operation ``op`` of the layer."""
+
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await self.layer.around(op, getattr(self.target, name), *args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+def as_it_is(name: str) -> Any:
+    """Return a property that is the attribute or method of ``target``."""
+    return property(lambda self: getattr(self.target, name))

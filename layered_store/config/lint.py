@@ -138,7 +138,7 @@ def lint(
     found = []
     for at in places_of(stack, max_staleness):
         for rule in RULES.values():
-            if (reason := rule.check(at)) is not None:
+            if (reason := rule.reason(at)) is not None:
                 found.append(Finding(rule.id, rule.severity, reason, where(at.place)))
     clashes = RULES["LS013"]
     for place, reason in rules_of_state.shared_keys([stack, *others]):

@@ -98,23 +98,38 @@ Check = Callable[[At], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: it looks at one block and gives a reason, or None."""
+    """One rule: it looks at one block and gives a reason, or None.
+
+    Args:
+        id: such as ``"LS001"``.
+        severity: of what it finds.
+        title: what it is about, in a few words.
+        check: looks at a block that the rule is about.
+        of: the kind of block that the rule is about; None is all.
+    """
 
     id: str
     severity: Severity
     title: str
     check: Check
+    of: str | None = None
+
+    def reason(self, at: At) -> str | None:
+        """Return what is wrong with a block; None when nothing is."""
+        return self.check(at) if self.of is None or at.is_a(self.of) else None
 
 
 RULES: Final[dict[str, Rule]] = {}
 """All rules by id."""
 
 
-def rule(rule_id: str, severity: Severity, title: str) -> Callable[[Check], Check]:
-    """Register a function as the rule of this id."""
+def rule(
+    rule_id: str, severity: Severity, title: str, *, of: str | None = None
+) -> Callable[[Check], Check]:
+    """Register a function as the rule of this id, about blocks of the kind ``of``."""
 
     def register(check: Check) -> Check:
-        RULES[rule_id] = Rule(rule_id, severity, title, check)
+        RULES[rule_id] = Rule(rule_id, severity, title, check, of)
         return check
 
     return register

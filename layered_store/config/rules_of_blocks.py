@@ -23,23 +23,23 @@ def _in_cache_tier(at: At) -> bool:
     )
 
 
-@rule("LS050", Severity.WARNING, "compression below encryption")
+@rule("LS050", Severity.WARNING, "compression below encryption", of="compressed")
 def _compressed_ciphertext(at: At) -> str | None:
-    if not at.is_a("compressed") or at.under("encrypted") is None:
+    if at.under("encrypted") is None:
         return None
     return "ciphertext does not get smaller; put Compressed outside Encrypted"
 
 
-@rule("LS051", Severity.WARNING, "encryption above the cache")
+@rule("LS051", Severity.WARNING, "encryption above the cache", of="encrypted")
 def _decrypts_hits(at: At) -> str | None:
-    if not at.is_a("encrypted") or not at.over("cached"):
+    if not at.over("cached"):
         return None
     return "every hit of the cache is decrypted again; put Encrypted below Cached"
 
 
-@rule("LS052", Severity.WARNING, "one of two tiers in the clear")
+@rule("LS052", Severity.WARNING, "one of two tiers in the clear", of="write_through")
 def _half_encrypted(at: At) -> str | None:
-    if not at.is_a("write_through") or at.under("encrypted") is not None:
+    if at.under("encrypted") is not None:
         return None
     tier, origin = at.child("inner"), at.child("origin")
     if _holds(tier, "encrypted") == _holds(origin, "encrypted"):
@@ -51,10 +51,10 @@ def _half_encrypted(at: At) -> str | None:
     return f"the {name} keeps every state in the clear; put Encrypted around both sides"
 
 
-@rule("LS053", Severity.NOTE, "encryption around both tiers at once")
+@rule("LS053", Severity.NOTE, "encryption around both tiers at once", of="encrypted")
 def _encrypted_around_tiers(at: At) -> str | None:
     tiers = at.over("write_through")
-    if not at.is_a("encrypted") or not tiers:
+    if not tiers:
         return None
     if not any(_holds(children_of(tier).get("inner"), "redis") for tier in tiers):
         return None
@@ -64,9 +64,9 @@ def _encrypted_around_tiers(at: At) -> str | None:
     )
 
 
-@rule("LS054", Severity.NOTE, "records that are not encrypted are accepted")
+@rule("LS054", Severity.NOTE, "records that are not encrypted are accepted", of="encrypted")
 def _accepts_plain(at: At) -> str | None:
-    if not at.is_a("encrypted") or getattr(at.store, "accept_plain", False) is not True:
+    if getattr(at.store, "accept_plain", False) is not True:
         return None
     return (
         "whoever can write to the backend can put a state there; take accept_plain out once all"
@@ -74,9 +74,9 @@ def _accepts_plain(at: At) -> str | None:
     )
 
 
-@rule("LS055", Severity.ERROR, "a cache tier that cannot be written")
+@rule("LS055", Severity.ERROR, "a cache tier that cannot be written", of="read_only")
 def _read_only_tier(at: At) -> str | None:
-    if not at.is_a("read_only") or not _in_cache_tier(at):
+    if not _in_cache_tier(at):
         return None
     return (
         "the tier is never filled and its old copies are not replaced; put ReadOnly around the"
@@ -84,9 +84,9 @@ def _read_only_tier(at: At) -> str | None:
     )
 
 
-@rule("LS056", Severity.WARNING, "a shadow of the cache")
+@rule("LS056", Severity.WARNING, "a shadow of the cache", of="shadow")
 def _shadow_above_cache(at: At) -> str | None:
-    if not at.is_a("shadow") or not (at.over("cached") or _in_cache_tier(at)):
+    if not (at.over("cached") or _in_cache_tier(at)):
         return None
     return (
         "the candidate gets the traffic of a cache, not of the store that it is to replace; put"
@@ -94,9 +94,9 @@ def _shadow_above_cache(at: At) -> str | None:
     )
 
 
-@rule("LS057", Severity.WARNING, "a ramp below write-through")
+@rule("LS057", Severity.WARNING, "a ramp below write-through", of="ramp")
 def _ramp_below_tiers(at: At) -> str | None:
-    if not at.is_a("ramp") or at.under("write_through") is None:
+    if at.under("write_through") is None:
         return None
     return (
         "versions do not pass a ramp, so processes that share the cache tier would not agree; put"

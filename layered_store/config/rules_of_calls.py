@@ -10,9 +10,9 @@ from layered_store.stack import children_of
 __all__: list[str] = []
 
 
-@rule("LS001", Severity.ERROR, "retry with no time limit below it")
+@rule("LS001", Severity.ERROR, "retry with no time limit below it", of="retry")
 def _retry_without_limit(at: At) -> str | None:
-    if not at.is_a("retry") or None not in at.call_limits():
+    if None not in at.call_limits():
         return None
     return (
         "a call that hangs is never repeated, since nothing below ends it; put a Timeout inside"
@@ -20,10 +20,10 @@ def _retry_without_limit(at: At) -> str | None:
     )
 
 
-@rule("LS002", Severity.WARNING, "time limit above retry and none below")
+@rule("LS002", Severity.WARNING, "time limit above retry and none below", of="retry")
 def _limit_only_outside(at: At) -> str | None:
     outer = at.under("timeout")
-    if not at.is_a("retry") or outer is None:
+    if outer is None:
         return None
     limit = number(outer, "seconds")
     if limit is None or all(inner is not None and inner < limit for inner in at.call_limits()):
@@ -34,10 +34,8 @@ def _limit_only_outside(at: At) -> str | None:
     )
 
 
-@rule("LS003", Severity.WARNING, "fallback below retry or breaker")
+@rule("LS003", Severity.WARNING, "fallback below retry or breaker", of="fallback")
 def _fallback_below(at: At) -> str | None:
-    if not at.is_a("fallback"):
-        return None
     outer = at.under("retry") or at.under("circuit_breaker")
     if outer is None:
         return None
@@ -60,10 +58,10 @@ def _driver_retries(at: At) -> str | None:
     )
 
 
-@rule("LS005", Severity.WARNING, "retry below retry")
+@rule("LS005", Severity.WARNING, "retry below retry", of="retry")
 def _nested_retries(at: At) -> str | None:
     outer = at.under("retry")
-    if not at.is_a("retry") or outer is None:
+    if outer is None:
         return None
     total = (number(outer, "attempts") or 1) * (number(at.store, "attempts") or 1)
     return (
@@ -72,9 +70,9 @@ def _nested_retries(at: At) -> str | None:
     )
 
 
-@rule("LS006", Severity.ERROR, "an open circuit is retried")
+@rule("LS006", Severity.ERROR, "an open circuit is retried", of="retry")
 def _open_circuit_retried(at: At) -> str | None:
-    if not at.is_a("retry") or not at.over("circuit_breaker"):
+    if not at.over("circuit_breaker"):
         return None
     for name in ("retry_on", "on", "retry_if"):
         wanted = getattr(at.store, name, None)
@@ -90,10 +88,10 @@ def _open_circuit_retried(at: At) -> str | None:
     return None
 
 
-@rule("LS007", Severity.WARNING, "attempts and their limits exceed the limit outside")
+@rule("LS007", Severity.WARNING, "attempts and their limits exceed the limit outside", of="retry")
 def _sum_of_limits(at: At) -> str | None:
     outer = at.under("timeout")
-    if not at.is_a("retry") or outer is None:
+    if outer is None:
         return None
     limit = number(outer, "seconds")
     inner = max((each for each in at.call_limits() if each is not None), default=0.0)
@@ -109,10 +107,10 @@ def _sum_of_limits(at: At) -> str | None:
     )
 
 
-@rule("LS026", Severity.WARNING, "pool smaller than the bulkhead")
+@rule("LS026", Severity.WARNING, "pool smaller than the bulkhead", of="bulkhead")
 def _pool(at: At) -> str | None:
     places = number(at.store, "max_in_flight")
-    if not at.is_a("bulkhead") or places is None:
+    if places is None:
         return None
     for end in at.ends():
         pool = _pool_size(end)
@@ -135,9 +133,9 @@ def _pool_size(store: StateStore) -> float | None:
     return float(size() + overflow) if callable(size) and overflow >= 0 else None
 
 
-@rule("LS027", Severity.NOTE, "bulkhead above the cache")
+@rule("LS027", Severity.NOTE, "bulkhead above the cache", of="bulkhead")
 def _bulkhead_above_cache(at: At) -> str | None:
-    if not at.is_a("bulkhead") or not at.over("cached"):
+    if not at.over("cached"):
         return None
     return "hits take places that only calls to a backend need; put Bulkhead below Cached"
 
@@ -151,9 +149,9 @@ def _faults(at: At) -> str | None:
     return "it makes calls fail on purpose; take it out of every stack outside tests"
 
 
-@rule("LS037", Severity.WARNING, "retry outside the cache")
+@rule("LS037", Severity.WARNING, "retry outside the cache", of="retry")
 def _retry_over_cache(at: At) -> str | None:
-    if not at.is_a("retry") or not at.over("cached"):
+    if not at.over("cached"):
         return None
     return (
         "every attempt passes the cache again, and callers that share one load each repeat it; put"
@@ -161,9 +159,9 @@ def _retry_over_cache(at: At) -> str | None:
     )
 
 
-@rule("LS038", Severity.NOTE, "breaker outside retry")
+@rule("LS038", Severity.NOTE, "breaker outside retry", of="circuit_breaker")
 def _breaker_over_retry(at: At) -> str | None:
-    if not at.is_a("circuit_breaker") or not at.over("retry"):
+    if not at.over("retry"):
         return None
     return (
         "it sees calls, not attempts, and opens later; the usual order is Retry(CircuitBreaker())"

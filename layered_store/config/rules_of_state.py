@@ -13,10 +13,10 @@ from layered_store.stack import Place, children_of, walk
 __all__ = ["shared_keys"]
 
 
-@rule("LS009", Severity.WARNING, "in-process TTL longer than the shared tier's")
+@rule("LS009", Severity.WARNING, "in-process TTL longer than the shared tier's", of="cached")
 def _ttl_order(at: At) -> str | None:
     ttl = number(at.store, "ttl")
-    if not at.is_a("cached") or ttl is None:
+    if ttl is None:
         return None
     for tier in at.over("redis"):
         shared = number(tier, "ttl")
@@ -28,9 +28,14 @@ def _ttl_order(at: At) -> str | None:
     return None
 
 
-@rule("LS011", Severity.WARNING, "in-process cache over a shared tier with no invalidation")
+@rule(
+    "LS011",
+    Severity.WARNING,
+    "in-process cache over a shared tier with no invalidation",
+    of="cached",
+)
 def _no_channel(at: At) -> str | None:
-    if not at.is_a("cached") or not any(map(_is_shared_tier, at.places_below)):
+    if not any(map(_is_shared_tier, at.places_below)):
         return None
     if getattr(at.store, "invalidation", "auto") != "off" and _channel_below(at):
         return None
@@ -75,9 +80,9 @@ def _forwards(at: At) -> str | None:
     )
 
 
-@rule("LS022", Severity.WARNING, "memory as the system of record")
+@rule("LS022", Severity.WARNING, "memory as the system of record", of="memory")
 def _memory_of_record(at: At) -> str | None:
-    if not at.is_a("memory") or not at.is_origin:
+    if not at.is_origin:
         return None
     return "everything is lost when this process ends; use SQLStore outside tests"
 
@@ -112,9 +117,9 @@ def _twice(at: At) -> str | None:
     return "this very object stands in the stack twice and shares its state; build a second one"
 
 
-@rule("LS034", Severity.WARNING, "answers may be older than max_staleness")
+@rule("LS034", Severity.WARNING, "answers may be older than max_staleness", of="cached")
 def _staleness(at: At) -> str | None:
-    if not at.is_a("cached") or at.max_staleness is None:
+    if at.max_staleness is None:
         return None
     ttl = number(at.store, "ttl") or 0.0
     stale = number(at.store, "stale_if_error") or 0.0
@@ -128,25 +133,25 @@ def _staleness(at: At) -> str | None:
     )
 
 
-@rule("LS039", Severity.NOTE, "cache without jitter")
+@rule("LS039", Severity.NOTE, "cache without jitter", of="cached")
 def _jitter(at: At) -> str | None:
-    if not at.is_a("cached") or number(at.store, "ttl_jitter") != 0.0:
+    if number(at.store, "ttl_jitter") != 0.0:
         return None
     return "entries stored together expire together and are loaded together; set ttl_jitter=0.1"
 
 
-@rule("LS040", Severity.WARNING, "two in-process caches on one path")
+@rule("LS040", Severity.WARNING, "two in-process caches on one path", of="cached")
 def _two_caches(at: At) -> str | None:
     outer = at.under("cached")
-    if not at.is_a("cached") or outer is None:
+    if outer is None:
         return None
     total = (number(outer, "ttl") or 0.0) + (number(at.store, "ttl") or 0.0)
     return f"lifetimes add up: an answer may be {total:g} s old; keep one of the two"
 
 
-@rule("LS041", Severity.NOTE, "Redis as the system of record")
+@rule("LS041", Severity.NOTE, "Redis as the system of record", of="redis")
 def _redis_of_record(at: At) -> str | None:
-    if not at.is_a("redis") or not at.is_origin:
+    if not at.is_origin:
         return None
     return (
         "what Redis acknowledged may be lost when it dies (as its appendfsync setting allows); keep"
@@ -154,10 +159,10 @@ def _redis_of_record(at: At) -> str | None:
     )
 
 
-@rule("LS042", Severity.WARNING, "the system of record forgets")
+@rule("LS042", Severity.WARNING, "the system of record forgets", of="redis")
 def _record_expires(at: At) -> str | None:
     ttl = number(at.store, "ttl")
-    if not at.is_a("redis") or not at.is_origin or ttl is None:
+    if not at.is_origin or ttl is None:
         return None
     return f"users not written for {ttl:g} s vanish; take ttl out, or add a system of record"
 

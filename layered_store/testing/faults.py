@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, ParamSpec, T
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import CacheTier, Capability, TierRead, Versioned
+from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.errors import ConfigError, CorruptDataError, UnavailableError
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
 from layered_store.interface import Op
@@ -385,16 +386,6 @@ def _faulty(kind: type[Capability]) -> Any:
     if kind in _classes:
         return _classes[kind]
 
-    def build(self: Any, layer: Faults, target: Any) -> None:
-        self.layer = layer
-        self.target = target
-
-    def operation(method: str, op: Op) -> Any:
-        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await self.layer.around(op, getattr(self.target, method), *args, **kwargs)
-
-        return call
-
     def upkeep(method: str) -> Any:
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             await self.layer.lost()
@@ -411,21 +402,15 @@ def _faulty(kind: type[Capability]) -> Any:
 
         return call
 
-    def plain(method: str) -> Any:
-        return property(lambda self: getattr(self.target, method))
-
-    body: dict[str, Any] = {"__init__": build, "__slots__": ("layer", "target")}
-    for method in kind.__abstractmethods__:
+    def member(method: str) -> Any:
         op = kind.operations.get(method)
         if op is not None:
-            body[method] = operation(method, op)
-        elif inspect.iscoroutinefunction(getattr(kind, method)):
-            body[method] = upkeep(method)
-        elif method == "listen":
-            body[method] = subscription(method)
-        else:
-            body[method] = plain(method)
-    _classes[kind] = type(f"Faulty{kind.__name__}", (kind,), body)
+            return through(method, op)
+        if inspect.iscoroutinefunction(getattr(kind, method)):
+            return upkeep(method)
+        return subscription(method) if method == "listen" else as_it_is(method)
+
+    _classes[kind] = viewed(kind, member)
     return _classes[kind]
 
 
