@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
-from layered_store.coherence.contract import Authority, Invalidations
+from layered_store.coherence.contract import Authority
+from layered_store.coherence.offering import offered
 from layered_store.coherence.views import View, view_of
-from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import RejectedError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
@@ -79,14 +79,7 @@ class ReadOnly(Layer):
         )
 
     def capability(self, kind: type[C]) -> C | None:
-        if isinstance(self, kind):
-            return self
-        if kind is Enumerable:
-            return enumerable_of(self.inner)  # type: ignore[return-value]
-        target: Any = self.inner.capability(kind)
-        if target is None or kind is Invalidations:
-            return target  # type: ignore[no-any-return]
-        return _ReadingAuthority(self, target) if kind is Authority else None
+        return offered(self, kind, _ReadingAuthority)  # type: ignore[no-any-return]
 
     def samples(self) -> Iterable[Sample]:
         yield Sample("refused_writes", self._refusals)

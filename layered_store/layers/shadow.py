@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from layered_store.call import Call, call_begins, call_continues
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.contract import Authority, Invalidations, Versioned
+from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.local import NOT_HAPPENED
+from layered_store.coherence.offering import offered
 from layered_store.coherence.views import View, view_of
-from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
@@ -472,14 +472,7 @@ class Shadow(Layer):
     # The rest of a layer
 
     def capability(self, kind: type[C]) -> C | None:
-        if isinstance(self, kind):
-            return self
-        if kind is Enumerable:
-            return enumerable_of(self.inner)  # type: ignore[return-value]
-        target: Any = self.inner.capability(kind)
-        if target is None or kind is Invalidations:
-            return target  # type: ignore[no-any-return]
-        return _MirroringAuthority(self, target) if kind is Authority else None
+        return offered(self, kind, _MirroringAuthority)  # type: ignore[no-any-return]
 
     async def health_report(self) -> HealthReport:
         inner, candidate = await asyncio.gather(
