@@ -1,6 +1,7 @@
 """The value: one user's state at one moment, immutable all the way down."""
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -106,6 +107,10 @@ class _SnapshotMeta(msgspec.StructMeta):
         except AttributeError:
             own = axes  # not a mapping: ``validate`` says so
         _axes_slot.__set__(self, own)
+        user_id = self.user_id
+        if type(user_id) is not str and isinstance(user_id, str):
+            # Of a subclass (an enum, numpy's or a template's text) drivers and codecs know nothing.
+            _set_field(self, "user_id", str.__str__(user_id))
         confidence = self.confidence
         if type(confidence) is not float:
             _set_field(self, "confidence", _as_float(confidence))
@@ -149,6 +154,8 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
         store = MemoryStore(snapshot_type=MoodSnapshot)
 
     Building one checks nothing; :meth:`validate` does, and every store calls it before it writes.
+    Fields of a subclass must hold what their annotations say and what MessagePack can write, or no
+    backend could give them back.
 
     Args:
         user_id: 1 to 256 UTF-8 bytes of Unicode alphanumerics, ``_`` and ``-``.
@@ -186,8 +193,12 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
         axes = _raw_axes(self)
         if type(axes) is not dict:
             raise self._refuse("axes", "must be a mapping of names to numbers")
-        if _axes_hold(axes):
-            return
+        if not _axes_hold(axes):
+            self._look_at(axes)
+        if type(self) is not StateSnapshot:
+            self._check_added_fields()
+
+    def _look_at(self, axes: dict[Any, Any]) -> None:
         for name, value in axes.items():
             if type(name) is not str or not _is_axis_name(name):
                 raise self._refuse(
@@ -199,6 +210,23 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
                 raise self._refuse("axes", "has a value that is not a finite number from 0 to 1")
         if len(_good_names) < _MOST_NAMES:
             _good_names.update(axes)
+
+    def _check_added_fields(self) -> None:
+        """Refuse what a backend would keep and could not read again, or not keep at all."""
+        cls = type(self)
+        try:
+            _decoder(cls).decode(_encode(self))
+        except _NOT_KEPT:
+            for field in msgspec.structs.fields(cls):
+                if field.name in StateSnapshot.__struct_fields__:
+                    continue
+                try:
+                    msgspec.msgpack.decode(_encode(getattr(self, field.name)), type=field.type)
+                except _NOT_KEPT:
+                    raise self._refuse(
+                        field.name, "must hold what its annotation says, and MessagePack can write"
+                    ) from None
+            raise self._refuse("snapshot", "cannot be written and read again") from None
 
     def to_json(self) -> bytes:
         """Return the wire form, one line of UTF-8 JSON.
@@ -229,6 +257,11 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
             raise ValidationError(_decode_problem(exc), field="snapshot") from None
         snapshot.validate()
         return snapshot
+
+    def __replace__(self, **changes: Any) -> Self:
+        # What copy.replace calls: a new one takes copies, like any other.
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return type(self)(**{**fields, **changes})
 
     def _refuse(self, field: str, message: str) -> ValidationError:
         user_id = self.user_id if isinstance(self.user_id, str) else None
@@ -296,6 +329,14 @@ def _axes_hold(axes: dict[Any, Any]) -> bool:
 
 
 _json_encoder = msgspec.json.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
+# Of a value that cannot be written, and of bytes that are not what an annotation says.
+_NOT_KEPT = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+
+
+@functools.cache
+def _decoder(cls: type[StateSnapshot]) -> msgspec.msgpack.Decoder[StateSnapshot]:
+    return msgspec.msgpack.Decoder(cls)
 
 
 def _decode_problem(exc: Exception) -> str:

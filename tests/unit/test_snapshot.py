@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, StrEnum
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -451,6 +451,62 @@ def test_copies(again: Callable[[StateSnapshot], StateSnapshot]) -> None:
         assert type(twin) is type(state)
         with pytest.raises(TypeError):
             twin.axes["a"] = 0.1  # type: ignore[index]
+
+
+def test_replace_takes_copies() -> None:
+    """``copy.replace`` (of Python 3.13) gives a snapshot as safe as a new one."""
+    axes: dict[str, float] = {"a": 1}
+    state = Mood("u-1", 1, mood="calm").__replace__(axes=axes, confidence=0)
+    axes["b"] = 2
+    assert state == Mood("u-1", 1, mood="calm", axes={"a": 1.0}, confidence=0.0)
+    state.validate()
+
+
+class Picky(StateSnapshot):
+    """Fields of several kinds."""
+
+    mood: str = ""
+    count: int = 0
+    seen: list[int] = msgspec.field(default_factory=list)
+    anything: object = None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mood", 5),
+        ("mood", "\ud800"),
+        ("count", "x"),
+        ("count", 2**70),
+        ("seen", ["x"]),
+        ("anything", object()),
+        ("anything", [lambda: None]),
+    ],
+)
+async def test_fields_of_a_subclass_are_validated(field: str, value: object) -> None:
+    """What a database could not give back is refused by every store, and the field is named."""
+    state = Picky("u-1", **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(ValidationError) as caught:
+        await MemoryStore(snapshot_type=Picky).upsert_latest(state)
+    assert caught.value.field == field
+    if field != "count":
+        assert repr(value) not in str(caught.value)
+
+
+def test_good_fields_of_a_subclass() -> None:
+    """What can be kept is not refused, also when it is read back as a list or a NaN."""
+    Picky(
+        "u-1", mood="calm", count=2, seen=[1], anything={"a": [1, None, {1}, float("nan")]}
+    ).validate()
+
+
+@pytest.mark.parametrize("kind", [StrEnum("Ids", {"ID": "u-1"}), type("Text", (str,), {})])
+def test_ids_of_a_subclass_of_str(kind: type[str]) -> None:
+    """An id of a subclass (of an enum, a library) becomes plain text, as drivers know it."""
+    state = StateSnapshot(kind("u-1"), 1)
+    assert type(state.user_id) is str
+    assert state == StateSnapshot("u-1", 1)
+    assert StateSnapshot.from_json(state.to_json()) == state
 
 
 def test_frozen_dataclass_on_a_subclass() -> None:
