@@ -252,4 +252,8 @@ def check_snapshot(
             field="snapshot",
             operation=operation,
         )
-    snapshot.validate()
+    try:
+        snapshot.validate()
+    except ValidationError as exc:
+        exc.operation = exc.operation or operation
+        raise

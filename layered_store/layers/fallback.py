@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
 from layered_store.errors import (
+    ClosedError,
     ConfigError,
     ErasureIncompleteError,
     RejectedError,
     StoreError,
     UnavailableError,
+    UnsupportedError,
 )
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
@@ -56,6 +58,7 @@ class Fallback(Layer):
         ConfigError: ``secondary`` is no store, or keeps another class of snapshots.
         ErasureIncompleteError: from ``delete``, when ``inner``, ``secondary`` or both could not
             erase; ``pending`` names them.
+        UnsupportedError: from ``delete``, when neither of them can erase.
 
     Order:
         Around the ``Retry`` and ``CircuitBreaker`` of ``inner``: it answers what they gave up. A
@@ -131,15 +134,17 @@ class Fallback(Layer):
 
     async def _delete(self, user_id: str) -> None:
         pending: list[str] = []
-        first: Exception | None = None
+        errors: list[Exception] = []
         for store in (self.inner, self.secondary):
             try:
                 await store.delete(user_id)
             except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
-                first = first or exc
+                errors.append(exc)
                 nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
                 pending.extend(nested or (store.name,))
-        if first is not None:
+        if len(errors) == 2 and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
+            raise errors[0]  # nothing was erased anywhere, and repeating it would not help
+        if errors:
             self._unfinished += 1
             if not self._erasing_fails:
                 self._erasing_fails = True
@@ -150,7 +155,7 @@ class Fallback(Layer):
                 operation=Op.DELETE,
                 layer=self.name,
                 user_id=user_id,
-            ) from first
+            ) from errors[0]
         if self._erasing_fails:
             self._erasing_fails = False
             log_event("erasure_complete", layer=self.name)

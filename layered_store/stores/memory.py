@@ -99,7 +99,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._check_open(Op.GET_HISTORY)
         with self._lock:
             row = self._users.get(user_id)
-            return [] if row is None else list(islice(row.history, limit))
+            return [] if row is None else list(islice(row.history, min(limit, len(row.history))))
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         records = await self.read_many(check_user_ids(user_ids))
@@ -129,6 +129,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
         if state is None:
             return Peek(Held.ERASED, version=version)
         return Peek(Held.STATE, state.updated_at_unix_ms, version=version)
+
+    async def open(self) -> None:
+        self._check_open("open")
 
     async def aclose(self) -> None:
         self._closed = True

@@ -462,6 +462,9 @@ async def _limits(suite: _Suite) -> None:
     user_id = (await suite.write("limits", 2))[0].user_id
     none = await suite.store.get_history(user_id, 0)
     _expect(none == [], f"get_history(limit=0) gave {len(none)} states, not []")
+    everything = await suite.store.get_history(user_id, 2**64)
+    kept = await suite.store.get_history(user_id, 10)
+    _expect(everything == kept, "get_history(limit=2**64) is not all that is kept")
     for limit in (-1, -100, 1.5, "3", None, True):
         await _refused(
             suite.store.get_history(user_id, limit),  # type: ignore[arg-type]

@@ -81,6 +81,17 @@ def test_nothing_is_inherited_that_hides_the_store_inside() -> None:
     assert "snapshot_type" in vars(Layer)
 
 
+async def test_a_refused_snapshot_names_the_operation() -> None:
+    """Its error says which call was refused, alone and in a batch."""
+    bad = StateSnapshot("u-1", confidence=2)
+    with pytest.raises(ValidationError) as one:
+        await MemoryStore().upsert_latest(bad)
+    with pytest.raises(ValidationError) as many:
+        await MemoryStore().upsert_latest_many([bad])
+    assert (one.value.operation, many.value.operation) == (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY)
+    assert one.value.field == many.value.field == "confidence"
+
+
 def test_around_treats_every_operation() -> None:
     """AroundLayer sends each operation through ``around``."""
     for op in Op:

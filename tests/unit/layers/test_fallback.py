@@ -13,6 +13,7 @@ from layered_store.errors import (
     CorruptDataError,
     ErasureIncompleteError,
     OverloadedError,
+    StoreError,
     StoreTimeoutError,
     UnavailableError,
     UnsupportedError,
@@ -198,6 +199,17 @@ async def test_an_erasure_that_is_not_finished_says_where(
     assert caught.value.__cause__ is (left or right)
     assert "u-1" not in str(caught.value)
     assert inner.calls == secondary.calls == [Op.DELETE]
+
+
+@pytest.mark.parametrize("kind", [UnsupportedError, ClosedError])
+async def test_an_erasure_that_no_store_can_do_is_not_to_be_repeated(
+    kind: type[StoreError],
+) -> None:
+    """Where neither side can erase at all, the error says that and is not retryable."""
+    layer = Fallback(Scripted(kind("no")), secondary=Scripted(kind("no")))
+    with pytest.raises(kind) as caught:
+        await layer.delete("u-1")
+    assert not caught.value.retryable
 
 
 async def test_a_bad_user_id_is_refused_before_anything_is_erased() -> None:

@@ -154,6 +154,7 @@ async def test_closed() -> None:
         store.get_latest_many(["u-1"]),
         store.upsert_latest_many([state("u-1")]),
         store.users("", 1),
+        store.open(),
     ):
         with pytest.raises(ClosedError, match="MemoryStore"):
             await call
