@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["interpolate"]
 
 _REFERENCE: Final = re.compile(
-    r"\$(?:(?P<escaped>\$)(?=\{)|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}"
-    r"|(?P<broken>\{))"
+    r"\$(?:(?P<escaped>\$)(?=\{)|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<then>:-|\})|(?P<broken>\{))"
+)
+_MALFORMED: Final = (
+    "has a malformed variable; write ${NAME} or ${NAME:-default} (braces in a default come in"
+    " pairs), and $${ for a literal ${"
 )
 
 
@@ -22,29 +25,47 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
     """Return ``text`` with its variables filled in; ``$${`` stands for a literal ``${``.
 
     An empty variable counts as set for ``${NAME}`` and as unset for ``${NAME:-default}``, as in a
-    shell. It happens after the file was parsed, so that no value can change the file's structure.
+    shell. A default may hold variables and pairs of braces; what a variable holds is taken as it
+    is. It happens after the file was parsed, so that no value can change the file's structure.
 
     Raises:
         ConfigError: a variable is not set, or a reference is malformed.
     """
-
-    def fill(match: re.Match[str]) -> str:
+    parts: list[str] = []
+    place = 0
+    while match := _REFERENCE.search(text, place):
+        parts.append(text[place : match.start()])
+        place = match.end()
         if match["escaped"]:
-            return "$"
+            parts.append("${")
+            place += 1
+            continue
         if match["broken"]:
-            raise ConfigError(
-                "has a malformed variable; write ${NAME} or ${NAME:-default}, and $${ for a"
-                " literal ${"
-            )
-        name, default = match["name"], match["default"]
+            raise ConfigError(_MALFORMED)
+        default = None
+        if match["then"] == ":-":
+            end = _end_of_default(text, place)
+            default, place = text[place:end], end + 1
+        name = match["name"]
         value = environ.get(name)
-        if value is None or (default is not None and not value):
-            if default is None:
-                raise ConfigError(
-                    f"the environment variable {name} is not set; set it, or give a default as"
-                    f" ${{{name}:-default}}"
-                )
-            return str(default)
-        return value
+        if value is None and default is None:
+            raise ConfigError(
+                f"the environment variable {name} is not set; set it, or give a default as"
+                f" ${{{name}:-default}}"
+            )
+        parts.append(value or interpolate(default or "", environ))
+    parts.append(text[place:])
+    return "".join(parts)
 
-    return _REFERENCE.sub(fill, text)
+
+def _end_of_default(text: str, start: int) -> int:
+    """Return where the brace stands that ends a default: those within it come in pairs."""
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] == "{":
+            depth += 1
+        elif text[place] == "}":
+            if not depth:
+                return place
+            depth -= 1
+    raise ConfigError(_MALFORMED)

@@ -85,8 +85,10 @@ def load_unchecked(
 
     if isinstance(source, Mapping):
         document = {"store": source} if "use" in source else dict(source)
-    else:
+    elif isinstance(source, str | os.PathLike):
         document = _read(Path(source))
+    else:
+        raise ConfigError(f"must be a path or a dict, not {type(source).__name__}", option="source")
     document.pop("$schema", None)
     build = _Build(dict(overrides or {}), os.environ if environ is None else environ)
     build.check_keys(document, _TOP, "")

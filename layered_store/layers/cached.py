@@ -9,6 +9,7 @@ import copy
 import math
 import random as _random
 import threading
+import weakref
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
@@ -52,6 +53,8 @@ __all__ = ["Cached"]
 
 C = TypeVar("C")
 
+# Those that were given a cache object: two of them must not share one.
+_GIVEN: Final[weakref.WeakSet[Cached]] = weakref.WeakSet()
 _NEVER: Final = -math.inf
 
 
@@ -192,7 +195,7 @@ class Cached(Layer):
         invalidation: ``"auto"`` uses the channel of the tier below when there is one,
             ``"required"`` refuses a stack without, ``"off"`` never does.
         cache: any ``cachetools`` cache to keep the entries in, instead of S3-FIFO with
-            ``max_entries``. Its hits are slower.
+            ``max_entries``: empty, and used by nobody else. Its hits are slower.
         random: source of the jitter.
         clock: source of time.
 
@@ -247,12 +250,8 @@ class Cached(Layer):
             check_share(self.refresh_ahead, "refresh_ahead", self, zero=False, one=False)
         self.ttl_jitter = check_share(self.ttl_jitter, "ttl_jitter", self, one=False)
         check_choice(self.invalidation, "invalidation", self, ("auto", "required", "off"))
-        if self.cache is not None and not isinstance(self.cache, Cache):
-            raise ConfigError(
-                "must be a cachetools cache, such as cachetools.LRUCache(1000)",
-                option="cache",
-                layer=self.name,
-            )
+        if self.cache is not None:
+            self._take(self.cache)
         self._ttl_seconds: float = self.ttl
         self._negative_seconds: float = self.negative_ttl
         self._stale_seconds: float = self.stale_if_error
@@ -296,6 +295,17 @@ class Cached(Layer):
                     option="invalidation",
                     layer=self.name,
                 )
+
+    def _take(self, cache: object) -> None:
+        """Refuse a cache object that is none, or holds or may come to hold another's entries."""
+        if not isinstance(cache, Cache):
+            wrong = "must be a cachetools cache, such as cachetools.LRUCache(1000)"
+        elif cache or any(other.cache is cache and not other._closed for other in tuple(_GIVEN)):
+            wrong = "must be empty and no other Cached's, whose states it would answer with"
+        else:
+            _GIVEN.add(self)
+            return
+        raise ConfigError(wrong, option="cache", layer=self.name)
 
     # Reading
 

@@ -142,7 +142,7 @@ class Fallback(Layer):
                 errors.append(exc)
                 nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
                 pending.extend(nested or (store.name,))
-        if len(errors) == 2 and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
+        if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
             raise errors[0]  # nothing was erased anywhere, and repeating it would not help
         if errors:
             self._unfinished += 1

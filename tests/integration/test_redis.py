@@ -251,6 +251,8 @@ async def test_client_stays_the_callers(server: Server) -> None:
     decoding = redis.asyncio.Redis(port=server.port, decode_responses=True)
     with pytest.raises(ConfigError, match="decode_responses=False"):
         RedisStore(client=decoding)
+    with pytest.raises(ConfigError, match="client: must be a redis.asyncio client"):
+        RedisStore(client=redis.Redis(port=server.port))
 
 
 class _Wrapped:

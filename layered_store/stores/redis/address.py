@@ -227,9 +227,11 @@ def address_of_client(client: Any, connect_timeout: float) -> Address:
     Raises:
         ConfigError: it is no client, or it decodes replies.
     """
+    import redis  # noqa: PLC0415
     from redis.asyncio.cluster import RedisCluster  # noqa: PLC0415
 
-    if not hasattr(client, "execute_command"):
+    blocking = isinstance(client, redis.Redis | redis.RedisCluster)
+    if blocking or not hasattr(client, "execute_command"):
         raise ConfigError(
             "must be a redis.asyncio client, such as redis.asyncio.Redis()",
             option="client",

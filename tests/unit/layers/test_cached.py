@@ -386,6 +386,20 @@ async def test_any_cachetools_cache_keeps_the_entries(given: cachetools.Cache[An
     assert await cache.get_latest("u-1") is None
 
 
+async def test_a_given_cache_is_its_own() -> None:
+    """One that holds something, or that another cache uses, is refused: states would mix up."""
+    given: Any = cachetools.LRUCache(3)
+    given["u-1"] = "something else"
+    with pytest.raises(ConfigError, match="must be empty"):
+        Cached(Minimal(), cache=given)
+    given.clear()
+    first = Cached(Minimal(), cache=given)
+    with pytest.raises(ConfigError, match=r"Cached.cache: must be empty and no other Cached's"):
+        Cached(Minimal(), cache=given)
+    await first.aclose()
+    Cached(Minimal(), cache=given)
+
+
 async def test_a_cache_that_is_too_small_for_an_entry_keeps_none() -> None:
     """A given cache may weigh its entries; what does not fit is read from below each time."""
     given: Any = cachetools.LRUCache(1, getsizeof=lambda entry: 2)
