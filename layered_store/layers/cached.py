@@ -300,7 +300,7 @@ class Cached(Layer):
         """Refuse a cache object that is none, or holds or may come to hold another's entries."""
         if not isinstance(cache, Cache):
             wrong = "must be a cachetools cache, such as cachetools.LRUCache(1000)"
-        elif cache or any(other.cache is cache and not other._closed for other in tuple(_GIVEN)):
+        elif cache or any(other.cache is cache for other in tuple(_GIVEN)):
             wrong = "must be empty and no other Cached's, whose states it would answer with"
         else:
             _GIVEN.add(self)
@@ -898,6 +898,7 @@ class Cached(Layer):
 
     async def aclose(self) -> None:
         self._refuse_operations()
+        _GIVEN.discard(self)
         if self._channel is not None:
             self._channel.detach(self)
         self._store.clear()
