@@ -210,17 +210,24 @@ async def test_a_file_that_is_no_database_says_so(tmp_path: Path) -> None:
 
 
 async def test_a_locked_file_is_retryable(tmp_path: Path) -> None:
-    """Another program holds the write lock: the write gives up in time, reads go on."""
+    """Another program holds the write lock: reads go on, and the write gives up while it can still
+    be told that it never began.
+    """
     path = tmp_path / "states.db"
-    store = SQLStore(f"sqlite+aiosqlite:///{path}", timeout=0.3)
+    store = SQLStore(f"sqlite+aiosqlite:///{path}", timeout=2.0)
     await store.upsert_latest(state("u", 0.1))
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(UnavailableError) as caught:
         await store.upsert_latest(state("u", 0.2))
-    assert caught.value.retryable
+    assert caught.value.retryable and not caught.value.outcome_unknown
+    with pytest.raises(UnavailableError) as caught:
+        await store.delete("u")
+    assert caught.value.retryable and not caught.value.outcome_unknown
     assert (await store.get_latest("u")).get_axis("a") == 0.1  # type: ignore[union-attr]
-    other.execute("ROLLBACK")
+    asyncio.get_running_loop().call_later(0.1, other.execute, "ROLLBACK")
+    await store.upsert_latest(state("u", 0.3))
+    assert (await store.get_latest("u")).get_axis("a") == 0.3  # type: ignore[union-attr]
     other.close()
     await store.aclose()
 

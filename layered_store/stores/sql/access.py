@@ -379,7 +379,11 @@ class Access:
 
     def _session(self) -> Session:
         if self._lite is not None:
-            return lite.LiteSession(None, self.statements, self._clock, texts=self._lite)
+            return lite.LiteSession(
+                None, self.statements, self._clock,
+                # A write that never began is told as such, before its time limit leaves that open.
+                texts=self._lite, patience=0.9 * self._timeout,
+            )  # fmt: skip
         return Session(None, self.statements, self._clock)
 
     async def _operate(

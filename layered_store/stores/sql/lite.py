@@ -7,6 +7,7 @@ those of :mod:`layered_store.stores.sql.dialects`, compiled once.
 
 from __future__ import annotations
 
+import sqlite3
 from collections import namedtuple
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -17,7 +18,6 @@ from layered_store.errors import UnavailableError
 from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from layered_store.stores.sql.dialects import Statements
@@ -28,6 +28,7 @@ __all__ = ["LiteSession", "LiteStatements", "in_thread", "read_rows", "write_row
 T = TypeVar("T")
 
 _NAMED: Final = sqlite.dialect(paramstyle="named")
+_LOOK_MS: Final = 20
 _TRIM_EVERY: Final = 16
 """The history is trimmed with every so many versions of a user: reads never show more anyway."""
 
@@ -123,9 +124,14 @@ class LiteSession(Session):
 
     Args:
         texts: the compiled statements.
+        patience: seconds that a write may wait for the writers of other processes.
     """
 
     texts: LiteStatements = field(kw_only=True)
+    patience: float = field(default=5.0, kw_only=True)
+
+    async def begin(self) -> None:
+        begin(self.connection, self.patience)
 
     async def rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
         text = self.texts.text(statement)
@@ -147,6 +153,31 @@ async def in_thread(driver: Any, work: Callable[..., T], *args: Any) -> T:
     connection = driver._conn  # noqa: SLF001
     # aiosqlite logs what it runs, with all arguments: this way there are none.
     return await driver._execute(lambda: work(connection, *args))  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def begin(connection: sqlite3.Connection, patience: float) -> None:
+    """Start a write transaction, in the connection's thread.
+
+    SQLite's own wait looks every 100 ms in the end, with no regard to who waits longest: beside
+    busy writers it may miss every gap for seconds. Here it never gets beyond its first short waits.
+
+    Args:
+        connection: the connection.
+        patience: seconds that the writers of other processes may keep this one waiting.
+    """
+    (before,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute(f"PRAGMA busy_timeout={_LOOK_MS}")
+    try:
+        for left in range(int(patience * 1000 / _LOOK_MS), -1, -1):
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorname != "SQLITE_BUSY" or not left:
+                    raise
+            else:
+                return
+    finally:
+        connection.execute(f"PRAGMA busy_timeout={before}")
 
 
 def harmless(exc: Exception) -> bool:
@@ -222,7 +253,7 @@ def write_rows(
         follows: whether a write is known to have begun after this erasure.
     """
     texts, execute = session.texts, connection.execute
-    execute("BEGIN IMMEDIATE")
+    begin(connection, session.patience)
     try:
         digests = list({item.digest for item in writes})
         size = 1 << (len(digests) - 1).bit_length()
