@@ -112,6 +112,10 @@ def command(
         server.run()
     except KeyboardInterrupt:
         pass
+    except SystemExit as exc:
+        if exc.code == 0 or server.started:
+            raise
+        # The server has a code of its own for a port that is taken, and logged the reason.
     sys.exit(0 if server.started else 1)
 
 

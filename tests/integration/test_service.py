@@ -80,7 +80,7 @@ class Service:
             if found := re.search(r"running on (http://\S+)", line):
                 self.url = found[1]
                 return
-        raise AssertionError("".join(self.lines))
+        raise AssertionError(f"exit {self.process.wait(20)}: {''.join(self.lines)}")
 
     def stop(self) -> tuple[int, str]:
         """Ask it to end; return its exit code and what it wrote."""
@@ -315,9 +315,11 @@ def test_starts_without_its_backend(tmp_path: Path) -> None:
 
 
 def test_failed_starts_are_one_line(tmp_path: Path, shared: Service) -> None:
-    """What keeps the service from starting is told without a traceback."""
+    """What keeps the service from starting is told without a traceback; the exit code is 1 or 2."""
     port = shared.url.rpartition(":")[2]
-    assert "address already in use" in _failed(tmp_path, "--port", port)
+    text = _failed(tmp_path, "--port", port)
+    assert "address already in use" in text
+    assert text.startswith("exit 1:")
     assert "did you mean 'memory'" in _failed(tmp_path, stack='[store]\nuse = "memry"\n')
     assert "API key file" in _failed(tmp_path, "--api-key-file", "nothing")
     (tmp_path / "broken.db").write_text("this is no database" * 100)
@@ -424,6 +426,14 @@ async def test_errors(method: str, path: str, content: bytes, status: int, code:
     assert set(error) == {"code", "message", "request_id"}
     assert (error["code"], error["request_id"]) == (code, "req-7")
     assert answer.headers["x-request-id"] == "req-7"
+
+
+async def test_what_a_route_takes() -> None:
+    """A refused method is answered with all that the path takes."""
+    async with _client(MemoryStore()) as client:
+        answer = await client.put("/v1/state/u-1")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
 
 
 class Broken(MemoryStore):
