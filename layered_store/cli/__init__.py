@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -20,4 +21,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     from layered_store.cli.group import cli
 
-    cli.main(args=arguments, prog_name="layered-store")
+    try:
+        try:
+            cli.main(args=arguments, prog_name="layered-store")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as exc:
+        # A full disk below our output; whoever closed a pipe has seen enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the flush at the end
+        if not isinstance(exc, BrokenPipeError):
+            sys.stderr.write(f"error: the output cannot be written: {exc.strerror}\n")
+        sys.exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from contextlib import nullcontext
 from typing import Any, Final
 
 import click
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from layered_store.cli.common import console, json_option, notices, progress, run
+from layered_store.cli.common import console, json_option, moving, notices, progress, run
 from layered_store.cli.workload import Mix, Workload
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ErasureIncompleteError
@@ -165,7 +166,6 @@ class _Bench:
             await self._measure(store)
         finally:
             if not self._keep:
-
                 await self._all("erasing users", lambda batch: self._erase(store, batch))
 
     async def _erase(self, store: StateStore, batch: list[str]) -> None:
@@ -190,8 +190,9 @@ class _Bench:
         workload = self._workload
         now = SYSTEM_CLOCK.monotonic
         end = workload.begin(store, now) + self._seconds
-        shown = notices.is_terminal
-        with Live(console=notices, auto_refresh=False, transient=True) as live:
+        shown = moving()
+        live = Live(console=notices, auto_refresh=False, transient=True)
+        with live if shown else nullcontext():
             callers = [
                 asyncio.create_task(workload.call_until(store, end)) for _ in range(self._callers)
             ]

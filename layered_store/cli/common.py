@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from layered_store.config import LintWarning, load_stack
-from layered_store.errors import ConfigError, StoreError
+from layered_store.errors import ConfigError, StoreError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +27,7 @@ __all__ = [
     "fail",
     "guarded",
     "json_option",
+    "moving",
     "notices",
     "progress",
     "run",
@@ -44,10 +45,13 @@ DEFAULT_STACK: Final[dict[str, Any]] = {
 }
 """What commands use when no STACK is given: an SQLite file in the working directory."""
 
-console = Console(highlight=False, soft_wrap=True)
-"""Where results go; plain text when it is no terminal, no colour under NO_COLOR."""
+# Without a colour system nothing is styled at all: the library would go on with bold and dim.
+_styles: Final[Any] = None if os.environ.get("NO_COLOR") else "auto"
 
-notices = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, color_system=_styles)
+"""Where results go; plain text when it is no terminal, and under NO_COLOR."""
+
+notices = Console(stderr=True, highlight=False, soft_wrap=True, color_system=_styles)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -81,6 +85,8 @@ def guarded(work: Callable[[], T]) -> T:
         return work()
     except ConfigError as exc:
         fail(str(exc), code=2)
+    except ValidationError as exc:
+        fail(exc.message, code=2)
     except StoreError as exc:
         fail(str(exc))
     except KeyboardInterrupt:
@@ -166,4 +172,9 @@ def progress(unit: str, *, shown: bool = True) -> Any:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=notices, disable=not (shown and notices.is_terminal))
+    return Progress(*columns, console=notices, disable=not (shown and moving()))
+
+
+def moving() -> bool:
+    """Tell whether what moves may be shown: on a terminal, and not under NO_COLOR."""
+    return notices.is_terminal and not os.environ.get("NO_COLOR")

@@ -74,5 +74,5 @@ def cli() -> None:
       layered-store show stack.toml
 
     Exit codes: 0 done; 1 the command failed (unhealthy, not found, backend unreachable); 2 the
-    arguments or the config are wrong; 130 interrupted. NO_COLOR turns colour off.
+    arguments or the config are wrong; 130 interrupted. NO_COLOR turns colour and bars off.
     """

@@ -6,6 +6,7 @@ from typing import IO
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from layered_store.cli.common import run
 from layered_store.interface import StateStore
@@ -60,8 +61,13 @@ def command(
         await store.upsert_latest(snapshot)
 
     given = (*values, *axes)
-    if source_file is not None and given:
-        raise click.UsageError("give either --file or axes")
+    context = click.get_current_context()
+    options = any(
+        context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        for name in ("confidence", "source")
+    )
+    if source_file is not None and (given or options):
+        raise click.UsageError("give either --file, or axes, --confidence and --source")
     pairs = dict(map(_axis, given))
     if len(pairs) < len(given):
         raise click.UsageError("an axis is given twice")

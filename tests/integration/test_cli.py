@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -200,6 +202,58 @@ def test_output_that_nobody_reads_on(tmp_path: Path) -> None:
         writer.wait(30)
         assert "Traceback" not in complaints
         assert "Exception" not in complaints
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_output_that_finds_no_room(tmp_path: Path) -> None:
+    """A full disk below the output is one line and exit code 1, whatever wrote it."""
+    for arguments in (("schema",), ("show",), ("lint", "--json"), ("check",)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(  # noqa: S603
+                [sys.executable, "-m", "layered_store", *arguments],
+                cwd=tmp_path,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_colour_on_a_terminal(tmp_path: Path, *, no_color: bool) -> None:
+    """A terminal gets colour; under NO_COLOR it gets letters only, with no style and no bar."""
+    pty = pytest.importorskip("pty")
+    fill(tmp_path / "a.db", 10, 1)
+    shown = ""
+    for command in (
+        ["show"],
+        ["copy", "sqlite+aiosqlite:///a.db", "sqlite+aiosqlite:///b.db"],
+        ["bench", "sqlite+aiosqlite:///c.db", "--seconds", "0.3", "--users", "5"],
+    ):
+        ours, theirs = pty.openpty()
+        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm-256color"}
+        if no_color:
+            env["NO_COLOR"] = "1"
+        writer = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "layered_store", *command],
+            cwd=tmp_path,
+            env=env,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # what reading says when the other side has ended
+            while data := os.read(ours, 65536):
+                shown += data.decode(errors="replace")
+        os.close(ours)
+        assert writer.wait(60) == 0
+    assert "SQLStore" in shown
+    assert ("\x1b" in shown) is not no_color
 
 
 def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -157,12 +157,13 @@ def test_schema() -> None:
     [
         (("show", "nothing.toml"), 2, "cannot read"),
         (("get", "nothing.toml", "u-1"), 2, "cannot read"),
-        (("get", "STACK", "not an id"), 1, "user_id"),
+        (("get", "STACK", "not an id"), 2, "user_id"),
         (("get", "STACK", "u-1"), 1, "no state"),
         (("put", "STACK", "u-1", "--axis", "warm"), 2, "NAME=VALUE"),
-        (("put", "STACK", "u-1", "--axis", "warm=2"), 1, "axes"),
+        (("put", "STACK", "u-1", "--axis", "warm=2"), 2, "error: axes"),
         (("put", "STACK", "u-1", "warm=0.1", "warm=0.2"), 2, "twice"),
         (("put", "STACK", "u-1", "warm=0.1", "--file", "-"), 2, "either"),
+        (("put", "STACK", "u-1", "--confidence", "1", "--file", "-"), 2, "either"),
         (("export", "STACK"), 2, "USER or --all"),
         (("export", "STACK", "u-1"), 1, "nothing is kept"),
         (("serve", "STACK", "--host", "0.0.0.0"), 2, "without an API key"),  # noqa: S104
