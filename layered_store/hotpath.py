@@ -8,7 +8,7 @@ The class's own method stays: it is the slow path, and what subclasses override.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class HotPath:
     observers: tuple[HitObserver, ...] = ()
     timers: tuple[Callable[[float], None], ...] = ()
     time_all: bool = False
-    fused: bool = field(default=False, init=False)
 
     def fuse(self, slow: Callable[[str], Awaitable[Any]]) -> Callable[[str], Awaitable[Any]]:
         """Return the coroutine function that answers hits and sends all else to ``slow``."""

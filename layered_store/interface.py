@@ -39,14 +39,8 @@ class Op(StrEnum):
         """Whether the operation changes what is stored."""
         return self in _WRITES
 
-    @property
-    def is_upsert(self) -> bool:
-        """Whether the operation stores snapshots."""
-        return self in _UPSERTS
 
-
-_UPSERTS = frozenset({Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY})
-_WRITES = _UPSERTS | {Op.DELETE}
+_WRITES = frozenset({Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE})
 
 
 class StateStore(ABC):

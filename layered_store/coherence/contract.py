@@ -359,13 +359,12 @@ class CacheTier(Capability):
         """HOLDERS: who else holds a lease now."""
 
     @abstractmethod
-    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:
+    async def begin(self, me: str, head: str) -> Pass | None:
         """BEGIN: start a repair pass; None while another process is at it.
 
         Args:
             me: this process.
             head: the authority's head, read before; the cursor of a new generation.
-            seconds: for how long nobody else begins one.
         """
 
     @abstractmethod

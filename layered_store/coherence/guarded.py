@@ -666,7 +666,7 @@ class GuardedCopies(Invalidations):
         """Replay what changed in the authority, then stamp the tier as trusted."""
         started = self._clock.monotonic()
         head = await self._authority.head()
-        begun = await self._tier.begin(self._me, head, TRUST_SECONDS)
+        begun = await self._tier.begin(self._me, head)
         if begun is None:
             return
         cursor = begun.cursor

@@ -252,7 +252,7 @@ class RedisTier(CacheTier):
 
     # Repair
 
-    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:  # noqa: ARG002
+    async def begin(self, me: str, head: str) -> Pass | None:
         self._parts = {}
         parts: dict[str, _Part] = {}
 

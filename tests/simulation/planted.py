@@ -129,8 +129,8 @@ NO_REPAIRS = _both(
 _begin = RedisTier.begin
 
 
-async def _begin_now(self: RedisTier, me: str, head: str, seconds: float) -> Any:
-    begun = await _begin(self, me, head, seconds)
+async def _begin_now(self: RedisTier, me: str, head: str) -> Any:
+    begun = await _begin(self, me, head)
     return None if begun is None else begun._replace(cursor=head)
 
 

@@ -69,7 +69,6 @@ def test_operations() -> None:
         assert inspect.iscoroutinefunction(getattr(StateStore, op.value))
     assert {"health_check", "health_report", "open", "aclose"} < set(METHODS)
     assert [op for op in Op if op.is_write] == [Op.UPSERT_LATEST, Op.DELETE, Op.UPSERT_LATEST_MANY]
-    assert [op for op in Op if op.is_upsert] == [Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY]
 
 
 def test_nothing_is_inherited_that_hides_the_store_inside() -> None:

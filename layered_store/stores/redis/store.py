@@ -12,7 +12,6 @@ For modules that keep more in the same Redis:
 * ``await run_script(script, keys, args)`` runs a :class:`RedisScript` and returns its reply as
   bytes, ints, lists and None; it is sent whole when the server does not know it;
 * ``await command(*args)`` sends any one command;
-* ``await server_id(bucket)`` tells which server run answers for a bucket;
 * ``await group_buckets()`` tells which buckets one server answers for;
 * ``await new_connection(bucket)`` gives a connection of the driver of one's own, for subscriptions.
 
@@ -82,9 +81,6 @@ _CLUSTER_BUCKETS: Final = 16
 _MGET_KEYS: Final = 256
 _STATE_HEAD: Final = MAGIC + STATE
 
-_SERVER_ID: Final = RedisScript(
-    "return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') or ''"
-)
 
 
 @dataclass(eq=False, repr=False)
@@ -448,12 +444,6 @@ class RedisStore(StateStore, Enumerable):
     ) -> Any:
         """Send one command and return its reply; see :meth:`run_script`."""
         return await self._call(args, operation, write=write)
-
-    async def server_id(self, bucket: str = "0") -> str:
-        """Return the run id of the server that answers for a bucket; a restart changes it."""
-        key = self.bucket_key(bucket, "id")
-        reply = await self.run_script(_SERVER_ID, [key], operation="server_id", write=False)
-        return bytes(reply).decode()
 
     async def new_connection(self, bucket: str = "0") -> Any:
         """Return a new ``redis.asyncio`` connection, established; the caller disconnects it."""

@@ -281,7 +281,7 @@ class Tier(CacheTier):
     async def holders(self, user_id: str, me: str) -> Holders:
         return Holders(0, 0, {})
 
-    async def begin(self, me: str, head: str, seconds: float) -> Pass | None:
+    async def begin(self, me: str, head: str) -> Pass | None:
         return None
 
     async def renew(self, generation: bytes, head: str) -> None: ...
