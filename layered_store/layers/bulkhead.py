@@ -98,7 +98,8 @@ class Bulkhead(AroundLayer):
         try:
             return await method(*args, **kwargs)
         finally:
-            self._release()
+            if loop is self._loop:  # else the count began anew without this call
+                self._release()
 
     async def _wait(self, op: Op, loop: asyncio.AbstractEventLoop) -> None:
         """Return with a place, or raise without one."""

@@ -72,8 +72,9 @@ def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
 
 def test_a_time_to_wait_without_a_queue_is_refused() -> None:
     """``max_wait`` means nothing when nobody may wait."""
-    with pytest.raises(ConfigError, match="max_waiting above 0"):
+    with pytest.raises(ConfigError, match="max_waiting above 0") as caught:
         Bulkhead(Scripted(), max_in_flight=1, max_wait=1)
+    assert (caught.value.option, caught.value.layer) == ("max_wait", "Bulkhead")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,50 @@ async def test_a_place_handed_to_the_last_waiter_that_is_cancelled_is_freed() ->
     await all_places_free(bulkhead, inner)
 
 
+async def test_a_place_is_not_handed_to_one_who_was_just_cancelled() -> None:
+    """Cancelled in the turn in which a place gets free, just before: the next one gets it."""
+    waiters: list[asyncio.Task[StateSnapshot | None]] = []
+
+    class Cancelling(Scripted):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            found = await super().get_latest(user_id)
+            if len(self.calls) == 1:
+                waiters[0].cancel()
+            return found
+
+    gate = Gate()
+    inner = Cancelling(gate)
+    bulkhead = Bulkhead(inner, max_in_flight=1, max_waiting=2)
+    first = read(bulkhead)
+    await gate.entered.wait()
+    waiters += [read(bulkhead), read(bulkhead)]
+    await settle()
+    gate.open()
+    await asyncio.wait_for(asyncio.wait([first, *waiters]), 1)
+    assert first.exception() is None
+    assert waiters[0].cancelled()
+    assert waiters[1].exception() is None
+    await all_places_free(bulkhead, inner)
+
+
+async def test_a_wait_that_is_thrown_away_leaves_the_queue() -> None:
+    """A caller that is closed where it waits, without a cancellation, gets no place."""
+    gate = Gate()
+    inner = Scripted(gate)
+    bulkhead = Bulkhead(inner, max_in_flight=1, max_waiting=1)
+    first = read(bulkhead)
+    await gate.entered.wait()
+    waiter = bulkhead.get_latest("u-1")
+    waiter.send(None)
+    waiter.close()
+    extra = read(bulkhead)
+    await settle()
+    assert inner.inside == 1
+    gate.open()
+    await asyncio.gather(first, extra)
+    await all_places_free(bulkhead, inner)
+
+
 async def test_a_wait_that_takes_too_long_is_refused() -> None:
     """After ``max_wait`` the waiter gives up and leaves the queue; no timer is left."""
     clock = FakeClock()
@@ -241,7 +286,9 @@ async def test_a_wait_that_takes_too_long_is_refused() -> None:
     await clock.advance(1.9)
     assert not waiter.done()
     await clock.advance(0.2)
-    assert isinstance(waiter.exception(), OverloadedError)
+    error = waiter.exception()
+    assert isinstance(error, OverloadedError)
+    assert (error.operation, error.layer) == (Op.GET_LATEST, "Bulkhead")
     assert clock.pending == 0
     gate.open()
     await first
@@ -310,10 +357,42 @@ async def test_two_event_loops_at_once_are_refused_with_the_remedy() -> None:
     def other() -> None:
         asyncio.run(bulkhead.get_latest("u-1"))
 
-    with pytest.raises(ClosedError, match="one stack per event loop"):
+    with pytest.raises(ClosedError, match="one stack per event loop") as caught:
         await asyncio.to_thread(other)
+    assert (caught.value.operation, caught.value.layer) == (Op.GET_LATEST, "Bulkhead")
     gate.open(STATE)
     assert await task == STATE
+    # Nobody is inside any more: now another loop may come, and this one come back.
+    await asyncio.to_thread(other)
+    assert await bulkhead.get_latest("u-1") is None
+
+
+def test_what_a_closed_event_loop_left_inside_holds_no_place() -> None:
+    """Calls of a loop that was closed under them count no more, nor when they are thrown away."""
+    inner = Scripted(STATE)
+    bulkhead = Bulkhead(Cached(inner), max_in_flight=1, max_waiting=1)
+    outer = Retry(bulkhead, attempts=1)
+    assert asyncio.run(outer.get_latest("u-2")) == STATE
+    loop = asyncio.new_event_loop()
+    # Driven by hand: a task that is thrown away while it waits would complain.
+    left = [bulkhead.get_history("u-1", 1), bulkhead.get_history("u-1", 1)]
+
+    async def begin() -> None:
+        inner.steps.append(Gate())
+        for call in left:
+            call.send(None)
+
+    loop.run_until_complete(begin())
+    loop.close()
+
+    async def next_loop() -> None:
+        assert await outer.get_latest("u-2") == STATE  # the hit asks for no place again
+        await bulkhead.get_history("u-1", 1)
+        for call in left:
+            call.close()
+        await all_places_free(bulkhead, inner)
+
+    asyncio.run(next_loop())
 
 
 async def test_hits_need_a_place_while_none_is_free() -> None:

@@ -54,8 +54,9 @@ def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
 
 def test_both_must_keep_the_same_snapshots() -> None:
     """Two classes of snapshots cannot stand in for each other."""
-    with pytest.raises(ConfigError, match="snapshot_type"):
+    with pytest.raises(ConfigError, match="Fallback.snapshot_type") as caught:
         Fallback(Scripted(), secondary=Scripted(snapshot_type=Other))
+    assert caught.value.option == "snapshot_type"
     both = Fallback(Scripted(snapshot_type=Other), secondary=Scripted(snapshot_type=Other))
     assert both.snapshot_type is Other
 
@@ -197,6 +198,8 @@ async def test_an_erasure_that_is_not_finished_says_where(
     assert caught.value.pending == pending
     assert caught.value.retryable
     assert caught.value.__cause__ is (left or right)
+    assert (caught.value.operation, caught.value.layer) == (Op.DELETE, "Fallback")
+    assert caught.value.user_id == "u-1"
     assert "u-1" not in str(caught.value)
     assert inner.calls == secondary.calls == [Op.DELETE]
 
