@@ -33,6 +33,7 @@ from layered_store import (
 from layered_store.codec import SnapshotCodec
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.enumerable import enumerable_of
+from layered_store.layers.encrypted import _bound
 from layered_store.sealed import SealedSnapshot
 from layered_store.testing import check_store
 from layered_store.testing.clock import FakeClock
@@ -92,6 +93,36 @@ async def test_subclasses_keep_all_their_fields() -> None:
     await store.upsert_latest(mood)
     assert await store.get_latest("user-1") == mood
     assert await store.get_history("user-1", 1) == [mood]
+
+
+# The format
+
+WRITTEN = {
+    "user-1": (
+        "02c2d0b4ac3bf9d8497b032f4fe94134b9d7dff9ee6d7e5841e667d1c3b9cbcf2d733baa009ac23ebf99b72dd8"
+        "51ded0408239e53becb3252a51c20c4e188a54edcf4181016158f1da27e0a30dc9a52b0b3fc161d2a3a06d5c44"
+        "5a6f7945029c6360d5643cfb5376191b0f5fcccfac177b9de6bdc86bee6b475c03d4c94f4ba1b06e04bb88b3c6"
+        "dc76a1dfffd8f515"
+    ),
+    "eba9b35d3b8b1950851a360e9c3e4c4e": (
+        "02c2d0b4acde5dfe41d16d5be50e406c353f64ecb5d7adaefe81971831f3c889659c81032e92845dde1c346e25"
+        "c3225291b3e7fb043531d4732aef2b2f9ebfdda50e9634c08d04ada9a7e2a49bf94bd45aa0f709b1bfb57fd827"
+        "c897c950cb1f547efadf3cead82714cce891f32e191ebe0224a74255fb882e7744ebbeb4e5b3f3448d0b67e544"
+        "7c958be2dde5afbc"
+    ),
+}
+"""Records of one user under ``KEY`` as release 0.1.0 wrote them, by the id below."""
+
+
+@pytest.mark.parametrize(("below", "sealed"), WRITTEN.items())
+async def test_what_the_first_release_wrote_can_be_read(below: str, sealed: str) -> None:
+    """Keys, nonces, user ids and what is authenticated are derived the same way for ever."""
+    inner = MemoryStore()
+    await tampered(inner, SealedSnapshot(below, 5, sealed=bytes.fromhex(sealed)))
+    store = Encrypted(inner, keys=[KEY], hash_user_ids=below != "user-1")
+    assert await store.get_latest("user-1") == StateSnapshot(
+        "user-1", updated_at_unix_ms=5, confidence=0.25, axes={"warmth": 0.7}
+    )
 
 
 # What the backend sees
@@ -224,6 +255,27 @@ async def test_a_plain_record_is_refused_unless_plain_ones_are_accepted() -> Non
     await inner.upsert_latest(SealedSnapshot("user-1", 5, sealed=b"\x07???"))
     found = await moving.get_latest("user-1")
     assert isinstance(found, SealedSnapshot)
+    with pytest.raises(CorruptDataError):
+        moving.up(state("user-2"), "user-1")
+
+
+async def test_a_record_that_says_it_is_another_users_is_refused() -> None:
+    """Also one that was encrypted with the key for this place, as only a mistake here could."""
+    for hashed in (False, True):
+        store = Encrypted(MemoryStore(), keys=[KEY], hash_user_ids=hashed)
+        below = store.id_below("user-1")
+        plain = SnapshotCodec(StateSnapshot).encode(state("user-2"))
+        sealed = store._writes_with.encrypt(store._aead, b"w", plain, _bound(below, 5))
+        record = SealedSnapshot(below, 5, sealed=sealed)
+        with pytest.raises(CorruptDataError, match="another user") as caught:
+            store.up(record, "user-1")
+        assert (caught.value.layer, caught.value.user_id) == ("Encrypted", "user-1")
+        if hashed:
+            with pytest.raises(CorruptDataError, match="another user"):
+                store.id_above(below, record)
+            with pytest.raises(CorruptDataError, match="not encrypted"):
+                store.id_above(below, state(below))
+            assert store.id_above(below, None) is None  # erased since it was listed
 
 
 @given(st.binary(max_size=80), st.sampled_from([b"", b"\x01", b"\x02"]), st.booleans())
@@ -294,6 +346,8 @@ async def test_the_first_key_writes_and_all_read() -> None:
         [KEY, KEY],
         [KEY, base64.b64encode(KEY).decode()],
         [None],
+        [5],
+        [bytearray(32)],
         None,
         {KEY},
     ],
@@ -307,6 +361,23 @@ def test_bad_keys_are_refused_without_showing_them(keys: Any) -> None:
     for key in (KEY, b"short", b"not base64"):
         assert repr(key)[2:-1] not in text
         assert base64.b64encode(key).decode()[:8] not in text
+
+
+@pytest.mark.parametrize("keys", [KEY, base64.b64encode(KEY).decode(), None, {KEY}])
+def test_one_key_instead_of_a_list_is_told_as_such(keys: Any) -> None:
+    """Not as a bad key: each byte or character of it would be one."""
+    with pytest.raises(ConfigError, match="must be a list of keys") as caught:
+        Encrypted(MemoryStore(), keys=keys)
+    assert caught.value.layer == "Encrypted"
+
+
+def test_keys_that_cannot_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records name their key by four bytes of a hash; with one byte, two of 257 must be equal."""
+    monkeypatch.setattr("layered_store.layers.encrypted._ID_BYTES", 1)
+    keys = [n.to_bytes(32, "big") for n in range(257)]
+    with pytest.raises(ConfigError, match="told apart") as caught:
+        Encrypted(MemoryStore(), keys=keys)
+    assert caught.value.option == "keys"
 
 
 def test_keys_come_in_both_alphabets_of_base64() -> None:

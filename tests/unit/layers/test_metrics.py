@@ -199,17 +199,39 @@ async def test_a_call_in_flight_shows_and_a_cancelled_one_is_counted(
     registry: CollectorRegistry,
 ) -> None:
     """Cancellation is an outcome; nothing stays in flight."""
-    gate = Gate()
-    stack = Metrics(Scripted(gate), name="s", registry=registry)
-    call = asyncio.create_task(stack.get_latest("u-1"))
-    await gate.entered.wait()
-    assert figures(registry, "layered_store_operations_in_flight") == {("s",): 1}
-    assert outcomes(registry, "get_latest") == {}
-    call.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await call
-    assert figures(registry, "layered_store_operations_in_flight") == {("s",): 0}
-    assert outcomes(registry, "get_latest") == {"cancelled": 1}
+    for operation in ("get_latest", "delete"):
+        gate = Gate()
+        stack = Metrics(Scripted(gate), name=operation, registry=registry)
+        call = asyncio.create_task(getattr(stack, operation)("u-1"))
+        await gate.entered.wait()
+        flying = figures(registry, "layered_store_operations_in_flight", stack=operation)
+        assert flying == {(): 1}
+        assert outcomes(registry, operation) == {}
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        flying = figures(registry, "layered_store_operations_in_flight", stack=operation)
+        assert flying == {(): 0}
+        assert outcomes(registry, operation) == {"cancelled": 1}
+
+
+async def test_a_subclass_that_looks_at_every_call_sees_reads_too() -> None:
+    """``get_latest`` is written out for speed; not past an ``around`` of one's own."""
+    seen = []
+
+    class Watching(Metrics):
+        async def around(self, op: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+            seen.append(op)
+            return await super().around(op, method, *args, **kwargs)
+
+    inner = MemoryStore()
+    stack = Watching(inner, name="s", registry=CollectorRegistry())
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    assert await stack.get_latest("u-1") == await inner.get_latest("u-1")
+    assert seen == ["upsert_latest", "get_latest"]
+    plain = Metrics(inner, name="s", registry=CollectorRegistry())
+    plain.around = None  # type: ignore[method-assign, assignment]
+    assert await plain.get_latest("u-1") is not None  # one coroutine less
 
 
 # Durations
@@ -228,6 +250,55 @@ async def test_durations_fall_into_their_buckets(registry: CollectorRegistry) ->
     assert [cells["s", le] for le in ("0.01", "0.025", "0.05", "10.0", "+Inf")] == [0, 1, 2, 2, 3]
     total = figures(registry, "layered_store_operation_duration_seconds_sum")
     assert total["s", "delete"] == pytest.approx(99.055)
+
+
+async def test_an_operation_slower_than_every_bound_has_a_histogram(
+    registry: CollectorRegistry,
+) -> None:
+    """Also when it is the only one; and a read's time counts from its own beginning."""
+    clock = FakeClock()
+    stack = Metrics(Scripted(Takes(clock, 99.0)), name="s", registry=registry, clock=clock)
+    await clock.advance(1000)
+    call = asyncio.create_task(stack.get_latest("u-1"))
+    await clock.advance(99)
+    await call
+    cells = figures(registry, "layered_store_operation_duration_seconds_bucket")
+    assert (cells["s", "get_latest", "10.0"], cells["s", "get_latest", "+Inf"]) == (0, 1)
+    total = figures(registry, "layered_store_operation_duration_seconds_sum")
+    assert total["s", "get_latest"] == pytest.approx(99)
+
+
+async def test_hits_count_as_reads_only(registry: CollectorRegistry) -> None:
+    """Other operations have their own number, in the counter and in the histogram."""
+    stack = Metrics(Cached(MemoryStore()), name="s", registry=registry)
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    for _ in range(70):
+        await stack.get_latest("u-1")
+    await stack.get_history("u-1", 1)
+    done = figures(registry, "layered_store_operations_total", outcome="ok", stack="s")
+    assert done == {("get_latest",): 70, ("upsert_latest",): 1, ("get_history",): 1}
+    name = "layered_store_operation_duration_seconds_count"
+    assert figures(registry, name, stack="s") == done
+
+
+async def test_every_hit_is_timed_when_one_of_two_views_asks_for_it() -> None:
+    """The inner view need not be the one that asks, nor the outer."""
+
+    class Ticking(FakeClock):
+        def monotonic(self) -> float:
+            self.set(self._now + 0.001)
+            return self._now
+
+    for outer, inner in (("sampled", "all"), ("all", "sampled")):
+        clock, registry = Ticking(), CollectorRegistry()
+        cached = Cached(MemoryStore(), ttl=1e6, clock=clock)
+        view = Metrics(cached, name="in", registry=registry, time_hits=inner, clock=clock)
+        stack = Metrics(view, name="out", registry=registry, time_hits=outer, clock=clock)
+        await stack.upsert_latest(StateSnapshot("u-1"))
+        before = clock.monotonic()
+        for _ in range(10):
+            await stack.get_latest("u-1")
+        assert clock.monotonic() - before == pytest.approx(0.021)  # two readings for each
 
 
 @pytest.mark.parametrize("time_hits", ["sampled", "all"])
@@ -768,6 +839,20 @@ async def test_a_bad_exemplar_is_left_out(registry: CollectorRegistry, hook: Any
     body = generate_openmetrics(registry).decode()
     assert " # {" not in body
     assert list(parse_open(body))
+
+
+async def test_exemplars_are_those_of_the_operation() -> None:
+    """A slow erasure is no trace of a slow read."""
+    stack = Metrics(
+        MemoryStore(),
+        name="s",
+        registry=CollectorRegistry(),
+        exemplar=lambda: {"trace_id": "a1"},
+        clock=FakeClock(),
+    )
+    await stack.delete("u-1")
+    assert stack.exemplars("get_latest") == {}
+    assert [each.labels for each in stack.exemplars("delete").values()] == [{"trace_id": "a1"}]
 
 
 async def test_another_registry_shows_nothing_of_it() -> None:

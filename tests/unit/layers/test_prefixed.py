@@ -64,6 +64,7 @@ def test_two_tenants_never_share_a_user(tenants: list[str], users: list[str]) ->
     assert (below[0] == below[1]) == same
     assert all(map(is_valid_user_id, below))
     assert one.id_above(below[0], None) == users[0]
+    assert one.id_above(one.id_below("", ""), None) is None  # nobody: a record of the store's own
     if names[0] != names[1]:
         assert two.id_above(below[0], None) is None
 
@@ -103,6 +104,8 @@ async def test_the_id_below_is_the_prefix_and_the_id() -> None:
         ("tenant_a", "tenant_a-u-1"),
         ("a-b", "-612d62-u-1"),
         ("a:b:", "-613a62-u-1"),
+        ("\ud800", "-eda080-u-1"),
+        ("x" * 64, "x" * 64 + "-u-1"),
     ):
         inner = MemoryStore()
         await Prefixed(inner, prefix=prefix).upsert_latest(state("u-1"))
@@ -129,6 +132,8 @@ async def test_ids_may_be_as_long_as_the_rest_of_an_id() -> None:
             with pytest.raises(ValidationError, match="at most 249 UTF-8 bytes") as caught:
                 await call
             assert caught.value.field == "user_id"
+            assert (caught.value.layer, caught.value.user_id) == ("Prefixed", longer)
+            assert caught.value.operation
             assert longer not in str(caught.value)
 
 
@@ -139,8 +144,9 @@ async def test_a_record_of_another_user_is_never_returned() -> None:
         async def get_latest(self, user_id: str) -> StateSnapshot | None:
             return state("acme-user-2")
 
-    with pytest.raises(CorruptDataError):
+    with pytest.raises(CorruptDataError) as caught:
         await Prefixed(Mixed(), prefix="acme").get_latest("user-1")
+    assert (caught.value.layer, caught.value.user_id) == ("Prefixed", "user-1")
 
 
 async def test_subclasses_and_their_fields_pass() -> None:

@@ -20,7 +20,9 @@ from layered_store import (
 )
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.enumerable import Enumerable
+from layered_store.interface import Op
 from layered_store.layer import Layer
+from layered_store.stats import Sample
 
 
 def state(user_id: str = "user-1", value: float = 0.5) -> StateSnapshot:
@@ -41,14 +43,21 @@ async def test_every_write_is_refused_and_changes_nothing() -> None:
     inner = MemoryStore()
     await inner.upsert_latest(state())
     store = ReadOnly(inner)
+    told = [
+        (Op.UPSERT_LATEST, "user-1"),
+        (Op.UPSERT_LATEST_MANY, None),
+        (Op.UPSERT_LATEST_MANY, None),
+        (Op.DELETE, "user-1"),
+    ]
     for number, write in enumerate(writes(store), 1):
         with pytest.raises(RejectedError, match="read-only") as caught:
             await write()
         assert not caught.value.retryable
         assert not caught.value.outcome_unknown
         assert caught.value.layer == "ReadOnly"
+        assert (caught.value.operation, caught.value.user_id) == told[number - 1]
         assert "user-1" not in str(caught.value)
-        assert [sample.value for sample in store.samples()] == [number]
+        assert list(store.samples()) == [Sample("refused_writes", number)]
     assert await inner.get_latest("user-1") == state()
     assert await inner.get_history("user-1", 9) == [state()]
 

@@ -16,6 +16,7 @@ from layered_store import (
     ConfigError,
     MemoryStore,
     Metrics,
+    Retry,
     StateSnapshot,
     Tracing,
     WriteThrough,
@@ -120,9 +121,23 @@ async def test_without_a_tracer_the_global_provider_is_asked() -> None:
 
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name; a missing library with the command that installs it."""
-    with pytest.raises(ConfigError) as caught:
-        Tracing(MemoryStore(), tier="")
-    assert caught.value.option == "tier"
+    for tier in ("", 5):
+        with pytest.raises(ConfigError) as caught:
+            Tracing(MemoryStore(), tier=tier)  # type: ignore[arg-type]
+        assert caught.value.option == "tier"
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(ConfigError, match=r"layered-store\[otel\]"):
+    with pytest.raises(ConfigError, match=r"layered-store\[otel\]") as caught:
         Tracing(MemoryStore())
+    assert (caught.value.option, caught.value.layer) == ("tracer", "Tracing")
+
+
+async def test_a_tier_is_called_after_the_backend_that_it_leads_to(
+    exporter: InMemorySpanExporter, tracer: object
+) -> None:
+    """Through whatever layers; where the way parts, it is a stack."""
+    for inner in (MemoryStore(), Retry(Cached(MemoryStore()))):
+        await Tracing(inner, tracer=tracer).get_latest("u-1")
+    both = WriteThrough(MemoryStore(), origin=MemoryStore())
+    await Tracing(Retry(both), tracer=tracer).get_latest("u-1")
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert names == ["memory.get_latest", "memory.get_latest", "stack.get_latest"]
