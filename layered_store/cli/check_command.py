@@ -56,7 +56,7 @@ def command(stack: str | None, timeout: float, *, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
     else:
-        console.print(_tree(report))
+        console.print(_tree(report), soft_wrap=False)  # or the ends of long reasons are cut
         sign, colour = _LOOKS[report.status]
         console.print(Text(f"{sign} {_MEANS[report.status]}", style=colour))
     sys.exit(1 if report.status is HealthStatus.UNHEALTHY else 0)

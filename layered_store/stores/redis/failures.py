@@ -110,4 +110,17 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
         return StoreError(f"the server refused the command ({code or name})", **place)
     if name in ("MasterNotFoundError", "SlaveNotFoundError"):
         return UnavailableError("no Sentinel knows a primary of this service", **place)
-    return UnavailableError(f"{_LOST} ({name})", outcome_unknown=write, **place)
+    return UnavailableError(f"{_LOST} ({_reason(exc)})", outcome_unknown=write, **place)
+
+
+def _reason(exc: BaseException) -> str:
+    """Name the system's error below the driver's: refused, unknown host and no such socket differ.
+
+    Their texts are left out, which have the address and may have more.
+    """
+    cause: BaseException | None = exc
+    for _ in range(5):
+        if cause is None or isinstance(cause, OSError):
+            break
+        cause = cause.__cause__ or cause.__context__
+    return type(exc if cause is None else cause).__name__

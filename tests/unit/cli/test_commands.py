@@ -95,8 +95,17 @@ def test_check_unhealthy() -> None:
     done = run("check", "redis://127.0.0.1:1/0")
     assert done.exit_code == 1
     assert "✗ RedisStore unhealthy" in done.output
-    assert "the connection failed" in done.output
+    assert "the connection failed (ConnectionRefusedError)" in done.output
     assert "Traceback" not in done.output
+
+
+def test_check_tells_whole_reasons(tmp_path: Path) -> None:
+    """However deep a block stands, its reason is wrapped and not cut off."""
+    path = tmp_path / "deep.toml"
+    layers = ", ".join(["{ use = 'read_only' }"] * 12)
+    path.write_text(f"[store]\nuse = 'redis'\nurl = 'redis://127.0.0.1:1/0'\nlayers = [{layers}]")
+    done = run("check", str(path))
+    assert "(ConnectionRefusedError)" in done.output.replace("\n", "").replace(" ", "")
 
 
 HUNG = """
