@@ -403,7 +403,7 @@ async def test_routes() -> None:
         (
             "POST",
             "/v1/state",
-            b'{"user_id":"u","x":' + b"[" * 9_000 + b"]" * 9_000 + b"}",
+            b'{"user_id":"u","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
             400,
             "VALIDATION_ERROR",
         ),
