@@ -118,6 +118,12 @@ class SharedProbe:
                 message = "the health check said no"
         except TimeoutError:
             healthy, message = False, f"no answer within {self._limit:g} s"
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled this probe: something below did, such as a driver that gave up.
+            healthy, message = False, "the health check was cancelled below"
         except StoreError as exc:
             healthy, message = False, str(exc)
         except Exception as exc:  # noqa: BLE001  a third party's check may raise anything

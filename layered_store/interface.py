@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from layered_store.errors import UnsupportedError, ValidationError
+from layered_store.errors import CorruptDataError, UnsupportedError, ValidationError
 from layered_store.health import HealthReport, SharedProbe
 from layered_store.identity import check_user_id
 from layered_store.sealed import SealedSnapshot
@@ -197,14 +197,15 @@ def check_limit(limit: object) -> int:
     return limit
 
 
-def listed(values: Iterable[T], field: str, operation: str) -> list[T]:
-    """Return what a batch was given as a list; a text or a lone value is refused.
+def listed(values: Iterable[T], field: str, operation: str) -> tuple[T, ...]:
+    """Return what a batch was given as a tuple; a text or a lone value is refused.
 
-    An iterator can be read once only, and a call may be repeated.
+    An iterator can be read once only, and a call may be repeated; a store that empties the list it
+    is given would leave nothing to repeat.
     """
     if not isinstance(values, str | bytes):
         try:
-            return list(values)
+            return tuple(values)
         except TypeError:
             pass
     raise ValidationError(
@@ -214,17 +215,35 @@ def listed(values: Iterable[T], field: str, operation: str) -> list[T]:
     )
 
 
-def check_user_ids(user_ids: Iterable[str]) -> list[str]:
+def check_user_ids(user_ids: Iterable[str]) -> tuple[str, ...]:
     """Return the ids of a batch of reads, each once, or raise ValidationError."""
     wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
     for user_id in wanted:
         check_user_id(user_id, Op.GET_LATEST_MANY)
-    return list(dict.fromkeys(wanted))
+    return tuple(dict.fromkeys(wanted))
+
+
+def is_state_of(value: object, user_id: str) -> bool:
+    """Tell whether what a store answered is a state of this user.
+
+    Our backends check what they read; a store from elsewhere may answer anything.
+    """
+    return getattr(value, "user_id", None) == user_id
+
+
+def not_of_user(user_id: str, operation: str, layer: str) -> CorruptDataError:
+    """Return the error for an answer from below that is no state of the user asked for."""
+    return CorruptDataError(
+        "the store below answered with a record of another user, or with no snapshot",
+        operation=operation,
+        layer=layer,
+        user_id=user_id,
+    )
 
 
 def check_snapshots(
     snapshots: Iterable[StateSnapshot], snapshot_type: type[StateSnapshot]
-) -> list[StateSnapshot]:
+) -> tuple[StateSnapshot, ...]:
     """Return the snapshots of a batch of writes, or raise ValidationError for a bad one."""
     batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
     for snapshot in batch:

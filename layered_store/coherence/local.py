@@ -22,7 +22,7 @@ from layered_store.errors import (
     UnsupportedError,
     ValidationError,
 )
-from layered_store.interface import Op
+from layered_store.interface import Op, is_state_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,11 +136,14 @@ class LocalCopies:
         except StoreError:
             self.failures["read"] += 1
             return CopyRead(None, fillable=False, failed=True)
+        if snapshot is not None and not is_state_of(snapshot, user_id):
+            self.failures["read"] += 1
+            snapshot = None  # no copy of this user: a miss, and what fills it replaces it
         return CopyRead(snapshot, fillable=True)
 
     async def read_many(self, user_ids: Sequence[str]) -> CopiesRead:
         """Return the copies that are there and may be believed."""
-        asked = [user_id for user_id in user_ids if self.usable(user_id)]
+        asked = tuple(user_id for user_id in user_ids if self.usable(user_id))
         try:
             found = await self._tier.get_latest_many(asked)
         except _CALLER_ERRORS:
@@ -149,8 +152,15 @@ class LocalCopies:
             self.failures["read"] += 1
             return CopiesRead({}, fillable=False, failed=len(asked))
         # A write may have begun meanwhile; its reader goes to the origin.
-        usable = {key: value for key, value in found.items() if self.usable(key)}
+        usable = {
+            key: found[key] for key in asked if key in found and self._believed(key, found[key])
+        }
         return CopiesRead(usable, fillable=True)
+
+    def _believed(self, user_id: str, copy: object) -> bool:
+        if copy is not None and not is_state_of(copy, user_id):
+            self.failures["read"] += 1
+        return self.usable(user_id) and is_state_of(copy, user_id)
 
     def watch(self, user_id: str) -> tuple[_User, int]:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""

@@ -608,8 +608,8 @@ def _holders(reply: Any, me: str) -> Holders:
     others = {}
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         until, bar, seen = value.partition(b"|")
-        if not bar or name == me.encode():
-            continue
+        if not (bar and until.isdigit() and seen.isdigit()) or name == me.encode():
+            continue  # not a lease, or our own
         if float(until) / 1000 > now - _STEP_SECONDS:
             others[name.decode()] = (float(until) / 1000, float(seen) / 1000)
     return Holders(now, now - born, others)

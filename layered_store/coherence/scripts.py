@@ -7,6 +7,9 @@ id, whose expiry is the end of trust: while it exists and names this server, cop
 generation may be believed. The register of a bucket's leases, the hash ``leases``, is whole since
 its field ``born`` and belongs to the server run in ``run``: another run begins an empty one.
 
+Any key may hold something else, written by another program: it then counts as missing and is
+replaced. A lock that never runs out is none of ours.
+
 Each script is loaded behind a head (:func:`source`) that names the server run it was loaded on.
 """
 
@@ -76,8 +79,21 @@ local function tell(channel, version, erased, digest)
   local notice = {'i', text(now()), version, erased, server, digest}
   redis.call(publish, channel, table.concat(notice, '|'))
 end
+local function plain(key)
+  local r = redis.pcall('GET', key)
+  if type(r) == 'string' then return r end
+  if r then redis.call('DEL', key) end
+  return false
+end
+local function fields(key, ...)
+  local r = redis.pcall('HMGET', key, ...)
+  if not r.err then return r end
+  redis.call('DEL', key)
+  return {}
+end
 local function register(key, t)
-  if redis.call('HGET', key, 'run') ~= server then
+  local known = fields(key, 'run', 'born')
+  if known[1] ~= server or not tonumber(known[2] or '') then
     redis.call('DEL', key)
     redis.call('HSET', key, 'run', server, 'born', text(t))
   end
@@ -92,7 +108,7 @@ end
 TICKET: Final = (
     _LIBRARY
     + """
-local g = redis.call('GET', KEYS[2])
+local g = plain(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return {} end
 local gen = string.sub(g, 1, 16)
 local r, kind = fetch(KEYS[1])
@@ -109,7 +125,7 @@ return {ARGV[1], gen}
 FILL: Final = (
     _LIBRARY
     + """
-local g = redis.call('GET', KEYS[2])
+local g = plain(KEYS[2])
 if not g or string.sub(g, 1, 16) ~= ARGV[2] then return 0 end
 local r = fetch(KEYS[1])
 if r ~= ARGV[1] then return 0 end
@@ -122,7 +138,7 @@ return 1
 PUT: Final = (
     _LIBRARY
     + """
-local g = redis.call('GET', KEYS[2])
+local g = plain(KEYS[2])
 local may = g and string.sub(g, 1, 16) == ARGV[3]
 local r, kind = fetch(KEYS[1])
 if r then
@@ -150,7 +166,7 @@ digest."""
 BURY: Final = (
     _LIBRARY
     + """
-local g = redis.call('GET', KEYS[2])
+local g = plain(KEYS[2])
 local r, kind = fetch(KEYS[1])
 local copy = r and (kind == 'S' or kind == 'F' or kind == 'D')
 if copy and g and generation(r) == string.sub(g, 1, 16) then
@@ -174,11 +190,11 @@ HOLDERS: Final = _LIBRARY + "return holders(KEYS[1])"
 BEGIN: Final = (
     _LIBRARY
     + """
-local holder = redis.call('GET', KEYS[3])
-if holder and holder ~= ARGV[1] then return {} end
+local holder = plain(KEYS[3])
+if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[3]) >= 0 then return {} end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[3])
-local known = redis.call('HMGET', KEYS[2], 'gen', 'cursor', 'pass')
-if known[1] and known[2] and known[3] then
+local known = fields(KEYS[2], 'gen', 'cursor', 'pass')
+if known[1] and #known[1] == 16 and known[2] and tonumber(known[3] or '') then
   return {text(now()), known[1], known[2], tonumber(known[3])}
 end
 redis.call('DEL', KEYS[1], KEYS[2])
@@ -197,7 +213,7 @@ drop everything."""
 RENEW: Final = (
     _LIBRARY
     + """
-if redis.call('HGET', KEYS[2], 'gen') ~= ARGV[1] then return 0 end
+if fields(KEYS[2], 'gen')[1] ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[2], 'gen', ARGV[2], 'cursor', ARGV[3], 'pass', ARGV[4])
 tell(ARGV[5], '0', '0', '')
@@ -230,9 +246,9 @@ return acted
 STAMP: Final = (
     _LIBRARY
     + """
-local holder = redis.call('GET', KEYS[3])
+local holder = plain(KEYS[3])
 if holder and holder ~= ARGV[1] then return 0 end
-local known = redis.call('HMGET', KEYS[2], 'gen', 'pass')
+local known = fields(KEYS[2], 'gen', 'pass')
 if known[1] ~= ARGV[2] or (known[2] or '0') ~= ARGV[8] then return 0 end
 redis.call('HSET', KEYS[2], 'cursor', ARGV[3], 'pass', ARGV[5])
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[7])
@@ -253,8 +269,9 @@ not when only the lock ran out, or one slow page would be repaired for ever.
 STALE: Final = (
     _LIBRARY
     + """
-local known = redis.call('HMGET', KEYS[2], 'gen', 'run', 'until')
-if not known[3] or known[2] ~= server or now() > known[3] + tonumber(ARGV[1]) then return false end
+local known = fields(KEYS[2], 'gen', 'run', 'until')
+local ended = tonumber(known[3] or '')
+if not ended or known[2] ~= server or now() > ended + tonumber(ARGV[1]) then return false end
 local r, kind = fetch(KEYS[1])
 if r and (kind == 'S' or kind == 'F') and generation(r) == known[1] then return r end
 return false
@@ -277,7 +294,7 @@ if redis.call('HLEN', KEYS[1]) > 64 then
 end
 local echo = {'p', text(t), ARGV[4], '0', server, ARGV[1]}
 redis.call(publish, ARGV[5], table.concat(echo, '|'))
-local g = redis.call('GET', KEYS[2])
+local g = plain(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return 0 end
 return redis.call('PTTL', KEYS[2])
 """

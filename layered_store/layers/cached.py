@@ -20,7 +20,13 @@ from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations, Notice
 from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
-from layered_store.errors import ConfigError, RejectedError, StoreError, UnavailableError
+from layered_store.errors import (
+    ConfigError,
+    CorruptDataError,
+    RejectedError,
+    StoreError,
+    UnavailableError,
+)
 from layered_store.eviction import Node, S3FIFOCache
 from layered_store.explaining import Held, Peek
 from layered_store.hotpath import HitCount, HotPath, Trust
@@ -31,6 +37,8 @@ from layered_store.interface import (
     check_snapshot,
     check_snapshots,
     check_user_ids,
+    is_state_of,
+    not_of_user,
 )
 from layered_store.layer import Layer
 from layered_store.options import (
@@ -339,6 +347,8 @@ class Cached(Layer):
         # As ``_lead`` does; written out, since most misses are lone ones and pass here.
         try:
             value = await self.inner.get_latest(user_id)
+            if value is not None and getattr(value, "user_id", None) != user_id:
+                raise not_of_user(user_id, Op.GET_LATEST, self.name)
         except Exception as exc:  # noqa: BLE001
             return await self._load_failed(user_id, flight, exc)
         except BaseException:
@@ -380,10 +390,12 @@ class Cached(Layer):
             for user_id, future in joined.items():
                 result = await future
                 left -= 1
-                if result is _AGAIN:
-                    found[user_id] = await self.get_latest(user_id)
-                else:
-                    found[user_id] = self._received(result)
+                # A record that cannot be read is left out of a batch, as stores do.
+                with contextlib.suppress(CorruptDataError):
+                    if result is _AGAIN:
+                        found[user_id] = await self.get_latest(user_id)
+                    else:
+                        found[user_id] = self._received(result)
         except Exception as exc:
             self._reads.failed(exc, left)
             raise
@@ -459,6 +471,8 @@ class Cached(Layer):
         """Load a user for everyone who asks meanwhile."""
         try:
             value = await self.inner.get_latest(user_id)
+            if value is not None and not is_state_of(value, user_id):
+                raise not_of_user(user_id, Op.GET_LATEST, self.name)
         except Exception as exc:  # noqa: BLE001
             return await self._load_failed(user_id, flight, exc, counted=counted)
         except BaseException:
@@ -490,7 +504,7 @@ class Cached(Layer):
 
     async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
         try:
-            values = await self.inner.get_latest_many(list(led))
+            values = await self.inner.get_latest_many(tuple(led))
             found = {user_id: values.get(user_id) for user_id in led}
         except Exception as exc:
             left = dict(led)
@@ -515,8 +529,16 @@ class Cached(Layer):
             raise
         self._reads.miss += len(led)
         for user_id, flight in led.items():
-            self._landed(user_id, flight, found[user_id])
-            flight.land(found[user_id])
+            value = found[user_id]
+            if value is not None and not is_state_of(value, user_id):
+                # Left out of the batch; whoever asked for this user alone is told.
+                found[user_id] = None
+                if self._leave_flight(user_id, flight):
+                    self._unindex(user_id)
+                flight.land(_Failure(not_of_user(user_id, Op.GET_LATEST, self.name)))
+                continue
+            self._landed(user_id, flight, value)
+            flight.land(value)
         return found
 
     def _landed(self, user_id: str, flight: _Flight, value: StateSnapshot | None) -> None:

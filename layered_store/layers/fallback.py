@@ -21,7 +21,7 @@ from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore, listed
+from layered_store.interface import Op, StateStore, is_state_of, listed, not_of_user
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.stats import Sample
@@ -91,17 +91,22 @@ class Fallback(Layer):
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         try:
-            return await self.inner.get_latest(user_id)
+            found = await self.inner.get_latest(user_id)
         except (UnavailableError, RejectedError) as exc:
-            return await self._instead(exc, Op.GET_LATEST, self.secondary.get_latest, user_id)
+            found = await self._instead(exc, Op.GET_LATEST, self.secondary.get_latest, user_id)
+        if found is not None and not is_state_of(found, user_id):
+            raise not_of_user(user_id, Op.GET_LATEST, self.name)
+        return found
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
         try:
-            return await self.inner.get_latest_many(wanted)
+            found = await self.inner.get_latest_many(wanted)
         except (UnavailableError, RejectedError) as exc:
             method = self.secondary.get_latest_many
-            return await self._instead(exc, Op.GET_LATEST_MANY, method, wanted)
+            found = await self._instead(exc, Op.GET_LATEST_MANY, method, wanted)
+        # A record of another user is left out; asked for alone, it raises.
+        return {key: found[key] for key in wanted if is_state_of(found.get(key), key)}
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         try:

@@ -164,8 +164,8 @@ class TranslatingLayer(Layer):
         wanted = check_user_ids(user_ids)
         return {self.id_below(user_id, operation): user_id for user_id in wanted}
 
-    def checked_batch(self, snapshots: Iterable[StateSnapshot]) -> list[StateSnapshot]:
-        """Return the snapshots as a list, all of them checked, their ids below as well."""
+    def checked_batch(self, snapshots: Iterable[StateSnapshot]) -> tuple[StateSnapshot, ...]:
+        """Return the snapshots as a tuple, all of them checked, their ids below as well."""
         batch = check_snapshots(snapshots, self.snapshot_type)
         for snapshot in batch:
             self.id_below(snapshot.user_id, Op.UPSERT_LATEST_MANY)

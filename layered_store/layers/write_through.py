@@ -22,13 +22,15 @@ from layered_store.interface import (
     check_snapshot,
     check_snapshots,
     check_user_ids,
+    is_state_of,
+    not_of_user,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from layered_store.snapshot import StateSnapshot
 
@@ -112,6 +114,8 @@ class WriteThrough(Layer):
             mark = self._copies.watch(user_id) if copy.fillable else None
             try:
                 snapshot = await self.origin.get_latest(user_id)
+                if snapshot is not None and not is_state_of(snapshot, user_id):
+                    raise not_of_user(user_id, Op.GET_LATEST, self.name)
             except BaseException:
                 self._copies.unwatch(user_id, mark)
                 raise
@@ -140,18 +144,20 @@ class WriteThrough(Layer):
         self._reads.miss += missing - failed
         return {user_id: found[user_id] for user_id in wanted if user_id in found}
 
-    async def _read_many(self, wanted: list[str]) -> tuple[dict[str, StateSnapshot], int, int]:
+    async def _read_many(self, wanted: Sequence[str]) -> tuple[dict[str, StateSnapshot], int, int]:
         """Return what was found, how many the tier did not have, and how many it failed on."""
         copies = await self._copies.read_many(wanted)
         found = copies.found
-        missing = [user_id for user_id in wanted if user_id not in found]
+        missing = tuple(user_id for user_id in wanted if user_id not in found)
         if not missing:
             return found, 0, 0
         marks = {
             user_id: self._copies.watch(user_id) if copies.fillable else None for user_id in missing
         }
         try:
-            loaded = await self.origin.get_latest_many(missing)
+            answer = await self.origin.get_latest_many(missing)
+            # A record of another user is left out; asked for alone, it raises.
+            loaded = {key: answer[key] for key in missing if is_state_of(answer.get(key), key)}
             found.update(loaded)
             while marks:
                 user_id, mark = marks.popitem()
@@ -324,7 +330,9 @@ class WriteThrough(Layer):
             return snapshot
         return (await self._authority.write(snapshot)).snapshot
 
-    async def _write_many(self, batch: list[StateSnapshot]) -> Mapping[str, StateSnapshot | None]:
+    async def _write_many(
+        self, batch: Sequence[StateSnapshot]
+    ) -> Mapping[str, StateSnapshot | None]:
         if self._authority is None:
             await self.origin.upsert_latest_many(batch)
             return {snapshot.user_id: snapshot for snapshot in batch}

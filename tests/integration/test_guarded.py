@@ -7,10 +7,12 @@ as the servers can tell.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
 import pytest
+import redis
 
 from layered_store import (
     RedisStore,
@@ -258,3 +260,43 @@ async def test_a_write_that_may_have_happened_leaves_no_copy_to_be_read(
     assert await stack.get_latest("u-1") == expected
     assert (await stack.get_latest_many(["u-1"])).get("u-1") == expected
     await stack.aclose()
+
+
+def _another_programs(kind: str, client: redis.Redis) -> None:
+    """Put something else under every key, as a program with the same keys would."""
+    for key in client.keys("*"):
+        client.delete(key)
+        if kind == "text":
+            client.set(key, "another program's")
+        elif kind == "list":
+            client.rpush(key, "a")
+        else:
+            client.hset(key, mapping={"born": "x", "pass": "y", "gen": "z", "until": "w"})
+
+
+@pytest.mark.parametrize("kind", ["text", "list", "hash"])
+async def test_whatever_stands_under_the_keys_is_replaced(
+    kind: str, pair: tuple[Process, Process], redis_url: str
+) -> None:
+    """Records, guard, register, lock and the repairer's place alike: reads and writes go on, an
+    erasure finishes, and soon the tier holds copies again. A lock of another program, which never
+    runs out, stops no repair."""
+    one, other = pair
+    await one.stack.upsert_latest(state(0.1))
+    await one.stack.upsert_latest(state(0.1, "u-2"))
+    with contextlib.closing(redis.Redis.from_url(redis_url)) as client:
+        _another_programs(kind, client)
+        for process in pair:
+            assert await process.stack.get_latest("u-1") == state(0.1)
+        await one.stack.upsert_latest(state(0.2))
+        assert await other.stack.get_latest("u-1") == state(0.2)
+        _another_programs(kind, client)
+        await one.stack.delete("u-2")
+        assert await other.stack.get_latest("u-2") is None
+        _another_programs(kind, client)
+        for _ in range(100):
+            if await other.stack.get_latest("u-1") and await in_redis(other) is Held.STATE:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("the tier was not repaired")

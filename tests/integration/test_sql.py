@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sqlite3
 import subprocess
@@ -510,3 +511,26 @@ async def test_histories_that_share_a_round_trip(url: str) -> None:
         await store.delete("u-3")
         three, four = await asyncio.gather(store.get_history("u-3", 9), store.get_history("u-4", 9))
         assert (len(three), len(four)) == (0, 5)
+
+
+async def test_a_call_cancelled_while_its_connection_opens_leaves_no_message(
+    postgres_url: str,
+) -> None:
+    """asyncpg, cancelled in the turn in which TCP connects, leaves a future whose error asyncio
+    would report to the log."""
+    said: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: said.append(context))
+    try:
+        for turns in range(25):
+            store = SQLStore(postgres_url, **tables(), create_tables=False)
+            call = asyncio.create_task(store.get_latest("u-1"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait((call,))
+            await store.aclose()
+            gc.collect()
+    finally:
+        loop.set_exception_handler(None)
+    assert said == []

@@ -49,6 +49,7 @@ _MAX_PORT: Final = 65_535
 _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
 _BUSY_MS: Final = 5_000
 _CLOSE_SECONDS: Final = 1.0
+_OPENED_SECONDS: Final = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -181,7 +182,8 @@ def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
     if driver == "aiosqlite":
         return {"async_creator_fn": _open_sqlite}
     if driver == "asyncpg":
-        return {} if "timeout" in url.query else {"timeout": wait}
+        limit = {} if "timeout" in url.query else {"timeout": wait}
+        return limit | {"async_creator_fn": _open_asyncpg}
     if driver in ("aiomysql", "asyncmy", "psycopg", "psycopg_async"):
         return {} if "connect_timeout" in url.query else {"connect_timeout": max(1, int(wait))}
     return {}
@@ -203,6 +205,28 @@ async def _open_sqlite(*args: Any, **options: Any) -> Any:
     except BaseException:
         if thread.is_alive():
             await asyncio.to_thread(thread.join, _THREAD_SECONDS)
+        raise
+
+
+async def _open_asyncpg(*args: Any, **options: Any) -> Any:
+    """Return an open asyncpg connection.
+
+    Cancelled in the turn in which TCP has connected, asyncpg leaves behind a future whose error
+    nobody reads, and asyncio writes that to the log. So a cancelled opening gets a moment to come
+    past that point; the caller of the store left at once, this is a task of its own.
+    """
+    import asyncpg  # noqa: PLC0415  only where it is the driver
+
+    opening = asyncio.ensure_future(asyncpg.connect(*args, **options))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        if not opening.done():
+            await asyncio.wait((opening,), timeout=_OPENED_SECONDS)
+        if not opening.done():
+            opening.cancel()
+        elif not opening.cancelled() and opening.exception() is None:
+            opening.result().terminate()
         raise
 
 

@@ -182,7 +182,7 @@ async def test_case_41_a_notice_ends_an_absence() -> None:
 async def test_distrust_takes_all_and_bars_what_is_under_way() -> None:
     """After a gap in the channel nothing from before it is answered or kept."""
     load_gate, write_gate = Gate(), Gate()
-    cache, tier, _ = build(OLD, load_gate, write_gate, NEW, NEW)
+    cache, tier, _ = build(OLD, load_gate, write_gate, NEW, None, None)
     await cache.get_latest("u-1")
     load = asyncio.create_task(cache.get_latest("u-2"))
     await load_gate.entered.wait()
