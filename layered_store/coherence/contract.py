@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.interface import Op
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABSENT",
+    "TRUST_SECONDS",
     "Authority",
     "CacheTier",
     "Capability",
@@ -39,6 +40,10 @@ __all__ = [
     "TierRead",
     "Versioned",
 ]
+
+
+TRUST_SECONDS: Final = 2.0
+"""How long a tier is believed after a repair pass began."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from layered_store.call import current_call
-from layered_store.coherence.contract import Invalidations, Notice
+from layered_store.coherence.contract import TRUST_SECONDS, Invalidations, Notice
 from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
@@ -58,9 +58,6 @@ REPAIR_SECONDS: Final = 0.25
 
 RUSH_SECONDS: Final = 0.05
 """Least time from one pass to the next, however many ask for one."""
-
-TRUST_SECONDS: Final = 2.0
-"""How long a tier is believed after a repair pass began."""
 
 LEASE_SECONDS: Final = 1.0
 """How long an in-process cache answers after its echo was sent."""
@@ -327,8 +324,10 @@ class GuardedCopies(Invalidations):
         except BaseException as exc:
             self._doubt((snapshot.user_id,), exc)
             raise
-        current_call(self._clock).version = record.version
         await self._committed({snapshot.user_id: record}, {snapshot.user_id: ticket})
+        # A reply may be so late that this process has seen a later state: then nothing is kept.
+        seen = self._floor(snapshot.user_id)
+        current_call(self._clock).version = record.version if record.version >= seen else 0
 
     async def upsert_latest_many(self, snapshots: Sequence[StateSnapshot]) -> None:
         await self._started()

@@ -24,6 +24,7 @@ from layered_store.coherence.contract import (
     TierRead,
     Versioned,
 )
+from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import StoreError, UnavailableError
 from layered_store.stores.redis.record import (
     FILLED,
@@ -50,7 +51,7 @@ T = TypeVar("T")
 _TOKEN_MS: Final = 10_000
 """Life of a token: far longer than a load takes; one that is gone only costs a fill."""
 
-_COPY_MS: Final = 7 * 86_400_000
+_COPY_MS: Final = int(TOMBSTONE_SECONDS * 1000)
 """Life of a copy when the store has no ``ttl``: no longer than tombstones are kept."""
 
 _STEP_SECONDS: Final = 1.0
@@ -116,6 +117,7 @@ class RedisTier(CacheTier):
         self._bound: dict[str, _Bound] = {}
         self._binding: dict[str, asyncio.Task[_Bound]] = {}
         self._parts: dict[str, _Part] = {}
+        self._began = 0.0
         # By bucket and server run: up to where its messages were taken in, on that server's clock.
         self._seen: dict[tuple[str, bytes], int] = {}
         # By number of a ping: the buckets whose echo has come.
@@ -254,6 +256,7 @@ class RedisTier(CacheTier):
 
     async def begin(self, me: str, head: str) -> Pass | None:
         self._parts = {}
+        self._began = self._store.clock.monotonic()
         parts: dict[str, _Part] = {}
 
         async def ask(bucket: str) -> bool:
@@ -312,6 +315,8 @@ class RedisTier(CacheTier):
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
         number = self._next_number()
+        # On our own clock too, since those of the servers may have been set back meanwhile.
+        left = max(0.0, seconds - (self._store.clock.monotonic() - self._began))
 
         async def stamp(bucket: str, part: _Part) -> bool:
             keys = (self._guard(bucket), self._repair(bucket), self._lock(bucket))
@@ -326,7 +331,7 @@ class RedisTier(CacheTier):
                 cursor,
                 until,
                 number,
-                int(seconds * 1000),
+                int(left * 1000),
                 _LOCK_MS,
                 part.number,
             )
@@ -433,9 +438,8 @@ class RedisTier(CacheTier):
                     yield Notice(b"", message.number, sent=sent, echo=message.body.decode())
             else:
                 yield Notice(message.body, message.number, message.erased, sent)
-            # Only now it was taken in.
-            key = (bucket, server)
-            self._seen[key] = max(message.sent, self._seen.get(key, 0))
+            # Only now it was taken in. It may be earlier than before: clocks are set.
+            self._seen[bucket, server] = message.sent
 
     def _echoed(self, bucket: str, number: int) -> bool:
         """Note the echo of one bucket; tell whether all have come."""

@@ -5,7 +5,11 @@ A value under a record key begins with ``LS``, a form byte and a kind byte, then
 reader filled in, ``D`` a tombstone, ``T`` a token. The guard is one string, generation then server
 id, whose expiry is the end of trust: while it exists and names this server, copies of its
 generation may be believed. The register of a bucket's leases, the hash ``leases``, is whole since
-its field ``born`` and belongs to the server run in ``run``: another run begins an empty one.
+its field ``born`` and belongs to the server run in ``run``: another run begins an empty one, and so
+does a clock that was set (``last`` is when it was looked at before).
+
+Somebody may set the server's clock. Set forward, what expires does so too early, which only costs.
+Set back, it lasts longer than it was given, which shows by its time left: then it counts as ended.
 
 Any key may hold something else, written by another program: it then counts as missing and is
 replaced. A lock that never runs out is none of ours.
@@ -16,6 +20,8 @@ Each script is loaded behind a head (:func:`source`) that names the server run i
 from __future__ import annotations
 
 from typing import Final
+
+from layered_store.coherence.contract import TRUST_SECONDS
 
 __all__ = [
     "BEGIN",
@@ -33,7 +39,9 @@ __all__ = [
 ]
 
 
-def source(script: str, server: str, *, sharded: bool, forgets: bool) -> str:
+def source(
+    script: str, server: str, *, sharded: bool, forgets: bool, longest: float = TRUST_SECONDS
+) -> str:
     """Return a script as it is loaded on one run of one server.
 
     Args:
@@ -43,8 +51,12 @@ def source(script: str, server: str, *, sharded: bool, forgets: bool) -> str:
         forgets: whether scripts end with the run of the server that knows them. Those before
             Redis 7 hand them on to replicas and to the append-only file, so the script looks
             itself.
+        longest: seconds for which a tier is believed at most.
     """
-    head = f"local server = '{server}'\nlocal publish = '{'SPUBLISH' if sharded else 'PUBLISH'}'\n"
+    head = (
+        f"local server = '{server}'\nlocal publish = '{'SPUBLISH' if sharded else 'PUBLISH'}'\n"
+        f"local longest = {longest * 1000:.0f}\n"
+    )
     return head + ("" if forgets else _CHECK) + script
 
 
@@ -92,11 +104,21 @@ local function fields(key, ...)
   return {}
 end
 local function register(key, t)
-  local known = fields(key, 'run', 'born')
-  if known[1] ~= server or not tonumber(known[2] or '') then
+  local known = fields(key, 'run', 'born', 'last')
+  local gap = t - (tonumber(known[3] or t) or t)
+  local set = (gap < 0 or gap > 1000) and redis.call('HLEN', key) > 3
+  if known[1] ~= server or set or not tonumber(known[2] or '') then
     redis.call('DEL', key)
     redis.call('HSET', key, 'run', server, 'born', text(t))
   end
+  redis.call('HSET', key, 'last', text(t))
+end
+local function trust(key)
+  local g = plain(key)
+  local left = g and redis.call('PTTL', key) or 0
+  if left >= 0 and left <= longest then return g end
+  redis.call('DEL', key)
+  return false
 end
 local function holders(key)
   local t = now()
@@ -108,7 +130,7 @@ end
 TICKET: Final = (
     _LIBRARY
     + """
-local g = plain(KEYS[2])
+local g = trust(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return {} end
 local gen = string.sub(g, 1, 16)
 local r, kind = fetch(KEYS[1])
@@ -190,8 +212,10 @@ HOLDERS: Final = _LIBRARY + "return holders(KEYS[1])"
 BEGIN: Final = (
     _LIBRARY
     + """
+trust(KEYS[1])
 local holder = plain(KEYS[3])
-if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[3]) >= 0 then return {} end
+local life = holder and redis.call('PTTL', KEYS[3]) or -1
+if holder and holder ~= ARGV[1] and life >= 0 and life <= tonumber(ARGV[3]) then return {} end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[3])
 local known = fields(KEYS[2], 'gen', 'cursor', 'pass')
 if known[1] and #known[1] == 16 and known[2] and tonumber(known[3] or '') then
@@ -271,7 +295,10 @@ STALE: Final = (
     + """
 local known = fields(KEYS[2], 'gen', 'run', 'until')
 local ended = tonumber(known[3] or '')
-if not ended or known[2] ~= server or now() > ended + tonumber(ARGV[1]) then return false end
+if not ended or known[2] ~= server then return false end
+local left = ended - now()
+if left > longest then redis.call('HDEL', KEYS[2], 'until') end
+if left > longest or left + tonumber(ARGV[1]) < 0 then return false end
 local r, kind = fetch(KEYS[1])
 if r and (kind == 'S' or kind == 'F') and generation(r) == known[1] then return r end
 return false
@@ -294,7 +321,7 @@ if redis.call('HLEN', KEYS[1]) > 64 then
 end
 local echo = {'p', text(t), ARGV[4], '0', server, ARGV[1]}
 redis.call(publish, ARGV[5], table.concat(echo, '|'))
-local g = plain(KEYS[2])
+local g = trust(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return 0 end
 return redis.call('PTTL', KEYS[2])
 """

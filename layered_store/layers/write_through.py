@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.contract import Authority, CacheTier, Invalidations
-from layered_store.coherence.guarded import TRUST_SECONDS, GuardedCopies
+from layered_store.coherence.contract import (
+    TRUST_SECONDS,
+    Authority,
+    CacheTier,
+    Invalidations,
+)
+from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event

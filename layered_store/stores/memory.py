@@ -8,11 +8,12 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.coherence.tombstones import TOMBSTONE_SECONDS, too_late
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError
 from layered_store.explaining import Held, Peek
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryStore"]
 
-_TOMBSTONE_SECONDS: Final = 7 * 86_400.0
 _SWEEP_PER_WRITE: Final = 2
 _WRITE_IDS: Final = 64
 _ERASE_IDS: Final = 16
@@ -75,6 +75,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
         # The users in order, and the position they were sorted at: sorted once a listing.
         self._listed: tuple[int, list[str]] = (0, [])
         self._tombstones: deque[tuple[float, str]] = deque()
+        # The last of the erasures that are forgotten: what began before it may be too late, what is
+        # written after it has a higher version, and who knows no more than it must start over.
+        self._forgotten = _Forgotten()
         self._lock = threading.Lock()
         self._reads = Reads()
         self._closed = False
@@ -184,7 +187,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._check_open(Op.DELETE)
         write_id = current_call(self.clock).write_id
         with self._lock:
-            row = self._users.setdefault(user_id, _Row())
+            row = self._users.get(user_id)
+            if row is None:
+                row = self._users[user_id] = self._new_row()
             if write_id in row.erase_ids:
                 return row.erased_version  # a repeat must not erase what was written since
             row.erase_ids.append(write_id)
@@ -257,7 +262,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
 
     async def covers(self, cursor: str) -> bool:
         after = self._read_cursor(cursor)
-        return after is not None and after <= self._position
+        return after is not None and self._forgotten.position <= after <= self._position
 
     def _read_cursor(self, cursor: str) -> int | None:
         run, _, position = cursor.partition(".")
@@ -278,7 +283,9 @@ class MemoryStore(StateStore, Authority, Enumerable):
         user_id = snapshot.user_id
         row = self._users.get(user_id)
         if row is None:
-            row = self._users[user_id] = _Row()
+            if order < self._forgotten.order:
+                raise too_late()
+            row = self._users[user_id] = self._new_row()
         if order < row.erased_order or write_id in row.write_ids:
             return Versioned(row.version, row.snapshot)
         row.version += 1
@@ -297,23 +304,52 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._log[user_id] = self._position
         self._log.move_to_end(user_id)
 
+    def _new_row(self) -> _Row:
+        row = _Row()
+        row.version = self._forgotten.version
+        return row
+
     def _sweep(self, now: float) -> None:
         """Forget old tombstones, a few with every write, so that no call pays for many."""
         for _ in range(_SWEEP_PER_WRITE):
-            if not self._tombstones or self._tombstones[0][0] > now - _TOMBSTONE_SECONDS:
+            if not self._tombstones or self._tombstones[0][0] > now - TOMBSTONE_SECONDS:
                 return
             erased_at, user_id = self._tombstones.popleft()
             row = self._users.get(user_id)
-            if row is not None and row.snapshot is None and row.erased_at == erased_at:
-                del self._users[user_id]
-                self._log.pop(user_id, None)
-                self._owing.pop(self.digest(user_id), None)
+            if row is None or row.snapshot is not None or row.erased_at > erased_at:
+                continue
+            if row.debts:
+                # Copies may stand in a tier that was away for so long: kept until they are gone.
+                row.erased_at = now
+                self._tombstones.append((now, user_id))
+                continue
+            del self._users[user_id]
+            before = self._forgotten
+            self._forgotten = _Forgotten(
+                max(before.order, row.erased_order),
+                max(before.version, row.version),
+                max(before.position, self._log.pop(user_id, 0)),
+            )
 
     def _check_open(self, operation: str) -> None:
         if self._closed:
             raise ClosedError(
                 "this store was closed; build a new one", operation=operation, layer=self.name
             )
+
+
+class _Forgotten(NamedTuple):
+    """How far the erasures reached whose tombstones are gone.
+
+    Args:
+        order: the last one's place among the writes and erasures of this process.
+        version: the highest version of them.
+        position: the last one's place in the change log.
+    """
+
+    order: int = 0
+    version: int = 0
+    position: int = 0
 
 
 class _Row:

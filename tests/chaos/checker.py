@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 NEVER = float("inf")
+_STALEST = 8
 
 
 class Write(NamedTuple):
@@ -58,6 +59,8 @@ class Report:
     violations: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     staleness: list[float] = field(default_factory=list)
+    stalest: list[tuple[float, str]] = field(default_factory=list)
+    """The reads that were furthest behind, and what they showed."""
 
     def broken(self, rule: str, user: str, detail: str) -> None:
         self.violations.append(f"{rule}: {user}: {detail}")
@@ -160,6 +163,7 @@ def check(
             round(late[min(len(late) - 1, int(len(late) * share))], 4) if late else 0.0
             for share in (0.5, 0.99, 1.0)
         ),
+        "stalest reads": [f"{late:.3f} s, {what}" for late, what in report.stalest],
         "violations": len(report.violations),
     }
     return report
@@ -257,6 +261,8 @@ def _check_user(
             if after < len(earliest) and earliest[after] < read.start:
                 late = read.start - earliest[after]
                 report.staleness.append(late)
+                report.stalest.append((late, f"{user}: {read} as {stands}, {earliest[after]:.3f}"))
+                report.stalest = sorted(report.stalest, reverse=True)[:_STALEST]
                 if late > bound:
                     report.broken("too stale", user, f"{read} is {late:.3f} s behind")
 

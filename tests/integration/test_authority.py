@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from layered_store.call import Call, _current, next_order
+from layered_store.call import Call, _current, call_begins, next_order
 from layered_store.coherence.contract import ABSENT
-from layered_store.errors import ClosedError, CorruptDataError, ValidationError
+from layered_store.errors import ClosedError, CorruptDataError, UnavailableError, ValidationError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.stores.sql import SQLStore
@@ -479,6 +479,20 @@ async def test_tombstones_are_forgotten_after_their_time(bench: Bench) -> None:
     await store.write_many([state(f"u{index}") for index in range(64)])
     assert await store.read("old") == ABSENT
     assert list(await store.debts("owing")) == ["redis"]
+
+
+@about_tables
+@pytest.mark.parametrize("batch", [1, 2])
+async def test_a_write_older_than_tombstones_is_refused(bench: Bench, batch: int) -> None:
+    """An erasure since it began may be forgotten, so nobody can tell whether it is late."""
+    store = bench.build()
+    with call_begins(store.clock) as call:
+        call.started -= 7 * 86_400
+        writes = [store.write(state(f"u{index}")) for index in range(batch)]
+        found = await asyncio.gather(*writes, return_exceptions=True)
+    assert all(isinstance(each, UnavailableError) and not each.retryable for each in found)
+    assert await store.read("u0") == ABSENT
+    await store.write(state("u0"))
 
 
 async def test_nothing_is_stored_of_a_batch_with_a_bad_snapshot(bench: Bench) -> None:

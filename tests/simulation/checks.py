@@ -122,12 +122,17 @@ def _check_acknowledged(
     if len(values) != len(set(values)):
         twice = next(value for value in values if values.count(value) > 1)
         raise Violation("doubled", f"write {twice} was committed twice")
+    deletes = {call.began: call.ended or 0 for call in calls if call.kind == "delete"}
     for call in calls:
         if call.kind != "upsert" or not call.ok or call.value in place:
             continue
         assert call.ended is not None
+        # By an erasure that was committed meanwhile, or whose call was under way still.
         overtaken = any(
-            commit.value is None and call.began < commit.order < call.ended for commit in commits
+            commit.value is None
+            and commit.order < call.ended
+            and max(commit.order, deletes.get(commit.call, 0)) > call.began
+            for commit in commits
         )
         if not overtaken:
             raise Violation("lost", f"an acknowledged write was never committed: {call}")

@@ -10,16 +10,24 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from layered_store.testing.explore import Schedule, _ExploringLoop, _Handle
+from tests.simulation.clocks import ProcessClock
 
 __all__ = ["Process", "SimLoop"]
 
 
 class Process:
-    """One process of the fleet: what runs in it goes on only while it is alive and not stopped."""
+    """One process of the fleet: what runs in it goes on only while it is alive and not stopped.
 
-    def __init__(self, loop: SimLoop, name: str) -> None:
+    Args:
+        loop: the loop.
+        name: told in logs.
+        clock: the only one that what runs in it reads.
+    """
+
+    def __init__(self, loop: SimLoop, name: str, clock: ProcessClock) -> None:
         self.loop = loop
         self.name = name
+        self.clock = clock
         self.alive = True
         self.stopped = False
         self.held: list[_Handle] = []

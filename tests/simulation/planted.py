@@ -19,6 +19,8 @@ from layered_store.coherence.redis_tier import RedisTier
 from layered_store.layers import cached
 from layered_store.layers.cached import Cached
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.sql.erasures import KnownErasures
+from tests.simulation import plan
 from tests.simulation.shapes import CLOCK
 
 __all__ = ["FAULTS", "NO_REPAIRS", "SLOW_FILLS", "Fault"]
@@ -55,11 +57,15 @@ def _method(owner: Any, name: str, new: Any) -> Callable[[contextlib.ExitStack],
 
 
 def _script(name: str, *edits: tuple[str, str]) -> Callable[[contextlib.ExitStack], None]:
-    source = redis_tier._SOURCES[name]
-    for before, after in edits:
-        assert before in source, (name, before)
-        source = source.replace(before, after)
-    return lambda stack: stack.enter_context(patch.dict(redis_tier._SOURCES, {name: source}))
+    def plant(stack: contextlib.ExitStack) -> None:
+        # What is there now may have been changed by the weather.
+        source = redis_tier._SOURCES[name]
+        for before, after in edits:
+            assert before in source, (name, before)
+            source = source.replace(before, after)
+        stack.enter_context(patch.dict(redis_tier._SOURCES, {name: source}))
+
+    return plant
 
 
 def _both(
@@ -105,6 +111,15 @@ async def _fill_late(self: RedisTier, user_id: str, record: Any, ticket: Any) ->
     await _fill(self, user_id, record, ticket)
 
 
+_OLDER = """
+if r and r ~= ARGV[1] and string.sub(r, 4, 4) ~= 'T'
+  and version(r) >= version(ARGV[3]) then return 0 end
+"""
+_BURY_ALWAYS = """
+elseif g then
+  redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])
+elseif r then"""
+
 SLOW_FILLS = _method(RedisTier, "fill", _fill_late)
 """Not a fault: readers that take their time between the database and the copy."""
 
@@ -125,6 +140,44 @@ NO_REPAIRS = _both(
     _method(GuardedCopies, "_repair", _repair_late), _method(GuardedCopies, "_put", _put_nowhere)
 )
 """Not a fault: writers whose copies never arrive, and repairs that come after seconds only."""
+
+
+
+def _plan(**weights: float) -> Callable[[contextlib.ExitStack], None]:
+    """Have some things go wrong more often, or never."""
+    kinds = {name.replace("_", " "): weight for name, weight in weights.items()}
+    changed = {name: (weight, plan._KINDS[name][1]) for name, weight in kinds.items()}
+    return lambda stack: stack.enter_context(patch.dict(plan._KINDS, changed))
+
+
+VERSIONED_FILLS = _both(
+    SLOW_FILLS,
+    _script("FILL", ("if r ~= ARGV[1] then return 0 end", _OLDER)),
+    _script("BURY", ("elseif r then", _BURY_ALWAYS)),
+    _plan(redis_evicts=0, redis_flushes=0, redis_crashes=0),
+)
+"""Fills that only look at versions, as most caches have them, and tombstones that are always left:
+no erased user is shown, as long as nothing is evicted. It shows what a tombstone is good for. The
+shipped fills need their token, which a DEL takes away as well as a tombstone does."""
+
+SILENT_WRITERS = _both(
+    _method(GuardedCopies, "_put", _put_nowhere), _plan(redis_flushes=30, redis_crashes=0)
+)
+"""Not a fault: writers whose copies never arrive, a server that is emptied under its channel."""
+
+_stamp = RedisTier.stamp
+
+
+async def _stamp_late(self: RedisTier, begun: Any, cursor: str, seconds: float) -> bool:
+    if CLOCK.monotonic() < 5.0 and int(CLOCK.monotonic() * 1e4) % 3 == 0:
+        await CLOCK.sleep(3.0)
+    return await _stamp(self, begun, cursor, seconds)
+
+
+LATE_STAMPS = _both(
+    _method(RedisTier, "stamp", _stamp_late), _method(GuardedCopies, "_put", _put_nowhere)
+)
+"""Not a fault: repairers that stop between what they looked at and what they vouch for."""
 
 _begin = RedisTier.begin
 
@@ -157,12 +210,6 @@ async def _erase_again(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
     if row is not None:
         row.erase_ids.clear()
     return await _erase(self, user_id, tiers)
-
-
-async def _erase_late_writes_pass(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
-    version = await _erase(self, user_id, tiers)
-    self._users[user_id].erased_order = 0
-    return version
 
 
 _keep = Cached._keep
@@ -248,6 +295,19 @@ FAULTS = {
             first=747,
         ),
         Fault(
+            "DEL instead of tombstone",
+            "without_l1",
+            ("erased",),
+            _both(
+                VERSIONED_FILLS,
+                _script(
+                    "BURY",
+                    ("local copy =", "redis.call('DEL', KEYS[1]) r = nil g = nil local copy ="),
+                ),
+            ),
+            first=0,
+        ),
+        Fault(
             "no token and no tombstone",
             "without_l1",
             ("stale", "erased", "converged", "monotonic", "own writes"),
@@ -284,7 +344,7 @@ FAULTS = {
             "late writes pass erasures",
             "without_l1",
             ("late",),
-            _method(MemoryStore, "erase", _erase_late_writes_pass),
+            _method(KnownErasures, "before", lambda *_: False),
             first=4,
         ),
         Fault(
@@ -391,7 +451,7 @@ FAULTS = {
             "new generation silent",
             "three_tiers",
             ("stale", "erased", "monotonic"),
-            _script("BEGIN", ("tell(ARGV[5], '0', '0', '')", "")),
+            _both(SILENT_WRITERS, _script("BEGIN", ("tell(ARGV[5], '0', '0', '')", ""))),
         ),
         Fault(
             "loads joined without a lease",
@@ -411,11 +471,12 @@ FAULTS = {
             "without_l1",
             ("stale", "erased"),
             _both(
+                LATE_STAMPS,
                 _script(
                     "STAMP",
                     ("if holder and holder ~= ARGV[1] then return 0 end", ""),
                     ("or (known[2] or '0') ~= ARGV[8]", ""),
-                    (_STAMP_LEFT, "tonumber(ARGV[6])"),
+                    (_STAMP_LEFT, "2000"),
                 ),
             ),
         ),

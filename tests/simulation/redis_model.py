@@ -1,9 +1,10 @@
-"""A Redis server that runs the shipped Lua scripts, and the shipped store connected to it."""
+"""Redis servers that run the shipped Lua scripts, and the shipped store connected to them."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +13,12 @@ import lupa.lua51
 
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.redis.failures import ConnectionLostError, ReplyError
-from layered_store.testing.explore import LoopClock
+from tests.simulation.clocks import WallClock
 from tests.simulation.loop import Process
 from tests.simulation.network import CutError, Network, Server
 
-__all__ = ["ModelRedis", "RedisServer"]
+__all__ = ["ModelRedis", "Nodes", "RedisServer"]
 
-CLOCK = LoopClock()
 _LUA = lupa.lua51.LuaRuntime(encoding=None, unpack_returned_tuples=True)
 _COMPILED: dict[bytes, Any] = {}
 _WRONG_TYPE = "WRONGTYPE wrong kind of value"
@@ -37,11 +37,15 @@ class RedisServer(Server):
 
     Args:
         network: carries what it says to those who listen.
+        clock: what TIME tells and what expires follows.
+        number: of a cluster's nodes.
     """
 
-    def __init__(self, network: Network) -> None:
-        super().__init__("redis")
+    def __init__(self, network: Network, clock: WallClock, number: int = 0) -> None:
+        super().__init__(f"redis{number or ''}")
         self._network = network
+        self.clock = clock
+        self.number = number
         # Key to (value, when it expires or None); a value is bytes, a dict or a list.
         self.data: dict[bytes, tuple[Any, float | None]] = {}
         self.scripts: set[bytes] = set()
@@ -52,7 +56,7 @@ class RedisServer(Server):
     @property
     def run_id(self) -> str:
         """The run id, 40 hexadecimal digits."""
-        return f"{self.run:040x}"
+        return f"{self.number:08x}{self.run:032x}"
 
     # What happens to it
 
@@ -137,7 +141,7 @@ class RedisServer(Server):
         if found is None:
             return None
         value, until = found
-        if until is not None and until <= CLOCK.time():
+        if until is not None and until <= self.clock.time():
             del self.data[key]
             return None
         if not isinstance(value, kind):
@@ -175,7 +179,7 @@ class RedisServer(Server):
         until = None
         if len(args) > 2:
             assert args[2].upper() == b"PX", args
-            until = CLOCK.time() + int(args[3]) / 1000
+            until = self.clock.time() + int(args[3]) / 1000
             assert int(args[3]) > 0
         self.data[args[0]] = (args[1], until)
         return {"ok": b"OK"}
@@ -195,13 +199,13 @@ class RedisServer(Server):
         if self._get(args[0], object) is None:
             return -2
         until = self.data[args[0]][1]
-        return -1 if until is None else max(0, int((until - CLOCK.time()) * 1000))
+        return -1 if until is None else max(0, int((until - self.clock.time()) * 1000))
 
     def _c_pexpire(self, args: list[bytes]) -> Any:
         value = self._get(args[0], object)
         if value is None:
             return 0
-        self.data[args[0]] = (value, CLOCK.time() + int(args[1]) / 1000)
+        self.data[args[0]] = (value, self.clock.time() + int(args[1]) / 1000)
         return 1
 
     def _c_persist(self, args: list[bytes]) -> Any:
@@ -265,7 +269,7 @@ class RedisServer(Server):
         return (self._get(args[0], list) or [])[int(args[1]) : int(args[2]) + 1]
 
     def _c_time(self, _: list[bytes]) -> Any:
-        whole, part = divmod(CLOCK.time(), 1)
+        whole, part = divmod(self.clock.time(), 1)
         return [b"%d" % whole, b"%d" % int(part * 1e6)]
 
     def _c_publish(self, args: list[bytes]) -> Any:
@@ -274,11 +278,56 @@ class RedisServer(Server):
             connection.push([b"message", args[0], args[1]])
         return len(listeners)
 
+    def _c_spublish(self, args: list[bytes]) -> Any:
+        listeners = list(self.listeners.get(args[0], ()))
+        for connection in listeners:
+            connection.push([b"smessage", args[0], args[1]])
+        return len(listeners)
+
     def _c_info(self, _: list[bytes]) -> Any:
         return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run_id}\r\n".encode()
 
     def _c_ping(self, _: list[bytes]) -> Any:
         return {"ok": b"PONG"}
+
+
+class Nodes:
+    """The servers of one Redis, and which of them has which bucket of users.
+
+    Args:
+        network: between them and the processes.
+        chance: decides how wrong their clocks are.
+        count: 1, or the primaries of a cluster.
+    """
+
+    def __init__(self, network: Network, chance: random.Random, count: int = 1) -> None:
+        self.servers = [RedisServer(network, WallClock(chance), n) for n in range(count)]
+        self.owners = {f"{n:x}": server for n, server in enumerate(self.servers)}
+
+    def of(self, key: bytes) -> RedisServer:
+        """Return the server that has a key now."""
+        return self.owners[key[key.index(b"{") + 1 : key.index(b"}")].decode()]
+
+    def of_command(self, command: Sequence[Any]) -> RedisServer:
+        """Return the server that a command belongs to."""
+        name = _raw(command[0]).upper()
+        at = 3 if name in (b"EVALSHA", b"EVAL") else 1
+        return self.of(_raw(command[at])) if len(command) > at else self.servers[0]
+
+    def move(self, bucket: str, to: RedisServer) -> None:
+        """Hand a bucket to another server, with all its keys; those who listen are told."""
+        old = self.owners[bucket]
+        if old is to:
+            return
+        self.owners[bucket] = to
+        ahead = to.clock.time() - old.clock.time()
+        tag = b"{%s}:" % bucket.encode()
+        for key in [key for key in old.data if tag in key]:
+            value, until = old.data.pop(key)
+            to.data[key] = (value, None if until is None else until + ahead)
+        for channel in [channel for channel in old.listeners if tag in channel]:
+            for connection in old.listeners.pop(channel):
+                connection.push([b"sunsubscribe", channel, 0])
 
 
 _HANDLERS: dict[bytes, Callable[[RedisServer, list[bytes]], Any]] = {
@@ -325,7 +374,10 @@ def _from_lua(value: Any) -> Any:
 class Connection:
     """A connection of its own, as the driver hands out: commands, then what is pushed."""
 
-    def __init__(self, server: RedisServer, network: Network, process: Process) -> None:
+    def __init__(
+        self, nodes: Nodes, server: RedisServer, network: Network, process: Process
+    ) -> None:
+        self._nodes = nodes
         self._server = server
         self._network = network
         self._process = process
@@ -347,8 +399,10 @@ class Connection:
         def run() -> Any:
             if self._broken:
                 raise CutError
-            if name == b"SUBSCRIBE":
+            if name in (b"SUBSCRIBE", b"SSUBSCRIBE"):
                 channel = _raw(command[1])
+                if self._nodes.of(channel) is not self._server:
+                    return ReplyError("MOVED to another node")
                 self._server.listeners.setdefault(channel, []).append(self)
                 return [b"subscribe", channel, 1]
             return self._server.execute(command)
@@ -427,9 +481,9 @@ class Connection:
 
 
 class _Link:
-    def __init__(self, server: RedisServer, network: Network, process: Process) -> None:
+    def __init__(self, nodes: Nodes, network: Network, process: Process) -> None:
         self.loop = network.loop
-        self._server = server
+        self._nodes = nodes
         self._network = network
         self._process = process
 
@@ -441,8 +495,13 @@ class _Link:
         label = f"redis {names or _raw(command[0]).decode().lower()}"
         try:
             async with asyncio.timeout(0.5):
+                # Whoever has the key when the command arrives: a cluster's nodes redirect.
+                server = self._nodes.of_command(command)
                 return await self._network.call(
-                    self._process, self._server, label, lambda: self._server.execute(command)
+                    self._process,
+                    server,
+                    label,
+                    lambda: self._nodes.of_command(command).execute(command),
                 )
         except TimeoutError as exc:
             return exc
@@ -456,14 +515,14 @@ class _Link:
         return await self.call(("PING",))
 
     async def connect(self, key: bytes) -> Any:
-        del key
-        reply = await self.call(("PING",))
+        server = self._nodes.of(key)
+        reply = await self.call(("GET", key))
         if isinstance(reply, Exception):
             raise reply
-        return Connection(self._server, self._network, self._process)
+        return Connection(self._nodes, server, self._network, self._process)
 
     async def owners(self, keys: Sequence[bytes]) -> list[str]:
-        return ["server"] * len(keys)
+        return [self._nodes.of(key).name for key in keys]
 
     async def aclose(self) -> None:
         return
@@ -477,21 +536,26 @@ class ModelRedis(RedisStore):
     """The shipped store, whose link leads to the model.
 
     Args:
-        server: the server.
+        nodes: the servers; a cluster's when there are several, each with one bucket at first.
         network: the way there.
         process: where the store is used.
         options: of :class:`RedisStore`.
     """
 
-    def __init__(
-        self, server: RedisServer, network: Network, process: Process, **options: Any
-    ) -> None:
-        self._model = _Link(server, network, process)
-        super().__init__("redis://model", clock=CLOCK, **options)
+    def __init__(self, nodes: Nodes, network: Network, process: Process, **options: Any) -> None:
+        self._model = _Link(nodes, network, process)
+        scheme = "redis" if len(nodes.servers) == 1 else "redis+cluster"
+        super().__init__(f"{scheme}://model:1", clock=process.clock, **options)
+        # Fewer than the shipped 16, since each costs every ping and every pass a script.
+        self._key_heads = {bucket: self._key_heads[bucket] for bucket in nodes.owners}
+        self.buckets = tuple(nodes.owners)
 
     @property
     def name(self) -> str:
         return "RedisModel"
+
+    def bucket_of(self, digest: bytes) -> str:
+        return self.buckets[digest[0] % len(self.buckets)]
 
     def _link_here(self, operation: str) -> Any:
         del operation

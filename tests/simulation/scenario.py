@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import itertools
@@ -19,11 +20,12 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import find, walk
 from layered_store.testing.explore import LoopClock, Schedule
 from tests.simulation.checks import Violation, check_fleet, check_register
+from tests.simulation.clocks import DRIFT, ProcessClock
 from tests.simulation.history import Call, History
 from tests.simulation.loop import Process, SimLoop
 from tests.simulation.network import Network
 from tests.simulation.plan import Event, draw_plan
-from tests.simulation.redis_model import RedisServer
+from tests.simulation.redis_model import Nodes
 from tests.simulation.shapes import SHAPES, Parts, Shape
 from tests.simulation.sql_model import CALL, Database
 
@@ -32,6 +34,9 @@ __all__ = ["Report", "run_seed", "shape_of"]
 CLOCK = LoopClock()
 USERS = ("ann", "bob")
 MAX_STEPS = 400_000
+SLEEP_SECONDS = 30.0
+"""How long a process may sleep: longer than a token, a quarantine, a trust and a lock live."""
+
 PEACE_SECONDS = 7.0
 """Longer than a quarantine and a trust together."""
 
@@ -85,7 +90,9 @@ def run_seed(seed: int, shape: Shape | None = None, *, traced: bool = False) -> 
     collects = gc.isenabled()
     gc.disable()
     try:
-        loop.run(world.run())
+        with contextlib.ExitStack() as stack:
+            shape.patches(stack)
+            loop.run(world.run())
         if loop.unheard:
             context = loop.unheard[0][1]
             exc = context.get("exception")
@@ -129,8 +136,8 @@ class _World:
         self.network = Network(loop, chance, faults, self.note)
         self.network.slowest = shape.slowest
         self.orders = itertools.count(1)
-        self.redis = RedisServer(self.network)
-        self.database = Database(self.orders)
+        self.nodes = Nodes(self.network, chance, shape.nodes)
+        self.database = Database(self.orders, chance)
         self.history = History(self.orders)
         self.values = itertools.count(1)
         self.processes: list[Process] = []
@@ -180,9 +187,10 @@ class _World:
 
     def start(self, index: int) -> None:
         self.starts += 1
-        process = Process(self.loop, f"P{index}.{self.starts}")
+        clock = ProcessClock(self.chance)
+        process = Process(self.loop, f"P{index}.{self.starts}", clock)
         with self.loop.inside(process):
-            parts = Parts(process, self.network, self.redis, self.database, self.chance)
+            parts = Parts(process, self.network, self.nodes, self.database, self.chance)
             stack = self.shape.build(parts)
         self.processes[index], self.stacks[index], self.parts[index] = process, stack, parts
         clients = 2 if not self.alone else 4
@@ -190,11 +198,13 @@ class _World:
         for _ in range(clients):
             self.clients.append(process.spawn(self.client(process, stack, calls), "client"))
 
-    async def client(self, process: Process, stack: StateStore, calls: int) -> None:
+    async def client(
+        self, process: Process, stack: StateStore, calls: int, *, late: bool = False
+    ) -> None:
         chance = self.chance
         for _ in range(calls):
             await asyncio.sleep(chance.choice((0.0, 0.002, 0.05, 0.3, 1.0)) * chance.random())
-            if self.over:
+            if self.over and not late:
                 return
             if chance.random() < 0.12:
                 await self.cancelled(process, self.one_call(process, stack, leaves=True))
@@ -258,7 +268,8 @@ class _World:
     # What goes wrong
 
     async def happen(self, event: Event) -> None:
-        kind, redis, network = event.kind, self.redis, self.network
+        kind, network = event.kind, self.network
+        redis = self.nodes.servers[int(event.draw * 997) % len(self.nodes.servers)]
         if kind == "redis crashes":
             await asyncio.sleep(max(0.0, event.at - event.loses))
             dump = redis.copy()
@@ -301,14 +312,17 @@ class _World:
                         connection.half_open = True
         elif kind in ("cut from redis", "cut from sql"):
             server = redis if kind.endswith("redis") else self.database
+            servers = [server.name]
+            if server is redis and event.draw < 0.6:
+                servers = [each.name for each in self.nodes.servers]
             names = [process.name]
             if event.draw < 0.3:
                 names.append(self.chance.choice(self.processes).name)
-            for name in names:
-                network.cuts[name, server.name] = "refuse" if event.draw < 0.5 else "silent"
+            for way in itertools.product(names, servers):
+                network.cuts[way] = "refuse" if event.draw < 0.5 else "silent"
             await asyncio.sleep(event.seconds)
-            for name in names:
-                network.cuts.pop((name, server.name), None)
+            for way in itertools.product(names, servers):
+                network.cuts.pop(way, None)
         elif kind == "process killed":
             self.kill(event.process)
             await asyncio.sleep(event.seconds)
@@ -317,22 +331,45 @@ class _World:
             process.stop()
             await asyncio.sleep(event.seconds)
             process.resume()
+        elif kind == "process sleeps":
+            process.stop()
+            await asyncio.sleep(SLEEP_SECONDS * (0.3 + event.draw))
+            process.resume()
+            # What it had in hand, it goes on with; the others find what that did.
+            for each, stack in zip(self.processes, self.stacks, strict=True):
+                late = each.spawn(self.client(each, stack, 2, late=True), "client")
+                self.clients.append(late)
+        elif kind == "redis clock set":
+            redis.clock.set(event.sets)
+        elif kind == "sql clock set":
+            self.database.clock.set(event.sets)
+        elif kind == "host clock set":
+            process.clock.wall.set(event.sets)
+        elif kind == "redis slot moved":
+            bucket = self.chance.choice(sorted(self.nodes.owners))
+            self.nodes.move(bucket, self.chance.choice(self.nodes.servers))
+        else:
+            raise AssertionError(kind)
         self.note(f"*** over: {event}")
 
     def kill(self, index: int) -> None:
         process, stack = self.processes[index], self.stacks[index]
         process.kill()
         self.dead.append((process, stack))
-        for connection in list(self.redis.connections):
+        for connection in self.connections():
             if connection._process is process:
                 connection.break_off()
         self.clients = [client for client in self.clients if client not in process.tasks]
+
+    def connections(self) -> list[Any]:
+        """Return all connections to any Redis."""
+        return [each for server in self.nodes.servers for each in server.connections]
 
     def make_peace(self) -> None:
         self.note("*** peace")
         self.network.faults = 0.0
         self.network.cuts.clear()
-        assert self.redis.mode == self.database.mode == "up"
+        assert all(each.mode == "up" for each in (*self.nodes.servers, self.database))
 
     # What must hold at the end
 
@@ -345,14 +382,14 @@ class _World:
         for user in USERS:
             mine = [call for call in self.history.calls if call.user == user]
             for call in mine[-2 * len(self.processes) :]:
-                if call.kind == "read" and not call.ok and call.began_at > 5.0 + PEACE_SECONDS:
+                if call.kind == "read" and not call.ok and call.began > self.quiet:
                     raise Violation("converged", f"a read failed in peace: {call}")
             if self.alone:
                 check_register(mine)
                 continue
             assert self.shape.bound is not None
             commits = self.database.commits.get(user, [])
-            check_fleet(mine, commits, self.shape.bound)
+            check_fleet(mine, commits, self.shape.bound * (1 + 2 * DRIFT))
             latest = commits[-1].value if commits else None
             for call in mine:
                 if call.outcome == "ok" and call.began > self.quiet and call.value != latest:
@@ -377,8 +414,8 @@ class _World:
             kept: list[int | None] = []
             for commit in commits:
                 kept = [] if commit.value is None else [*kept, commit.value]
-            row = self.database.store._users[user]
-            stored = [state.updated_at_unix_ms for state in row.history]
+            row = self.database.store._users.get(user)
+            stored = [] if row is None else [state.updated_at_unix_ms for state in row.history]
             if stored != kept[::-1]:
                 raise Violation("history", f"{stored} is stored of {kept[::-1]}")
             if len(stored) != len(set(stored)):
@@ -414,9 +451,9 @@ class _World:
             caches = find(stack, Cached)
             if not caches:
                 continue
-            for key in list(self.redis.data):
-                if b":s:" in key:
-                    self.redis.evict(key)
+            for server in self.nodes.servers:
+                for key in [key for key in server.data if b":s:" in key]:
+                    server.evict(key)
             for cache in caches:
                 cache.distrust()
             before = dict(parts.sql.loads)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
+from layered_store.coherence import redis_tier, tombstones
 from layered_store.interface import StateStore
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
@@ -16,10 +19,12 @@ from layered_store.layers.metrics import Metrics
 from layered_store.layers.retry import Retry
 from layered_store.layers.timeout import Timeout
 from layered_store.layers.write_through import WriteThrough
+from layered_store.stores import memory
 from layered_store.testing.explore import LoopClock
+from tests.simulation.clocks import ProcessClock
 from tests.simulation.loop import Process
 from tests.simulation.network import Network
-from tests.simulation.redis_model import ModelRedis, RedisServer
+from tests.simulation.redis_model import ModelRedis, Nodes
 from tests.simulation.sql_model import Database, PlainStore, SqlStore
 
 __all__ = ["SHAPES", "Parts", "Shape"]
@@ -34,17 +39,22 @@ class Parts:
     Args:
         process: the process.
         network: its way to the servers.
-        redis: the shared cache tier.
+        redis: the servers of the shared cache tier.
         database: the system of record.
         chance: decides what layers leave to chance.
     """
 
     process: Process
     network: Network
-    redis: RedisServer
+    redis: Nodes
     database: Database
     chance: random.Random
     sql: Any = None
+
+    @property
+    def clock(self) -> ProcessClock:
+        """The process's clock."""
+        return self.process.clock
 
     def tier(self, **options: Any) -> ModelRedis:
         """Return this process's store in the shared Redis."""
@@ -62,7 +72,7 @@ class Parts:
 
     def cached(self, inner: StateStore, **options: Any) -> Cached:
         """Return a cache whose chance is the run's."""
-        return Cached(inner, clock=CLOCK, random=self.chance, **options)
+        return Cached(inner, clock=self.clock, random=self.chance, **options)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,10 @@ class Shape:
             must be that of one variable per user.
         batches: share of calls that are batches.
         weight: of the other shapes' share of seeds.
-        servers: which may fail.
+        servers: what may fail; see :func:`draw_plan`.
         slowest: how long something may hold up a call, in seconds.
+        nodes: how many servers Redis is: several are a cluster.
+        patches: entered into an exit stack for the length of a run.
     """
 
     name: str
@@ -86,21 +98,23 @@ class Shape:
     processes: int = 3
     bound: float | None = 2.0
     batches: float = 0.1
-    servers: tuple[str, ...] = ("redis", "sql")
+    servers: tuple[str, ...] = ("redis", "sql", "clocks")
     slowest: float = 2.5
+    nodes: int = 1
+    patches: Callable[[contextlib.ExitStack], None] = field(default=lambda _: None, repr=False)
 
 
 def _resilient(parts: Parts, store: StateStore, seconds: float) -> StateStore:
     return Retry(
         CircuitBreaker(
-            Timeout(store, seconds=seconds, clock=CLOCK),
+            Timeout(store, seconds=seconds, clock=parts.clock),
             minimum_calls=5,
             open_for=0.5,
-            clock=CLOCK,
+            clock=parts.clock,
             random=parts.chance,
         ),
         attempts=3,
-        clock=CLOCK,
+        clock=parts.clock,
         random=parts.chance,
     )
 
@@ -110,14 +124,16 @@ def _three_tiers(parts: Parts) -> StateStore:
 
 
 def _without_l1(parts: Parts) -> StateStore:
-    return WriteThrough(parts.tier(), origin=parts.origin(), clock=CLOCK)
+    return WriteThrough(parts.tier(), origin=parts.origin(), clock=parts.clock)
 
 
 def _resilient_legs(parts: Parts) -> StateStore:
     origin = Bulkhead(_resilient(parts, parts.origin(), 0.4), max_in_flight=8, max_waiting=100)
     tier = _resilient(parts, parts.tier(), 0.1)
     return Metrics(
-        parts.cached(WriteThrough(tier, origin=origin, clock=CLOCK), ttl=60), name="simulated"
+        parts.cached(WriteThrough(tier, origin=origin, clock=parts.clock), ttl=60),
+        name="simulated",
+        clock=parts.clock,
     )
 
 
@@ -145,16 +161,16 @@ def _in_memory(parts: Parts) -> StateStore:
 
 def _unversioned(parts: Parts) -> StateStore:
     # A tier without versions in front of a store without versions, one process.
-    tier = Timeout(_Hidden(parts.tier()), seconds=0.2, clock=CLOCK)
-    origin = Retry(parts.plain(), attempts=2, clock=CLOCK, random=parts.chance)
-    return parts.cached(WriteThrough(tier, origin=origin, clock=CLOCK), ttl=0.5)
+    tier = Timeout(_Hidden(parts.tier()), seconds=0.2, clock=parts.clock)
+    origin = Retry(parts.plain(), attempts=2, clock=parts.clock, random=parts.chance)
+    return parts.cached(WriteThrough(tier, origin=origin, clock=parts.clock), ttl=0.5)
 
 
 def _two_levels_alone(parts: Parts) -> StateStore:
     inner = Retry(
         parts.cached(parts.plain(), ttl=2.0, negative_ttl=2.0),
         attempts=2,
-        clock=CLOCK,
+        clock=parts.clock,
         random=parts.chance,
     )
     return parts.cached(inner, ttl=1.0)
@@ -190,6 +206,16 @@ class _Hidden(StateStore):
         raise NotImplementedError
 
 
+def _short_lives(stack: contextlib.ExitStack) -> None:
+    # A week in three seconds; what may be late by how much stays in proportion to what is slow.
+    for owner, name, value in (
+        (memory, "TOMBSTONE_SECONDS", 3.0),
+        (tombstones, "LATEST_SECONDS", 1.5),
+        (redis_tier, "_COPY_MS", 3_000),
+    ):
+        stack.enter_context(patch.object(owner, name, value))
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -199,6 +225,8 @@ SHAPES = {
         Shape("options", _options, bound=2.0 + 1.5 + 3.0),
         Shape("batches", _three_tiers, batches=0.7),
         Shape("two_levels", _two_levels),
+        Shape("cluster", _three_tiers, servers=("redis", "sql", "cluster", "clocks"), nodes=3),
+        Shape("forgetful", _three_tiers, slowest=1.0, patches=_short_lives),
         Shape("memory", _in_memory, processes=1, bound=None, servers=("sql",)),
         Shape("unversioned", _unversioned, processes=1, bound=None, batches=0.3),
         Shape("nested", _two_levels_alone, processes=1, bound=None, servers=("sql",)),

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from layered_store.call import next_order
+from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
 from layered_store.stores.sql import engines, lite, postgres, transactions, versions
 from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from layered_store.clock import Clock
+    from layered_store.stores.sql.erasures import KnownErasures
     from layered_store.stores.sql.transactions import Rules
 
 __all__ = ["Access"]
@@ -230,7 +231,10 @@ class Access:
         if type(items[0]) is Erasure:
             return await self._in_transaction(home, batch, transactions.erase, items)
         results: list[Any] = [None] * len(items)
-        if self._quick:
+        oldest = self._clock.monotonic() - LATEST_SECONDS
+        if any(item.started < oldest for item in items):
+            results = [too_late() if item.started < oldest else None for item in items]
+        elif self._quick:
             results = await self._write_quickly(home, batch, items)
         left = [index for index, result in enumerate(results) if result is None]
         if left:
@@ -251,8 +255,9 @@ class Access:
         if self._lite is not None:
 
             async def in_thread(desk: Desk) -> list[Any] | None:
+                follows = self._erasures.follows
                 return await lite.in_thread(
-                    desk.driver, lite.write_rows, session, items, self._rules, self._erasures.before
+                    desk.driver, lite.write_rows, session, items, self._rules, follows
                 )
 
             return await self._attempt(home, session, in_thread, writes=True) or nothing
@@ -290,12 +295,10 @@ class Access:
 
         async def write(some: list[Write]) -> list[Any]:
             found = await self._in_transaction(
-                home, batch, transactions.write, some, self._rules, self._erasures.knows
+                home, batch, transactions.write, some, self._rules, self._erasures
             )
             rows, too_old = found
             self.too_old += too_old
-            for row in rows:
-                self._erasures.saw(row.digest, row.erased_version)
             return rows
 
         try:
@@ -500,66 +503,6 @@ class Access:
             else:
                 await versions.check(desk.connection, self.statements)
             home.ready = True
-
-
-class KnownErasures:
-    """Erasures whose order to this process's own writes is known without asking the database.
-
-    Those it made itself, and those that it saw before a write began. Bounded: what is forgotten is
-    only looked at more closely.
-
-    Args:
-        clock: source of time.
-        seconds: how long one is remembered.
-        most: how many are remembered.
-    """
-
-    def __init__(self, clock: Clock, seconds: float = 30.0, most: int = 100_000) -> None:
-        self._clock = clock
-        self._seconds = seconds
-        self._most = most
-        # By digest: the tombstone's version, when it was noted, its order, whether it is our own.
-        self._known: dict[bytes, tuple[int, float, int, bool]] = {}
-
-    def made(self, digest: bytes, version: int, order: int) -> None:
-        """Note an erasure of this process that has just returned."""
-        self._note(digest, version, order, own=True)
-
-    def saw(self, digest: bytes, version: int | None) -> None:
-        """Note an erasure that a write has met: writes that begin from now on come after it."""
-        if version is None:
-            return
-        known = self._known.get(digest)
-        if known is None or known[0] != version:
-            self._note(digest, version, next_order(), own=False)
-
-    def knows(self, row: transactions.Row, item: Write) -> bool | None:
-        """Tell whether a write began before the row's erasure; None: that is not known here."""
-        known = self._known.get(item.digest)
-        if known is None or known[0] != row.erased_version:
-            return None
-        if known[3]:
-            return item.order < known[2]
-        return False if item.order > known[2] else None
-
-    def before(self, item: Write, version: int) -> bool:
-        """Tell whether this erasure is known to come before the beginning of a write."""
-        known = self._known.get(item.digest)
-        return known is not None and known[0] == version and known[2] <= item.order
-
-    def known_before(self, item: Write) -> int | None:
-        """Return the version of the last erasure known to come before a write."""
-        known = self._known.get(item.digest)
-        return known[0] if known is not None and known[2] <= item.order else None
-
-    def _note(self, digest: bytes, version: int, order: int, *, own: bool) -> None:
-        now = self._clock.monotonic()
-        erasures = self._known
-        erasures.pop(digest, None)
-        erasures[digest] = (version, now, order, own)
-        for oldest in list(erasures)[:2]:
-            if len(erasures) > self._most or erasures[oldest][1] < now - self._seconds:
-                del erasures[oldest]
 
 
 def _finished(home: engines.Home, task: asyncio.Task[Any]) -> None:

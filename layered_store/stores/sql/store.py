@@ -13,6 +13,7 @@ from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.coherence.tombstones import LATEST_SECONDS
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import (
     ClosedError,
@@ -44,6 +45,7 @@ from layered_store.options import (
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
+from layered_store.stores.sql.erasures import KnownErasures
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -61,7 +63,7 @@ __all__ = ["SQLStore"]
 T = TypeVar("T")
 
 _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
-_COVERED_US: Final = (7 * 86_400 - 3_600) * 1_000_000
+_COVERED_US: Final = int(LATEST_SECONDS * 1e6)
 _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip with others
 _MAX_INT: Final = 2**53
 _BULK: Final = 1_000
@@ -172,7 +174,7 @@ class SQLStore(StateStore, Authority, Enumerable):
     def _connect_to(self, max_age_us: int | None) -> Access:
         # Imported here, so that importing the package imports no SQLAlchemy.
         from layered_store.stores.sql import engines  # noqa: PLC0415
-        from layered_store.stores.sql.access import Access, KnownErasures  # noqa: PLC0415
+        from layered_store.stores.sql.access import Access  # noqa: PLC0415
         from layered_store.stores.sql.batching import own_error  # noqa: PLC0415
         from layered_store.stores.sql.transactions import Erasure, Rules, Write  # noqa: PLC0415
 
@@ -583,7 +585,11 @@ class SQLStore(StateStore, Authority, Enumerable):
         return await self._access.run(op, work, writes=writes)
 
     async def _horizon(self, session: Session) -> tuple[int, int]:
+        began = session.measure()
+        sent = session.clock.monotonic()
         found = (await session.rows(self._statements.horizon, session.timed({})))[0]
+        began.learn(sent, session.clock.monotonic(), found.now_us)
+        self._erasures.learn(began)
         if found.horizon is None:
             raise StoreError(
                 "the counter table is empty; let create_tables=True fill it", layer=self.name

@@ -7,16 +7,19 @@ decide in Python, store, commit. Decisions are plain code (:func:`decide`), the 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import UnavailableError
+from layered_store.stores.sql.erasures import Began
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from layered_store.clock import Clock
     from layered_store.stores.sql.dialects import Statements
+    from layered_store.stores.sql.erasures import KnownErasures
 
 __all__ = [
     "TOMBSTONE_US",
@@ -32,7 +35,7 @@ __all__ = [
     "write",
 ]
 
-TOMBSTONE_US: Final = 7 * 86_400 * 1_000_000
+TOMBSTONE_US: Final = int(TOMBSTONE_SECONDS) * 1_000_000
 """How long a tombstone stays, in microseconds."""
 
 KEPT_WRITE_IDS: Final = 16
@@ -96,45 +99,6 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Began:
-    """When calls began, on the database's clock, as far as it can be told.
-
-    Every answer with the database's time says that its clock read that at some moment between
-    sending and receiving. Several such answers narrow the offset to the shortest round trip.
-
-    Args:
-        low: least microseconds to add to our seconds for the database's time.
-        high: most of them.
-        now_us: the database's time in the last answer.
-        received: when that answer came.
-    """
-
-    low: float = field(default=float("-inf"))
-    high: float = field(default=float("inf"))
-    now_us: int = 0
-    received: float = 0.0
-
-    def learn(self, sent: float, received: float, now_us: int) -> None:
-        """Note that the database's clock read ``now_us`` between two of our moments."""
-        self.now_us, self.received = now_us, received
-        self.low = max(self.low, now_us - received * 1e6)
-        self.high = min(self.high, now_us - sent * 1e6)
-
-    def before(self, started: float, erased_at: int) -> bool | None:
-        """Tell whether a call began before an erasure; None when that cannot be told."""
-        # Rounding to whole microseconds must not make a tie look like an order.
-        if started * 1e6 + self.low >= erased_at - 1:
-            return False
-        if started * 1e6 + self.high < erased_at - 1:
-            return True
-        return None
-
-    def overlaps(self, hidden: float) -> bool:
-        """Tell whether a call that :meth:`before` cannot place began within ``hidden`` seconds."""
-        return self.high - self.low <= hidden * 1e6
-
-
-@dataclass(slots=True)
 class Session:
     """One connection at work.
 
@@ -155,6 +119,10 @@ class Session:
         if self.statements.host_time:
             values["now_us"] = int(self.clock.time() * 1e6)
         return values
+
+    def measure(self) -> Began:
+        """Return what is to learn the database's time."""
+        return Began(drift=0.0) if self.statements.host_time else Began()
 
     async def rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
         """Return all rows that a statement gives."""
@@ -257,7 +225,7 @@ async def write(
     session: Session,
     writes: Sequence[Write],
     rules: Rules,
-    knows: Callable[[Row, Write], bool | None],
+    erasures: KnownErasures,
 ) -> tuple[list[Row], int]:
     """Store snapshots in one transaction; return what each left, and how many were too old.
 
@@ -265,12 +233,13 @@ async def write(
         session: the connection; its transaction is begun and committed here.
         writes: in their order; several may be of one user.
         rules: the store's options.
-        knows: whether a write began before the row's erasure, where this process made it.
+        erasures: what is known of their order to writes; learns what this one shows.
     """
     statements = session.statements
     await session.begin()
-    began = Began()
+    began = session.measure()
     rows = await _lock(session, [item.digest for item in writes], began)
+    erasures.learn(began)
     seen = await _seen(session, writes)
     now_us = int(began.high + session.clock.monotonic() * 1e6)
     results: list[Row] = []
@@ -279,7 +248,9 @@ async def write(
     too_old = 0
     for item in writes:
         row = rows[item.digest]
-        if (item.digest, item.write_id) in seen or await _late(session, row, item, began, knows):
+        if (item.digest, item.write_id) in seen or await _late(
+            session, row, item, began, erasures
+        ):
             results.append(row)
             continue
         if (
@@ -340,16 +311,22 @@ async def _late(
     row: Row,
     item: Write,
     began: Began,
-    knows: Callable[[Row, Write], bool | None],
+    erasures: KnownErasures,
 ) -> bool:
-    """Tell whether a write began before its user was erased, measured on the database's clock."""
-    if row.erased_at is None:
+    """Tell whether a write began before its user was erased.
+
+    Raises:
+        UnavailableError: that cannot be told.
+    """
+    if row.erased_at is None or row.erased_version is None:
         return False
-    known = knows(row, item)
+    known = erasures.knows(item.digest, row.erased_version, item.order)
+    # Whatever comes of this one, writes that begin from now on come after the erasure.
+    erasures.saw(item.digest, row.erased_version)
     if known is not None:
         return known
     for _ in range(_PROBES):
-        answer = began.before(item.started, row.erased_at)
+        answer = erasures.before(item.started, row.erased_at, began)
         if answer is not None:
             return answer
         sent = session.clock.monotonic()
@@ -358,10 +335,11 @@ async def _late(
         else:
             now_us = (await session.rows(session.statements.now, {}))[0][0]
         began.learn(sent, session.clock.monotonic(), now_us)
-    answer = began.before(item.started, row.erased_at)
+    answer = erasures.before(item.started, row.erased_at, began)
     if answer is not None:
         return answer
-    if began.overlaps(_HOST_SECONDS if session.statements.host_time else _HIDDEN_SECONDS):
+    hidden = _HOST_SECONDS if session.statements.host_time else _HIDDEN_SECONDS
+    if began.overlaps(item.started, hidden):
         return True
     raise UnavailableError(
         "the write and an erasure of its user began too close together to tell their order"
@@ -400,7 +378,7 @@ async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int
         The version of each tombstone, and whether it is new.
     """
     await session.begin()
-    began = Began()
+    began = session.measure()
     rows = await _lock(session, [erasure.digest for erasure in erasures], began)
     seen = await _seen(session, erasures)
     versions: dict[bytes, int] = {}

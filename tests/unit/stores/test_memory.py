@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from layered_store import ClosedError, MemoryStore, StateSnapshot
-from layered_store.call import call_begins
+from layered_store import ClosedError, MemoryStore, StateSnapshot, UnavailableError
+from layered_store.call import call_begins, call_continues
 from layered_store.coherence.contract import ABSENT
 from layered_store.enumerable import pages
 from layered_store.testing import FakeClock
@@ -40,6 +40,59 @@ async def test_older_snapshots_win_by_arrival() -> None:
     await store.upsert_latest(state("u-1", 9))
     await store.upsert_latest(state("u-1", 1))
     assert await store.get_latest("u-1") == state("u-1", 1)
+
+
+async def test_a_write_older_than_tombstones_brings_nobody_back() -> None:
+    """A process slept for a week in the middle of a write: what it erased since is forgotten."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    await store.upsert_latest(state("gone", 1))
+    with call_begins(clock) as asleep:
+        pass
+    asleep.ended = False
+    await store.delete("gone")
+    version = (await store.read("gone")).version
+    cursor = await store.head()
+    await clock.advance(8 * DAY)
+    await store.upsert_latest(state("other"))
+    assert await store.read("gone") == ABSENT
+    with call_continues(asleep), pytest.raises(UnavailableError, match="so long ago") as refused:
+        await store.upsert_latest(state("gone", 2))
+    assert not refused.value.retryable
+    # A call of now is free to write; copies of before must not look newer than it.
+    await store.upsert_latest(state("gone", 3))
+    assert (await store.read("gone")).version > version
+    assert await store.covers(cursor)
+
+
+async def test_a_cursor_before_forgotten_erasures_covers_nothing() -> None:
+    """A tier that was away for longer than tombstones live has to start over."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    await store.upsert_latest(state("gone", 1))
+    cursor = await store.head()
+    await store.delete("gone")
+    assert await store.covers(cursor)
+    await clock.advance(8 * DAY)
+    await store.upsert_latest(state("other"))
+    assert not await store.covers(cursor)
+    assert await store.covers(await store.head())
+
+
+async def test_an_erasure_that_is_owed_is_not_forgotten() -> None:
+    """A tier that was away for longer than tombstones live may still hold the user."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    await store.erase("owing", ["redis"])
+    for _ in range(3):
+        await clock.advance(8 * DAY)
+        await store.upsert_latest(state("other"))
+        assert await store.debts("owing") == ["redis"]
+    (owed,) = await store.owing("redis", 10)
+    await store.settle(owed.digest, owed.version, "redis")
+    await clock.advance(8 * DAY)
+    await store.upsert_latest(state("other"))
+    assert await store.read("owing") == ABSENT
 
 
 async def test_tombstones_are_forgotten_after_7_days() -> None:

@@ -1,0 +1,123 @@
+"""Which came first, a write or an erasure: told by clocks that somebody sets, or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from layered_store.errors import UnavailableError
+from layered_store.stores.sql.erasures import Began, KnownErasures
+from layered_store.testing.clock import FakeClock
+
+ZERO = 1_700_000_000_000_000
+"""The database's time, in microseconds, when our clock reads 0."""
+
+
+def answer(clock: FakeClock, ahead: float = 0.0, trip: float = 0.001) -> Began:
+    """Return what one answer of a database teaches, whose clock was set ahead."""
+    now = clock.monotonic()
+    began = Began()
+    began.learn(now - trip, now, int(ZERO + (now - trip / 2 + ahead) * 1e6))
+    return began
+
+
+def at(seconds: float, ahead: float = 0.0) -> int:
+    return int(ZERO + (seconds + ahead) * 1e6)
+
+
+async def test_durations_tell_the_order() -> None:
+    """A write that began before an erasure is late, one that began after it is not."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(10)
+    began = answer(clock)
+    start = clock.monotonic()
+    assert known.before(start - 5, at(start - 3), began) is True
+    assert known.before(start - 2, at(start - 3), began) is False
+    assert known.before(start - 3, at(start - 3), began) is None
+    assert began.overlaps(start - 3, 0.01)
+    assert not began.overlaps(start - 8, 0.01)
+
+
+async def test_rates_of_clocks_make_no_order() -> None:
+    """What clocks may run apart since the write began is no order."""
+    clock = FakeClock()
+    await clock.advance(100)
+    now = clock.monotonic()
+    began = answer(clock, trip=0.0)
+    assert began.before(now - 60, at(now - 60.05)) is None
+    assert began.before(now - 60, at(now - 60.07)) is False
+    assert began.before(now - 60, at(now - 59.93)) is True
+
+
+async def test_an_erasure_in_the_future_is_refused_once() -> None:
+    """The database's clock was set back: a write is not dropped as if it were late, it fails."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(10)
+    erased_at = at(clock.monotonic(), ahead=300)
+    with pytest.raises(UnavailableError, match="clock was set") as refused:
+        known.before(clock.monotonic(), erased_at, answer(clock))
+    assert not refused.value.retryable
+    # Whoever calls again after it was met comes after it, whatever clocks say.
+    known.saw(b"digest", 7)
+    assert known.knows(b"digest", 7, 2**60) is False
+
+
+@pytest.mark.parametrize("ahead", [-300.0, -0.4, 0.4, 300.0])
+async def test_a_clock_set_during_a_write_is_noticed(ahead: float) -> None:
+    """Forward it would let a late write pass, back it would drop one in time; both are refused."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(1_000)
+    known.learn(answer(clock))
+    started = clock.monotonic()
+    await clock.advance(0.1)
+    erased_at = at(clock.monotonic() + (-0.05 if ahead < 0 else 0.05))
+    if ahead < 0:
+        erased_at = at(started - 0.05)
+    await clock.advance(0.1)
+    with pytest.raises(UnavailableError, match="clock was set"):
+        known.before(started, erased_at, answer(clock, ahead))
+
+
+async def test_a_clock_set_long_ago_hinders_nobody() -> None:
+    """Erasures and writes after it are told apart as before."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(1_000)
+    known.learn(answer(clock))
+    await clock.advance(1)
+    known.learn(answer(clock, 300))
+    await clock.advance(10)
+    now = clock.monotonic()
+    assert known.before(now - 1, at(now - 2, 300), answer(clock, 300)) is False
+    assert known.before(now - 2, at(now - 1, 300), answer(clock, 300)) is True
+    # One of long before it, too: it is out of doubt on either clock.
+    assert known.before(now - 1, at(now - 900), answer(clock, 300)) is False
+
+
+async def test_times_that_came_twice_are_refused() -> None:
+    """After a clock was set back its times mean two moments, until it is past where it was."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(1_000)
+    known.learn(answer(clock))
+    erased_at = at(clock.monotonic())
+    await clock.advance(1)
+    known.learn(answer(clock, -20))
+    await clock.advance(19.5)
+    with pytest.raises(UnavailableError, match="clock was set"):
+        known.before(clock.monotonic() - 1, erased_at, answer(clock, -20))
+    await clock.advance(10)
+    assert known.before(clock.monotonic() - 1, erased_at, answer(clock, -20)) is False
+
+
+async def test_slow_answers_are_no_clock_that_was_set() -> None:
+    """An answer that took long tells little, and is not taken for more."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(100)
+    for trip in (0.001, 3.0, 0.5, 0.002):
+        await clock.advance(1)
+        known.learn(answer(clock, trip=trip))
+    assert known._old is None
