@@ -55,6 +55,17 @@ async def test_redis_groups(group: str, request: pytest.FixtureRequest, tmp_path
     assert {"writes", "history", "delete"} <= set(stack.abilities)
 
 
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg"])
+async def test_behind_pgbouncer(bouncer: Server, driver: str) -> None:
+    """With nothing set, everything that a PostgreSQL of one's own does."""
+    url = f"{driver}://tester@127.0.0.1:{bouncer.port}/postgres"
+    names = {"latest_table": f"latest_{driver[11:]}", "history_table": f"history_{driver[11:]}"}
+    report = await check_store(lambda: SQLStore(url, **names))
+    assert report.ok, str(report)
+    assert {"writes", "history", "delete", "versions", "listing"} <= set(report.abilities)
+    assert bouncer.running, "what a store does to stop a query must not end the pooler"
+
+
 @pytest.mark.parametrize(
     ("fixture", "plain", "driver"),
     [("postgres_url", "asyncpg", "psycopg"), ("mysql_url", "aiomysql", "asyncmy")],

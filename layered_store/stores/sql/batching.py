@@ -46,10 +46,11 @@ class Batch:
         entries: what was called for and by whom.
     """
 
-    __slots__ = ("entries", "session", "task")
+    __slots__ = ("cut_off", "entries", "session", "task")
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
+        self.cut_off = False
         self.task: asyncio.Task[None] | None = None
         # Of what it does now; set by whoever runs it.
         self.session: Session | None = None
@@ -118,7 +119,9 @@ class Batcher:
         if not self._stoppable:
             return
         for batch in self.out:
-            if batch.task is not None and not batch.wanted:
+            if batch.task is not None and not batch.cut_off and not batch.wanted:
+                # Once: psycopg then asks the server to stop, and must not be cut off in that.
+                batch.cut_off = True
                 batch.task.cancel()
 
     async def drain(self) -> None:

@@ -266,6 +266,38 @@ async def test_a_batch_that_nobody_waits_for_is_cut_off() -> None:
     gate.cancel()
 
 
+async def test_a_batch_is_cut_off_once() -> None:
+    """However many leave: what a driver does to stop the server's work is not cut off in turn.
+
+    psycopg's request to cancel, when interrupted, ends pgbouncer 1.18 (its issue 801).
+    """
+    ended: list[str] = []
+    stopped = asyncio.Event()
+
+    async def run(batch: Batch) -> list[Any]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cut")
+            await stopped.wait()
+            ended.append("stopped")
+        return []
+
+    batcher = Reads(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+    batcher.submit(b"a").cancel()
+    future = batcher.submit(b"b")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    future.cancel()
+    for _ in range(3):
+        batcher.left()
+        await asyncio.sleep(0)
+    assert ended == ["cut"]
+    stopped.set()
+    await batcher.drain()
+    assert ended == ["cut", "stopped"]
+
+
 async def test_what_still_waits_at_the_end_is_told() -> None:
     """``close`` leaves no caller behind."""
     batcher = writes(Backend(), FakeClock())
