@@ -154,16 +154,73 @@ def _redis_binary() -> str:
     return binary
 
 
-def start_redis(*options: str, port: int | None = None) -> Server:
+def make_certificates(folder: Path) -> tuple[Path, Path, Path]:
+    """Return an authority's certificate, and a certificate of 127.0.0.1 by it with its key."""
+    names = ("ca.pem", "ca.key", "server.pem", "server.key")
+    authority, authority_key, certificate, key = (folder / name for name in names)
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    signed = ["-CA", str(authority), "-CAkey", str(authority_key)]
+    for target, secret, extra in (
+        (authority, authority_key, ["-subj", "/CN=tests", "-addext", "keyUsage=keyCertSign"]),
+        (certificate, key, ["-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1",
+                            "-addext", "basicConstraints=critical,CA:FALSE", *signed]),
+    ):  # fmt: skip
+        subprocess.run(  # noqa: S603
+            [*make, *extra, "-keyout", str(secret), "-out", str(target)],
+            check=True,
+            capture_output=True,
+        )
+    return authority, certificate, key
+
+
+class Guarded:
+    """How a group of Redis servers is secured: TLS alone, a user with a password, Sentinels' own.
+
+    Args:
+        folder: takes the certificates.
+    """
+
+    user, password, sentinel_password = "app", "walrus-4711", "otter-0815"
+
+    def __init__(self, folder: Path) -> None:
+        self.authority, self.certificate, self.key = make_certificates(folder)
+
+    @property
+    def tls(self) -> dict[str, object]:
+        """The options of TLS, by name."""
+        return {
+            "tls-cert-file": self.certificate,
+            "tls-key-file": self.key,
+            "tls-ca-cert-file": self.authority,
+            "tls-auth-clients": "no",
+            "tls-replication": "yes",
+        }
+
+    def options(self) -> list[str]:
+        """Return the options of a server; its replicas and its cluster log in as anybody does."""
+        found = [part for name, value in self.tls.items() for part in (f"--{name}", str(value))]
+        found += ["--requirepass", self.password, "--masterauth", self.password]
+        return [*found, "--user", self.user, "on", f">{self.password}", "~*", "&*", "+@all"]
+
+    def login(self, *, sentinel: bool = False) -> dict[str, Any]:
+        """Return what a client needs to get in."""
+        password = self.sentinel_password if sentinel else self.password
+        return {"password": password, "ssl": True, "ssl_ca_certs": str(self.authority)}
+
+
+def start_redis(*options: str, port: int | None = None, guarded: Guarded | None = None) -> Server:
     folder, port = _folder("redis"), port or free_port()
-    command = [_redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
+    ports = ["--port", str(port)]
+    if guarded is not None:
+        ports = ["--port", "0", "--tls-port", str(port), *guarded.options()]
+    command = [_redis_binary(), *ports, "--bind", "127.0.0.1", "--save", "", *options]
     return Server(command, folder, port)
 
 
-def _ask(port: int, *command: object) -> Any:
+def _ask(port: int, *command: object, **login: Any) -> Any:
     import redis
 
-    with redis.Redis(port=port, protocol=2, socket_timeout=5) as client:
+    with redis.Redis("127.0.0.1", port, protocol=2, socket_timeout=5, **login) as client:
         return client.execute_command(*command)
 
 
@@ -180,16 +237,22 @@ def _until(holds: Callable[[], bool], what: str) -> None:
 class Cluster:
     """A Redis Cluster on loopback: as many primaries, each with ``replicas`` replicas."""
 
-    def __init__(self, primaries: int = 3, replicas: int = 1) -> None:
+    def __init__(
+        self, primaries: int = 3, replicas: int = 1, guarded: Guarded | None = None
+    ) -> None:
         self.nodes: list[Server] = []
+        self.guarded = guarded
+        self._login = guarded.login() if guarded else {}
+        secure = ("--tls-cluster", "yes") if guarded else ()
         try:
             for _ in range(primaries * (1 + replicas)):
                 self.nodes.append(
                     start_redis(
                         *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
                         *("--repl-diskless-sync-delay", "0", "--cluster-replica-validity-factor"),
-                        "0",
+                        *("0", *secure),
                         port=free_cluster_port(),
+                        guarded=guarded,
                     )
                 )
             self._join(primaries)
@@ -199,18 +262,23 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return f"redis+cluster://{self.hosts}"
+
+    @property
+    def hosts(self) -> str:
+        """The nodes, as they stand in a URL."""
+        return ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     def ask(self, node: Server, *command: object) -> Any:
         """Send one command to one node and return its reply."""
-        return _ask(node.port, *command)
+        return _ask(node.port, *command, **self._login)
 
     def owner(self, slot: int) -> Server:
         """Return the node that answers for a slot now, as the living see it."""
         for node in self.nodes:
             if not node.running:
                 continue
-            for low, high, primary, *_ in _ask(node.port, "CLUSTER", "SLOTS"):
+            for low, high, primary, *_ in self.ask(node, "CLUSTER", "SLOTS"):
                 if low <= slot <= high:
                     return next(each for each in self.nodes if each.port == primary[1])
         raise RuntimeError("no node of the cluster runs")
@@ -218,12 +286,12 @@ class Cluster:
     def slot(self, key: str) -> int:
         """Return the slot of a key."""
         node = next(node for node in self.nodes if node.running)
-        return int(_ask(node.port, "CLUSTER", "KEYSLOT", key))
+        return int(self.ask(node, "CLUSTER", "KEYSLOT", key))
 
     def healthy(self) -> bool:
         """Tell whether every living node sees every slot served."""
         return all(
-            b"cluster_state:ok" in _ask(node.port, "CLUSTER", "INFO")
+            b"cluster_state:ok" in self.ask(node, "CLUSTER", "INFO")
             for node in self.nodes
             if node.running
         )
@@ -237,16 +305,16 @@ class Cluster:
         source = self.owner(slot)
         others = [self.owner(each) for each in (0, 8_000, 16_383)]
         target = next(node for node in others if node is not source)
-        source_id = _ask(source.port, "CLUSTER", "MYID").decode()
-        target_id = _ask(target.port, "CLUSTER", "MYID").decode()
-        _ask(target.port, "CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
-        _ask(source.port, "CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
-        while keys := _ask(source.port, "CLUSTER", "GETKEYSINSLOT", slot, 100):
-            _ask(
-                source.port, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys
+        source_id = self.ask(source, "CLUSTER", "MYID").decode()
+        target_id = self.ask(target, "CLUSTER", "MYID").decode()
+        self.ask(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+        self.ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+        while keys := self.ask(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+            self.ask(
+                source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys
             )
         for node in (target, source, *others):
-            _ask(node.port, "CLUSTER", "SETSLOT", slot, "NODE", target_id)
+            self.ask(node, "CLUSTER", "SETSLOT", slot, "NODE", target_id)
         return source, target
 
     def close(self) -> None:
@@ -258,34 +326,33 @@ class Cluster:
         step = 16_384 // primaries
         for number, node in enumerate(heads):
             last = 16_383 if number == primaries - 1 else (number + 1) * step - 1
-            _ask(node.port, "CLUSTER", "ADDSLOTSRANGE", number * step, last)
-            _ask(node.port, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            self.ask(node, "CLUSTER", "ADDSLOTSRANGE", number * step, last)
+            self.ask(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for node in self.nodes[1:]:
-            _ask(heads[0].port, "CLUSTER", "MEET", "127.0.0.1", node.port)
+            self.ask(heads[0], "CLUSTER", "MEET", "127.0.0.1", node.port)
         count = len(self.nodes)
         known = f"cluster_known_nodes:{count}".encode()
         _until(
-            lambda: all(known in _ask(node.port, "CLUSTER", "INFO") for node in self.nodes),
+            lambda: all(known in self.ask(node, "CLUSTER", "INFO") for node in self.nodes),
             "a cluster in which all know each other",
         )
         for number, node in enumerate(others):
-            _ask(
-                node.port,
-                *("CLUSTER", "REPLICATE", _ask(heads[number % primaries].port, "CLUSTER", "MYID")),
-            )
+            head = self.ask(heads[number % primaries], "CLUSTER", "MYID")
+            self.ask(node, "CLUSTER", "REPLICATE", head)
         _until(
             lambda: all(
-                b"master_link_status:up" in _raw_info(node.port, "replication") for node in others
+                b"master_link_status:up" in _raw_info(node.port, "replication", **self._login)
+                for node in others
             ),
             "replication",
         )
         self.wait()
 
 
-def _raw_info(port: int, section: str) -> bytes:
+def _raw_info(port: int, section: str, **login: Any) -> bytes:
     import redis
 
-    with redis.Redis(port=port, protocol=2, socket_timeout=5) as client:
+    with redis.Redis("127.0.0.1", port, protocol=2, socket_timeout=5, **login) as client:
         client.response_callbacks.clear()
         return bytes(client.execute_command("INFO", section))
 
@@ -293,19 +360,26 @@ def _raw_info(port: int, section: str) -> bytes:
 class SentinelGroup:
     """A primary with a replica, watched by three Sentinels as ``mymaster``."""
 
-    def __init__(self, sentinels: int = 3, down_after: int = 500) -> None:
-        self.servers = [start_redis("--repl-diskless-sync-delay", "0")]
+    def __init__(
+        self, sentinels: int = 3, down_after: int = 500, guarded: Guarded | None = None
+    ) -> None:
+        self.guarded = guarded
+        self._login = guarded.login(sentinel=True) if guarded else {}
+        login = guarded.login() if guarded else {}
+        self.servers = [start_redis("--repl-diskless-sync-delay", "0", guarded=guarded)]
         self.sentinels: list[Server] = []
         try:
             self.servers.append(
                 start_redis(
                     *("--repl-diskless-sync-delay", "0"),
                     *("--replicaof", f"127.0.0.1 {self.servers[0].port}"),
+                    guarded=guarded,
                 )
             )
             _until(
                 lambda: (
-                    b"master_link_status:up" in _raw_info(self.servers[1].port, "replication")
+                    b"master_link_status:up"
+                    in _raw_info(self.servers[1].port, "replication", **login)
                 ),
                 "replication",
             )
@@ -318,14 +392,20 @@ class SentinelGroup:
 
     @property
     def url(self) -> str:
-        hosts = ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels)
-        return f"redis+sentinel://{hosts}/mymaster"
+        return f"redis+sentinel://{self.hosts}/mymaster"
+
+    @property
+    def hosts(self) -> str:
+        """The Sentinels, as they stand in a URL."""
+        return ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels)
 
     def primary(self) -> Server:
         """Return the primary, as a living Sentinel sees it."""
         for sentinel in self.sentinels:
             if sentinel.running:
-                found = _ask(sentinel.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster")
+                found = _ask(
+                    sentinel.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster", **self._login
+                )
                 port = int(found[1])
                 return next(each for each in self.servers if each.port == port)
         raise RuntimeError("no Sentinel runs")
@@ -336,21 +416,29 @@ class SentinelGroup:
 
     def _sentinel(self, down_after: int) -> Server:
         folder, port = _folder("sentinel"), free_port()
-        lines = [
-            f"port {port}",
+        lines = [f"port {port}"]
+        if self.guarded is not None:
+            lines = ["port 0", f"tls-port {port}", f"requirepass {self.guarded.sentinel_password}"]
+            lines += [f"{name} {value}" for name, value in self.guarded.tls.items()]
+        lines += [
             "bind 127.0.0.1",
             f"dir {folder}",
             f"sentinel monitor mymaster 127.0.0.1 {self.servers[0].port} 2",
             f"sentinel down-after-milliseconds mymaster {down_after}",
             "sentinel failover-timeout mymaster 3000",
         ]
+        if self.guarded is not None:
+            lines += [
+                f"sentinel auth-pass mymaster {self.guarded.password}",
+                f"sentinel sentinel-pass {self.guarded.sentinel_password}",
+            ]
         path = folder / "sentinel.conf"
         path.write_text("\n".join(lines) + "\n")
         return Server([_redis_binary(), str(path), "--sentinel"], folder, port)
 
     def _complete(self) -> bool:
         for sentinel in self.sentinels:
-            text = _raw_info(sentinel.port, "sentinel")
+            text = _raw_info(sentinel.port, "sentinel", **self._login)
             if f"slaves=1,sentinels={len(self.sentinels)}".encode() not in text:
                 return False
         return True

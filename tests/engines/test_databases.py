@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import Server, start_pgbouncer, start_postgres
+from servers import Server, make_certificates, start_pgbouncer, start_postgres
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from chaos.stacks import number, serving, state, until  # noqa: E402
 
-from layered_store import SQLStore, StateSnapshot, StoreError, UnavailableError  # noqa: E402
+from layered_store import SQLStore, UnavailableError  # noqa: E402
+from layered_store.testing import check_store  # noqa: E402
 
 DRIVERS = ["postgresql+asyncpg", "postgresql+psycopg"]
 PASSWORD = "walrus-4711"  # noqa: S105
@@ -113,23 +115,11 @@ async def test_a_client_that_vanishes_in_a_transaction(postgres: Server, driver:
         child.wait()
 
 
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    certificate, key = folder / "server.crt", folder / "server.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-        + ["-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
-    return certificate, key
-
-
 @pytest.fixture(scope="module")
 def secure_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     """A PostgreSQL that takes connections over TLS with a password, and no other."""
     with serving(start_postgres) as server:
-        certificate, key = _certificate(tmp_path_factory.mktemp("tls"))
+        authority, certificate, key = make_certificates(tmp_path_factory.mktemp("tls"))
         data = server.folder / "data"
         owner = data.stat()
         import os
@@ -162,7 +152,7 @@ def secure_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         server.kill()
         (data / "postmaster.pid").unlink(missing_ok=True)
         _start_again(server)
-        yield server, certificate
+        yield server, authority
 
 
 def _start_again(server: Server) -> None:
@@ -189,37 +179,56 @@ def _start_again(server: Server) -> None:
     [
         "postgresql+asyncpg://app:{password}@127.0.0.1:{port}/app?ssl=require",
         "postgresql+psycopg://app:{password}@127.0.0.1:{port}/app"
-        "?sslmode=verify-full&sslrootcert={certificate}",
+        "?sslmode=verify-full&sslrootcert={authority}",
+        "postgresql+asyncpg://app:{password}@127.0.0.1:{port}/app?ssl=verify-full",
     ],
+    ids=["asyncpg", "psycopg", "asyncpg verifies"],
 )
-async def test_tls_and_a_password(secure_postgres: tuple[Server, Path], url: str) -> None:
-    """The URL goes whole to the driver; a wrong password fails at once and shows nowhere."""
-    server, certificate = secure_postgres
-    places = {"port": server.port, "certificate": certificate}
-    async with SQLStore(url.format(password=PASSWORD, **places)) as store:
-        await store.upsert_latest(StateSnapshot("u", 1))
-        assert await number(store, "u") == 1
-        assert PASSWORD not in repr(store)
-    wrong = SQLStore(url.format(password="wrong-" + PASSWORD, **places))
-    with pytest.raises(UnavailableError) as caught:
-        await wrong.get_latest("u")
-    assert not caught.value.retryable
-    assert PASSWORD not in str(caught.value)
-    await wrong.aclose()
+async def test_tls_and_a_password(
+    secure_postgres: tuple[Server, Path], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The URL goes whole to the driver, and all of a store works; a wrong password fails at once
+    and shows nowhere.
+    """
+    server, authority = secure_postgres
+    monkeypatch.setenv("PGSSLROOTCERT", str(authority))  # where asyncpg looks
+    places = {"port": server.port, "authority": authority}
+    report = await check_store(lambda: SQLStore(url.format(password=PASSWORD, **places)))
+    assert report.ok, str(report)
+    assert "versions" in report.abilities
+    for right, wrong in ((PASSWORD, "wrong-" + PASSWORD), ("app:", "eve:")):
+        store = SQLStore(url.format(password=PASSWORD, **places).replace(right, wrong))
+        with pytest.raises(UnavailableError, match="refused the login") as caught:
+            await store.get_latest("u")
+        assert not caught.value.retryable
+        assert PASSWORD not in "".join(traceback.format_exception(caught.value)) + repr(store)
+        await store.aclose()
     plain = SQLStore(f"postgresql+asyncpg://app:{PASSWORD}@127.0.0.1:{server.port}/app?ssl=disable")
     with pytest.raises(UnavailableError):
         await plain.get_latest("u")
     await plain.aclose()
 
 
-async def test_a_certificate_of_nobody_known_is_refused(
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("why", ["its authority is unknown", "it names another host"])
+async def test_a_certificate_that_proves_nothing_is_refused(
     secure_postgres: tuple[Server, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    driver: str,
+    why: str,
 ) -> None:
-    """Asked to verify, the driver does."""
-    server, _ = secure_postgres
-    url = f"postgresql+psycopg://app:{PASSWORD}@127.0.0.1:{server.port}/app"
-    store = SQLStore(url + "?sslmode=verify-full&sslrootcert=system")
-    with pytest.raises(StoreError) as caught:
+    """Asked to verify, the driver does, and the error says what is wrong."""
+    server, authority = secure_postgres
+    host = "localhost" if "host" in why else "127.0.0.1"
+    if "authority" in why:
+        authority, _, _ = make_certificates(tmp_path)
+    monkeypatch.setenv("PGSSLROOTCERT", str(authority))
+    mode = "ssl" if driver == "asyncpg" else "sslmode"
+    url = f"postgresql+{driver}://app:{PASSWORD}@{host}:{server.port}/app?{mode}=verify-full"
+    store = SQLStore(url)
+    with pytest.raises(UnavailableError, match="certificate was not accepted") as caught:
         await store.get_latest("u")
-    assert PASSWORD not in str(caught.value)
+    assert not caught.value.retryable
+    assert PASSWORD not in "".join(traceback.format_exception(caught.value))
     await store.aclose()

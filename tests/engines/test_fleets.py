@@ -60,7 +60,7 @@ async def test_a_failover_in_mid_traffic_is_not_seen_by_readers(redis: str, sql:
     )  # fmt: skip
     report = await play(plan)
     print(report.figures)
-    assert report.violations == []
+    assert not report.violations, "\n".join(report.violations)
     outcomes = report.figures["outcomes"]
     for failed in ("UnavailableError", "StoreTimeoutError", "CircuitOpenError", "OverloadedError"):
         assert f"read {failed}" not in outcomes

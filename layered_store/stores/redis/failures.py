@@ -4,9 +4,12 @@ are.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import OverloadedError, StoreError, StoreTimeoutError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["ConnectionLostError", "GarbageError", "NotSentError", "ReplyError", "translate"]
 
@@ -41,6 +44,9 @@ class NotSentError(Exception):
 
 
 _REFUSED: Final = "the server refused the login or the command; check user, password and rights"
+_DISTRUSTED: Final = (
+    "the server's certificate was not accepted; check ssl_ca_certs and the name of the host"
+)
 _LOST: Final = "the connection failed"
 _SLOW: Final = "no answer within the time limit"
 
@@ -108,6 +114,13 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
         return StoreTimeoutError(_SLOW, outcome_unknown=write, **place)
     if isinstance(exc, ReplyError) or name.endswith("ResponseError"):
         return StoreError(f"the server refused the command ({code or name})", **place)
+    for cause in _causes(exc):
+        # Of several servers that it tried, the driver tells in a text.
+        told = f"{type(cause).__name__} {cause}"
+        if "CERTIFICATE_VERIFY_FAILED" in told:
+            return UnavailableError(_DISTRUSTED, retryable=False, **place)
+        if "AuthenticationError" in told:
+            return UnavailableError(_REFUSED, retryable=False, **place)
     if name in ("MasterNotFoundError", "SlaveNotFoundError"):
         return UnavailableError("no Sentinel knows a primary of this service", **place)
     return UnavailableError(f"{_LOST} ({_reason(exc)})", outcome_unknown=write, **place)
@@ -124,3 +137,12 @@ def _reason(exc: BaseException) -> str:
             break
         cause = cause.__cause__ or cause.__context__
     return type(exc if cause is None else cause).__name__
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it."""
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        yield exc
+        exc = exc.__cause__ or exc.__context__

@@ -36,6 +36,12 @@ _NO_STATEMENT: Final = (
 _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
 
+_DISTRUSTED: Final = (
+    "the server's certificate was not accepted; check the authority in the URL and the host's name"
+)
+_BAD_CERTIFICATE: Final = re.compile(
+    r"certificate verify failed|server certificate for .* does not match host name", re.IGNORECASE
+).search
 _LOGIN_FAILED: Final = re.compile(r"FATAL: .*(authentication failed|no pg_hba.conf entry)").search
 _ABOUT_CALLS: Final = ("another transaction", "the write and an erasure")
 
@@ -212,6 +218,8 @@ def _rule(cause: BaseException) -> _Rule | None:
     if arguments and type(arguments[0]) is int and not isinstance(cause, OSError):
         return _MYSQL.get(arguments[0])
     state = getattr(cause, "sqlstate", None)
+    if state is None and _BAD_CERTIFICATE(str(cause)):
+        return _DISTRUSTED, False
     if state is None and _LOGIN_FAILED(str(cause)):
         return _REFUSED, False  # of a login psycopg tells the text alone
     if state in (None, "08P01") and "unsupported startup parameter" in str(cause):
