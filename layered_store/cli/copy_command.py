@@ -93,6 +93,8 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
 async def _copy(source: str, target: str, place: _Place, page: int) -> tuple[Progress, Counts]:
     reached = place.read()
     async with build(source) as old, build(target) as new:
+        # Not before both are open: a name mistyped the first time leaves nothing behind.
+        place.write(reached)
         with place.copied() as copied, progress("users") as bar:
             copy = Copy(old, new, reached, copied=copied, age=place.age, page=page)
             task = bar.add_task("counting", total=None)
@@ -138,7 +140,6 @@ class _Place:
                 return reached
         except FileNotFoundError:
             self._users.unlink(missing_ok=True)
-            self.write(Progress())
             return Progress()
         except OSError as exc:
             raise click.ClickException(f"cannot read {self._path}: {exc.strerror}") from None

@@ -143,6 +143,16 @@ def copied(path: Path) -> list[str]:
     return asyncio.run(work())
 
 
+def test_copy_to_a_place_that_is_not_there(tmp_path: Path) -> None:
+    """A copy that could not begin leaves nothing that keeps the right one from beginning."""
+    fill(tmp_path / "a.db", 3, 1)
+    source = "sqlite+aiosqlite:///a.db"
+    run("copy", source, "redis://127.0.0.1:1/0", cwd=tmp_path, code=1)
+    run("copy", source, "no-such.toml", cwd=tmp_path, code=2)
+    run("copy", source, "sqlite+aiosqlite:///b.db", cwd=tmp_path)
+    assert not list(tmp_path.glob(".layered-store-copy*"))
+
+
 def test_copy_of_something_else(tmp_path: Path) -> None:
     """The place kept of one copy is not taken for that of another."""
     (tmp_path / ".layered-store-copy.json").write_text('{"pair": "x"}')
