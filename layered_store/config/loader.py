@@ -477,6 +477,11 @@ class _Build:
             return MISSING
         if isinstance(value, str) and filled != value and str not in option.accepts:
             filled = _from_text(filled)
+        if isinstance(value, list) and option.item not in (str, None):
+            filled = [
+                _from_text(new) if isinstance(old, str) and new != old else new
+                for old, new in zip(value, filled, strict=True)
+            ]
         if filled == MASK:
             self.problem(
                 "is the mask that stands for a secret, not the secret; write ${NAME} and set the"
@@ -560,9 +565,11 @@ def _converted(option: Option, value: Any) -> Any:
             type(item) is option.item or (option.item is float and type(item) is int)
             for item in value
         ):
-            return tuple(value)
+            return option.collection(value)
     elif isinstance(value, dict) and dict in accepts:
         return value
+    if isinstance(value, list) and list in option.accepts:
+        raise ValueError(f"must be {_expected(option)}; an item is something else")
     raise ValueError(f"must be {_expected(option)}, not {_word(value)}")
 
 
@@ -590,10 +597,20 @@ _NAMES: Final = {
 }
 
 
+_ITEMS: Final = {
+    str: "texts",
+    bool: "truth values",
+    int: "whole numbers",
+    float: "numbers",
+}
+
+
 def _expected(option: Option) -> str:
     if option.choices:
         return "one of " + ", ".join(repr(choice) for choice in option.choices)
     kinds = [name for kind, name in _NAMES.items() if kind in option.accepts]
+    if list in option.accepts and option.item is not None:
+        kinds[kinds.index(_NAMES[list])] = f"a list of {_ITEMS[option.item]}"
     if int in option.accepts and float in option.accepts:
         kinds.remove(_NAMES[int])
     if option.duration:

@@ -72,6 +72,7 @@ class Option:
         secret: its value is never shown.
         mask: hides the secret parts of a value that is shown; None shows it as it is.
         item: the type of the items of a list.
+        collection: what the constructor gets a list as.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Option:
     secret: bool = False
     mask: Any = None
     item: type | None = None
+    collection: type = tuple
 
     @property
     def required(self) -> bool:
@@ -267,6 +269,7 @@ def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
             facts["duration"] = True
         elif origin in (list, tuple, set, frozenset, Sequence):
             accepts.add(list)
+            facts["collection"] = tuple if origin is Sequence else origin
             # Of several kinds of items, such as str | bytes, the one that a file can hold.
             items = [each for a in typing.get_args(part) if a is not Ellipsis for each in _parts(a)]
             facts["item"] = next((a for a in items if a in (str, int, float, bool)), None)

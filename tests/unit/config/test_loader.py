@@ -466,6 +466,7 @@ def test_third_party_block(tmp_path: Path) -> None:
         "class Odd(Layer):\n"
         '    """Odd.\n\n    Args:\n        size: how odd.\n    """\n'
         "    size: int = field(default=1, kw_only=True)\n"
+        "    steps: list[int] = field(default_factory=list, kw_only=True)\n"
     )
     info = tmp_path / "odd-1.dist-info"
     info.mkdir()
@@ -473,8 +474,14 @@ def test_third_party_block(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[layered_store.blocks]\nodd = odd:Odd\n")
     code = (
         "from layered_store.config import load_stack, to_config, json_schema\n"
-        "s = load_stack({'use': 'memory', 'layers': [{'use': 'odd', 'size': 3}]})\n"
-        "print(to_config(s)['store']['layers'], 'layer.odd' in json_schema()['$defs'])"
+        "def build(**more):\n"
+        "    return load_stack({'use': 'memory', 'layers': [{'use': 'odd', **more}]})\n"
+        "s = build(size=3)\n"
+        "print(to_config(s)['store']['layers'], 'layer.odd' in json_schema()['$defs'])\n"
+        "s = build(steps=[1, '${STEP:-2}'])\n"
+        "print(s.steps, to_config(s)['store']['layers'])\n"
+        "try: build(steps=[1, 'x'])\n"
+        "except ValueError as error: print(error)\n"
     )
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-W", "ignore", "-c", code],
@@ -486,7 +493,11 @@ def test_third_party_block(tmp_path: Path) -> None:
             "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         },
     )
-    assert done.stdout.strip() == "[{'use': 'odd', 'size': 3}] True"
+    assert done.stdout.splitlines() == [
+        "[{'use': 'odd', 'size': 3}] True",
+        "[1, 2] [{'use': 'odd', 'steps': [1, 2]}]",
+        "store.layers.0.steps: must be a list of whole numbers; an item is something else",
+    ]
 
 
 def test_all_blocks_are_stores() -> None:
