@@ -24,6 +24,7 @@ AXES = 23
 
 _random = Random(7)
 _VALUES = {f"axis_{chr(97 + n)}_name": _random.random() for n in range(AXES)}
+_TIME = 1_732_406_400_000
 
 
 def user(number: int) -> str:
@@ -31,14 +32,16 @@ def user(number: int) -> str:
     return f"user-{number:07d}"
 
 
-def snapshot(user_id: str) -> StateSnapshot:
-    """Return a snapshot of 23 axes with full-precision floats."""
-    return StateSnapshot(user_id, updated_at_unix_ms=1_732_406_400_000, axes=_VALUES)
+def snapshot(user_id: str, form: int = 0) -> StateSnapshot:
+    """Return a snapshot of 23 axes with full-precision floats; each form holds other values."""
+    names = list(_VALUES)
+    axes = dict(zip(names, [_VALUES[name] for name in names[form:] + names[:form]], strict=True))
+    return StateSnapshot(user_id, updated_at_unix_ms=_TIME + form, axes=axes)
 
 
-def encoded(user_id: str) -> bytes:
+def encoded(user_id: str, form: int = 0) -> bytes:
     """Return its stored form."""
-    return SnapshotCodec(StateSnapshot).encode(snapshot(user_id))
+    return SnapshotCodec(StateSnapshot).encode(snapshot(user_id, form))
 
 
 @dataclass

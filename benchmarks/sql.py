@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import aiosqlite
 
@@ -11,6 +12,11 @@ from benchmarks.figures import Figure, Result
 from benchmarks.rounds import Costs, compare, load
 from benchmarks.setting import Setting, encoded, snapshot, user
 from layered_store import SQLStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layered_store import StateSnapshot
 
 __all__ = ["run"]
 
@@ -28,11 +34,17 @@ async def run(setting: Setting) -> list[Result]:
     return [await _sqlite(setting), await _postgres(setting)]
 
 
-async def _sqlite(setting: Setting) -> Result:
-    raw = await aiosqlite.connect(setting.folder / "raw.db")
-    for pragma in ("journal_mode=WAL", "synchronous=FULL"):  # as durable as ours
+async def _open_raw(path: Path, synchronous: str) -> aiosqlite.Connection:
+    raw = await aiosqlite.connect(path)
+    for pragma in ("journal_mode=WAL", f"synchronous={synchronous}"):
         await raw.execute(f"PRAGMA {pragma}")
     await raw.execute("CREATE TABLE raw (user_id TEXT PRIMARY KEY, data BLOB)")
+    return raw
+
+
+async def _sqlite(setting: Setting) -> Result:
+    raw = await _open_raw(setting.folder / "raw.db", "FULL")  # as durable as ours
+    lax = await _open_raw(setting.folder / "lax.db", "NORMAL")
     get, put = _GET.format("?"), _PUT.format("?", "?")
 
     # As its documentation shows: a hop to the thread for each step.
@@ -43,29 +55,40 @@ async def _sqlite(setting: Setting) -> Result:
     async def read_in_one_hop(user_id: str) -> Any:
         return await raw.execute_fetchall(get, (user_id,))
 
-    async def upsert(user_id: str) -> Any:
-        await raw.execute(put, (user_id, payload))
-        await raw.commit()
+    def upserting(connection: aiosqlite.Connection) -> Any:
+        payload = _changing(_payloads())
 
-    payload = encoded(user(0))
+        async def upsert(user_id: str) -> Any:
+            await connection.execute(put, (user_id, payload()))
+            await connection.commit()
+
+        return upsert
+
+    upsert, upsert_lax = upserting(raw), upserting(lax)
     store = SQLStore(f"sqlite+aiosqlite:///{setting.folder}/ours.db")
     users = await _fill(store, upsert, setting)
+    await asyncio.gather(*map(upsert_lax, users))
     assert await read(users[0])
     result = Result(
         "SQLite (WAL, synchronous=FULL), against raw aiosqlite on one connection",
         columns=["operation", "callers", "aiosqlite /s", "ours /s", "times", "CPU"],
-        note="Ours decodes what it reads, keeps versions, the history and write ids.",
+        note=(
+            "Ours decodes what it reads, keeps versions, the history and write ids. Not durable:"
+            " theirs with synchronous=NORMAL, where acknowledged writes are lost with the power."
+        ),
     )
     for callers in (1, 16, 64, 256):
         for name, theirs, ours in (
             ("read", read, store.get_latest),
             ("read, execute_fetchall", read_in_one_hop, store.get_latest),
             ("upsert", upsert, _upserting(store)),
+            ("upsert, theirs not durable", upsert_lax, _upserting(store)),
         ):
             costs = await _race(setting, users, callers, theirs, ours)
             _note(result, 8, name, callers, costs, "aiosqlite", {"read": 5, "upsert": 3})
     await store.aclose()
     await raw.close()
+    await lax.close()
     return result
 
 
@@ -76,13 +99,13 @@ async def _postgres(setting: Setting) -> Result:
     pool = await asyncpg.create_pool(dsn, min_size=_POOL, max_size=_POOL)
     await pool.execute("CREATE TABLE raw (user_id TEXT PRIMARY KEY, data BYTEA)")
     get, put = _GET.format("$1"), _PUT.format("$1", "$2")
-    payload = encoded(user(0))
+    payload = _changing(_payloads())
 
     async def read(user_id: str) -> Any:
         return await pool.fetchrow(get, user_id)
 
     async def upsert(user_id: str) -> Any:
-        await pool.execute(put, user_id, payload)
+        await pool.execute(put, user_id, payload())
 
     store = SQLStore(dsn.replace("postgresql:", "postgresql+asyncpg:"), pool_size=_POOL)
     users = await _fill(store, upsert, setting)
@@ -109,11 +132,28 @@ async def _postgres(setting: Setting) -> Result:
     return result
 
 
+# An upsert of what is there already is no upsert: SQLite then leaves the page as it is.
+_FORMS = 7
+
+
+def _payloads() -> list[bytes]:
+    return [encoded(user(0), form) for form in range(_FORMS)]
+
+
+def _changing(values: list[Any]) -> Any:
+    """Return a function that gives these values in turn."""
+    number = count()
+    return lambda: values[next(number) % len(values)]
+
+
 def _upserting(store: SQLStore) -> Any:
-    made = {user(n): snapshot(user(n)) for n in range(_USERS)}
+    made: dict[str, list[StateSnapshot]] = {
+        user(n): [snapshot(user(n), form) for form in range(_FORMS)] for n in range(_USERS)
+    }
+    number = count()
 
     async def upsert(user_id: str) -> None:
-        await store.upsert_latest(made[user_id])
+        await store.upsert_latest(made[user_id][next(number) % _FORMS])
 
     return upsert
 

@@ -36,6 +36,7 @@ class Call:
         version: the version the write was given, once known; 0 where nobody numbers writes.
         superseded: set when the write did not become the latest state, since an erasure or a newer
             snapshot won; what it wrote must then not be cached.
+        fresh: whether no store was asked for it yet; see :meth:`first_attempt`.
         ended: set when the caller was answered; a task that was left behind begins calls of its
             own.
     """
@@ -47,6 +48,7 @@ class Call:
     system_started: float = field(default_factory=SYSTEM_CLOCK.monotonic)
     version: int = 0
     superseded: bool = False
+    fresh: bool = False
     ended: bool = False
     _stored: list[StateSnapshot] = field(default_factory=list)
 
@@ -79,6 +81,11 @@ class Call:
             stored.append(snapshot)
         return self.part(2**31 + index) if index else self.write_id
 
+    def first_attempt(self) -> bool:
+        """Tell, once, that no store can have met this write: its id was made for this very call."""
+        fresh, self.fresh = self.fresh, False
+        return fresh
+
     def again(self, write_id: bytes | None = None) -> Call:
         """Return this write for one more store: begun when it was, with an outcome of its own.
 
@@ -101,6 +108,12 @@ class Call:
 _current: ContextVar[Call | None] = ContextVar("layered_store_call", default=None)
 
 
+def _new(clock: Clock) -> Call:
+    call = Call(os.urandom(16), clock.monotonic(), clock)
+    call.fresh = True
+    return call
+
+
 class call_begins:  # noqa: N801  used like a function: with call_begins():
     """Make this the outermost moment of a write, unless a layer above already did.
 
@@ -118,7 +131,7 @@ class call_begins:  # noqa: N801  used like a function: with call_begins():
     def __enter__(self) -> Call:
         call = _current.get()
         if call is None or call.ended:
-            call = self._call = Call(os.urandom(16), self._clock.monotonic(), self._clock)
+            call = self._call = _new(self._clock)
             self._token = _current.set(call)
         return call
 
@@ -145,5 +158,5 @@ def current_call(clock: Clock = SYSTEM_CLOCK) -> Call:
     """Return the write that is travelling down, or a new one for a store used on its own."""
     call = _current.get()
     if call is None or call.ended:
-        call = Call(os.urandom(16), clock.monotonic(), clock)
+        call = _new(clock)
     return call

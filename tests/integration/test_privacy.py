@@ -179,7 +179,7 @@ async def test_records_that_cannot_be_read(
     await redis.upsert_latest(STATE)
     engine = create_async_engine(sqlite_url)
     async with engine.begin() as connection:
-        await connection.execute(text("UPDATE layered_store_latest SET payload = :p"), {"p": b"x"})
+        await connection.execute(text("UPDATE layered_store_history SET payload = :p"), {"p": b"x"})
     await redis.command("SET", redis.key(redis.digest(USER)), f"{USER} {VALUE} {AXIS}")
     for store in (redis, record):
         await everything(store, listener)

@@ -83,7 +83,7 @@ class Access:
         self._address = address
         self._family = family
         self._one_connection = engines.in_memory(address)
-        self.tables = build_tables(latest_table, history_table)
+        self.tables = build_tables(latest_table, history_table, family)
         self.statements = Statements(self.tables, family)
         self._lite = lite.LiteStatements(self.statements) if family == "sqlite" else None
         self._asyncpg = (
@@ -253,6 +253,8 @@ class Access:
         nothing: list[Any] = [None] * len(items)
         session = batch.session = self._session()
         if self._lite is not None:
+            if not all(item.fresh for item in items):
+                return nothing
 
             async def in_thread(desk: Desk) -> list[Any] | None:
                 follows = self._erasures.follows
@@ -321,9 +323,10 @@ class Access:
             now_us = (await session.rows(self.statements.now, session.timed({})))[0][0]
             values = {"due": now_us, "max_rows": _PURGE_ROWS}
             for row in await session.rows(self.statements.purgeable, values):
-                place = {"at_digest": bytes(row.digest)}
-                await session.run(self.statements.purge, [{**place, "due": now_us}])
-                await session.run(self.statements.purge_history, [place])
+                place = {"at_digest": bytes(row.digest), "due": now_us}
+                steps = [self.statements.purge, self.statements.purge_history]
+                for step in reversed(steps) if self.statements.chained else steps:
+                    await session.run(step, [place])
 
         session = self._session()
         try:

@@ -4,7 +4,8 @@ The change log needs positions that no later commit undercuts:
 
 * PostgreSQL: the transaction's 64-bit id. A page ends below the oldest id still running
   (``pg_snapshot_xmin``), so nothing below it can be committed later.
-* SQLite: a counter row, raised inside ``BEGIN IMMEDIATE``, which admits one writer at a time.
+* SQLite: a counter row, raised inside ``BEGIN IMMEDIATE``, which admits one writer at a time. Each
+  entry of the history has a position of its own: see :mod:`layered_store.stores.sql.chain`.
 * MariaDB, MySQL: the same counter row; it is locked right before the last statements of a
   transaction, so commits happen in the order of positions. The alternative, database time with an
   overlap, needs a bound on how long a commit can take, and there is none.
@@ -30,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
+from layered_store.stores.sql.chain import chain_statements
 from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
 from layered_store.stores.sql.versions import is_current, upgrade
 
@@ -76,6 +78,7 @@ class Statements:
     begin: tuple[str, ...] = field(init=False)
     host_time: bool = field(init=False)
     counted: bool = field(init=False)
+    chained: bool = field(init=False)
     read: Any = field(init=False)
     read_many: Any = field(init=False)
     lock: Any = field(init=False)
@@ -88,6 +91,7 @@ class Statements:
     set_version: Any = field(init=False)
     numbers: Any = field(init=False)
     store: Any = field(init=False)
+    hide: Any = field(init=False, default=None)
     bury: Any = field(init=False)
     append: Any = field(init=False)
     trim: Any = field(init=False)
@@ -109,12 +113,76 @@ class Statements:
         self.begin = _BEGIN[self.family]
         self.host_time = self.family == "sqlite"
         self.counted = self.family != "postgresql"
+        self.chained = self.family == "sqlite"
         latest, history, counter = self.tables.latest, self.tables.history, self.tables.counter
         now_us: Any = (
             bindparam("now_us", type_=BigInteger)
             if self.host_time
             else literal_column(NOW_US[self.family], BigInteger)
         )
+        digest = bindparam("at_digest", type_=latest.c.digest.type)
+
+        self.place = self._placeholder(latest, now_us)
+        self.position = select(counter.c.position).where(counter.c.id == COUNTER_ROW)
+        self.start_counter = self._ignoring(counter, "id").values(id=COUNTER_ROW, position=1)
+        self.start_version = self._ignoring(counter, "id").values(
+            id=VERSION_ROW, position=bindparam("to_version", type_=BigInteger)
+        )
+        self.set_version = (
+            update(counter)
+            .where(counter.c.id == VERSION_ROW)
+            .values(position=bindparam("to_version", type_=BigInteger))
+        )
+        self.numbers = select(counter.c.id, counter.c.position)
+        self.append = insert(history)
+        self.debts = select(latest.c.debts, latest.c.erased_version).where(
+            latest.c.digest == digest
+        )
+        self.owe = (
+            update(latest).where(latest.c.digest == digest).values(debts=bindparam("to_debts"))
+        )
+        self.now = select(now_us)
+        end = (
+            select(counter.c.position + 1).where(counter.c.id == COUNTER_ROW).scalar_subquery()
+            if self.counted
+            else literal_column(_XMIN, BigInteger)
+        )
+        self.horizon = select(end.label("horizon"), now_us.label("now_us"))
+        # Tombstones alone are in the index of purge_at.
+        self.owing = (
+            select(latest.c.digest, latest.c.version)
+            .where(
+                latest.c.purge_at.is_not(None),
+                latest.c.debts.like(bindparam("tier_pattern"), escape="/"),
+            )
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        self.users = (
+            select(latest.c.digest, latest.c.user_id)
+            .where(
+                latest.c.digest > bindparam("after_digest", type_=latest.c.digest.type),
+                latest.c.user_id.is_not(None),
+            )
+            .order_by(latest.c.digest)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        due = bindparam("due", type_=BigInteger)
+        paid = or_(latest.c.debts.is_(None), latest.c.debts == "[]")
+        self.purgeable = (
+            select(latest.c.digest)
+            .where(latest.c.purge_at < due, paid)
+            .order_by(latest.c.purge_at)
+            .limit(bindparam("max_rows", type_=BigInteger))
+        )
+        self.purge = delete(latest).where(latest.c.digest == digest, latest.c.purge_at < due)
+        if self.chained:
+            chain_statements(self)
+        else:
+            self._keyed(now_us)
+
+    def _keyed(self, now_us: Any) -> None:
+        """Build those that differ in SQLite, where :func:`chain_statements` builds them."""
+        latest, history, counter = self.tables.latest, self.tables.history, self.tables.counter
         position: Any = (
             bindparam("at_position", type_=BigInteger)
             if self.counted
@@ -123,7 +191,6 @@ class Statements:
         digest = bindparam("at_digest", type_=latest.c.digest.type)
         digests = bindparam("digests", type_=latest.c.digest.type, expanding=True)
         write_ids = bindparam("write_ids", type_=latest.c.digest.type, expanding=True)
-
         self.read = select(latest.c.user_id, latest.c.version, latest.c.payload).where(
             latest.c.digest == digest
         )
@@ -147,7 +214,6 @@ class Statements:
             .order_by(latest.c.digest)
             .with_for_update()
         )
-        self.place = self._placeholder(latest, now_us)
         self.seen = select(history.c.digest, history.c.write_id).where(
             history.c.digest.in_(digests), history.c.write_id.in_(write_ids)
         )
@@ -156,17 +222,6 @@ class Statements:
             .where(counter.c.id == COUNTER_ROW)
             .values(position=counter.c.position + 1)
         )
-        self.position = select(counter.c.position).where(counter.c.id == COUNTER_ROW)
-        self.start_counter = self._ignoring(counter, "id").values(id=COUNTER_ROW, position=1)
-        self.start_version = self._ignoring(counter, "id").values(
-            id=VERSION_ROW, position=bindparam("to_version", type_=BigInteger)
-        )
-        self.set_version = (
-            update(counter)
-            .where(counter.c.id == VERSION_ROW)
-            .values(position=bindparam("to_version", type_=BigInteger))
-        )
-        self.numbers = select(counter.c.id, counter.c.position)
         self.store = (
             update(latest)
             .where(latest.c.digest == digest)
@@ -196,7 +251,6 @@ class Statements:
                 position=position,
             )
         )
-        self.append = insert(history)
         self.trim = delete(history).where(
             history.c.digest == digest,
             history.c.version <= bindparam("floor", type_=BigInteger),
@@ -219,19 +273,6 @@ class Statements:
             .order_by(history.c.version.desc())
             .limit(bindparam("max_rows", type_=BigInteger))
         )
-        self.debts = select(latest.c.debts, latest.c.erased_version).where(
-            latest.c.digest == digest
-        )
-        self.owe = (
-            update(latest).where(latest.c.digest == digest).values(debts=bindparam("to_debts"))
-        )
-        self.now = select(now_us)
-        end = (
-            select(counter.c.position + 1).where(counter.c.id == COUNTER_ROW).scalar_subquery()
-            if self.counted
-            else literal_column(_XMIN, BigInteger)
-        )
-        self.horizon = select(end.label("horizon"), now_us.label("now_us"))
         after = bindparam("after_position", type_=BigInteger)
         self.changes = (
             select(
@@ -255,33 +296,6 @@ class Statements:
             .order_by(latest.c.position, latest.c.digest)
             .limit(bindparam("max_rows", type_=BigInteger))
         )
-        # Tombstones alone are in the index of purge_at.
-        self.owing = (
-            select(latest.c.digest, latest.c.version)
-            .where(
-                latest.c.purge_at.is_not(None),
-                latest.c.debts.like(bindparam("tier_pattern"), escape="/"),
-            )
-            .limit(bindparam("max_rows", type_=BigInteger))
-        )
-        self.users = (
-            select(latest.c.digest, latest.c.user_id)
-            .where(
-                latest.c.digest > bindparam("after_digest", type_=latest.c.digest.type),
-                latest.c.user_id.is_not(None),
-            )
-            .order_by(latest.c.digest)
-            .limit(bindparam("max_rows", type_=BigInteger))
-        )
-        due = bindparam("due", type_=BigInteger)
-        paid = or_(latest.c.debts.is_(None), latest.c.debts == "[]")
-        self.purgeable = (
-            select(latest.c.digest)
-            .where(latest.c.purge_at < due, paid)
-            .order_by(latest.c.purge_at)
-            .limit(bindparam("max_rows", type_=BigInteger))
-        )
-        self.purge = delete(latest).where(latest.c.digest == digest, latest.c.purge_at < due)
         # What recalls the erasure itself goes with its tombstone.
         self.purge_history = delete(history).where(
             history.c.digest == digest,

@@ -29,8 +29,9 @@ T = TypeVar("T")
 
 _NAMED: Final = sqlite.dialect(paramstyle="named")
 _LOOK_MS: Final = 20
-_TRIM_EVERY: Final = 16
-"""The history is trimmed with every so many versions of a user: reads never show more anyway."""
+_TRIM_EVERY: Final = 64
+"""The history is trimmed with every so many versions of a user: reads never show more anyway. All
+entries are passed on the way to the oldest, so seldom is cheap."""
 
 
 class _Text:
@@ -81,28 +82,30 @@ class LiteStatements:
         tables = statements.tables
         latest, history = quote(tables.latest.name), quote(tables.history.name)
         counter = quote(tables.counter.name)
-        self.read = f"SELECT user_id, version, payload FROM {latest} WHERE digest = ?"
-        self.read_many = (
-            f"SELECT digest, user_id, version, payload FROM {latest} WHERE digest IN (%s)"
+        newest = f"{latest} l LEFT JOIN {history} h ON h.position = l.position"
+        columns = "l.user_id, l.version, h.payload"
+        self.read = f"SELECT {columns} FROM {newest} WHERE l.digest = ?"
+        self.read_many = f"SELECT l.digest, {columns} FROM {newest} WHERE l.digest IN (%s)"
+        self.states = (
+            f"SELECT digest, version, erased_version, position FROM {latest} WHERE digest IN (%s)"
         )
-        self.states = f"SELECT digest, version, erased_version FROM {latest} WHERE digest IN (%s)"
-        self.advance = f"UPDATE {counter} SET position = position + 1 WHERE id = 1"
+        self.advance = f"UPDATE {counter} SET position = ? WHERE id = 1"
         self.position = f"SELECT position FROM {counter} WHERE id = 1"
         self.append = (
-            f"INSERT INTO {history} (digest, version, write_id, recorded_at, payload)"
-            " VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+            f"INSERT INTO {history}"
+            " (position, digest, version, write_id, recorded_at, previous, payload)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)"
         )
         self.put = (
-            f"INSERT INTO {latest} (digest, user_id, version, payload, write_id,"
-            " updated_at_unix_ms, position) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            f"INSERT INTO {latest} (digest, user_id, version, updated_at_unix_ms, position)"
+            " VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,"
-            " version = excluded.version, payload = excluded.payload,"
-            " write_id = excluded.write_id, updated_at_unix_ms = excluded.updated_at_unix_ms,"
+            " version = excluded.version, updated_at_unix_ms = excluded.updated_at_unix_ms,"
             " position = excluded.position"
         )
         # Only of a user who was erased: setting it costs a page of its index.
         self.revive = f"UPDATE {latest} SET purge_at = NULL WHERE digest = ?"
-        self.trim = f"DELETE FROM {history} WHERE digest = ? AND version <= ?"
+        self.hide = f"UPDATE {history} SET payload = NULL WHERE position = ?"
 
     def text(self, statement: Any) -> _Text:
         """Return a statement's text, compiled on first use."""
@@ -242,13 +245,13 @@ def write_rows(
 ) -> list[int] | None:
     """Store new snapshots in one transaction; return their versions.
 
-    None, with nothing stored, when any of them needs a closer look: it may have been stored
-    before, or have begun before an erasure.
+    None, with nothing stored, when any of them needs a closer look: it may have begun before an
+    erasure.
 
     Args:
         connection: in its thread.
         session: notes that the commit was sent.
-        writes: in their order; several may be of one user.
+        writes: first attempts in their order; several may be of one user.
         rules: the store's options.
         follows: whether a write is known to have begun after this erasure.
     """
@@ -258,78 +261,62 @@ def write_rows(
         digests = list({item.digest for item in writes})
         size = 1 << (len(digests) - 1).bit_length()
         values = digests + digests[-1:] * (size - len(digests))
+        # By user: version, erased version, place of the newest entry.
         states = {
-            row[0]: row
-            for row in execute(texts.states % _marks(size), values).fetchall()
+            digest: (version, erased, place)
+            for digest, version, erased, place in execute(
+                texts.states % _marks(size), values
+            ).fetchall()
         }
-        now = session.clock.time()
-        start, now_us = int(now * 1e3) - 1, int(now * 1e6)
-        versions: dict[bytes, int] = {}
-        last: dict[bytes, Write] = {}
-        entries = []
-        results = []
-        keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
-        floors = []
-        revived = []
-        for item in writes:
-            digest = item.digest
-            version = versions.get(digest)
-            if version is None:
-                state = states.get(digest)
-                if state is None:
-                    version = start
-                else:
-                    version = state[1]
-                    if state[2] is not None:
-                        if not follows(item, state[2]):
-                            execute("ROLLBACK")
-                            return None
-                        revived.append((digest,))
-            version += 1
-            versions[digest] = version
-            last[digest] = item
-            entries.append(
-                (
-                    digest,
-                    version,
-                    item.write_id,
-                    now_us,
-                    None if rules.history_limit == 0 else item.payload,
-                )
-            )
-            results.append(version)
-            if keep is not None and version % _TRIM_EVERY == 0:
-                floors.append((digest, version - keep))
-        before = connection.total_changes
-        connection.executemany(texts.append, entries)
-        if connection.total_changes - before != len(entries):
-            execute("ROLLBACK")
-            return None
-        if floors:
-            connection.executemany(texts.trim, floors)
-        execute(texts.advance)
         found = execute(texts.position).fetchone()
         if found is None:
             raise UnavailableError(
                 "the counter table is empty; let create_tables=True fill it", retryable=False
             )
-        connection.executemany(
-            texts.put,
-            [
-                (
-                    digest,
-                    str(item.user_id),
-                    versions[digest],
-                    item.payload,
-                    item.write_id,
-                    item.updated,
-                    found[0],
-                )
-                for digest, item in sorted(last.items())
-            ],
-        )
+        place = found[0]
+        now = session.clock.time()
+        unknown = (int(now * 1e3) - 1, None, None)
+        now_us = int(now * 1e6)
+        shown = rules.history_limit != 0
+        rows: dict[bytes, tuple[Any, ...]] = {}
+        entries = []
+        results = []
+        revived = []
+        crowded = []
+        hidden = []
+        for item in writes:
+            digest = item.digest
+            version, erased, previous = states.get(digest, unknown)
+            if erased is not None:
+                if not follows(item, erased):
+                    execute("ROLLBACK")
+                    return None
+                revived.append((digest,))
+            elif not shown and previous is not None:
+                hidden.append((previous,))
+            version += 1
+            place += 1
+            states[digest] = (version, None, place)
+            entries.append(
+                (place, digest, version, item.write_id, now_us, previous, item.payload)
+            )
+            rows[digest] = (digest, str(item.user_id), version, item.updated, place)
+            results.append(version)
+            if version % _TRIM_EVERY == 0:
+                crowded.append(digest)
+        connection.executemany(texts.append, entries)
+        if hidden:
+            connection.executemany(texts.hide, hidden)
+        if crowded and rules.history_limit is not None:
+            keep = max(rules.history_limit, KEPT_WRITE_IDS)
+            text = texts.text(session.statements.trim)
+            for digest in crowded:
+                values_of = {"at_digest": digest, "floor": states[digest][0] - keep}
+                execute(*text.bind(values_of))
+        connection.executemany(texts.put, [row for _, row in sorted(rows.items())])
         if revived:
             connection.executemany(texts.revive, revived)
+        execute(texts.advance, (place,))
         session.committing = True
         execute("COMMIT")
         session.committing = False

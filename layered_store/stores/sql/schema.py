@@ -2,6 +2,7 @@
 
 ``latest`` has one row per user, keyed by the user's digest: whatever the database thinks of case,
 accents and trailing spaces, two users never share a row. ``history`` has one row per write.
+SQLite has another layout than the servers: see :mod:`layered_store.stores.sql.chain`.
 ``counter`` has one row per number that the store keeps: which is which stands below.
 """
 
@@ -14,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     Table,
@@ -84,8 +86,67 @@ class Tables:
     counter: Table
 
 
-def build_tables(latest_name: str, history_name: str) -> Tables:
-    """Return the tables under these names."""
+def build_tables(latest_name: str, history_name: str, family: str) -> Tables:
+    """Return the tables under these names.
+
+    Args:
+        latest_name: of the table of latest states.
+        history_name: of the table of histories.
+        family: ``sqlite``, ``postgresql`` or ``mysql`` (MariaDB too).
+    """
+    metadata = MetaData()
+    build = _chained if family == "sqlite" else _keyed
+    latest, history = build(metadata, latest_name, history_name)
+    counter = Table(
+        f"{latest_name}_counter",
+        metadata,
+        Column("id", BigInteger, primary_key=True, autoincrement=False),
+        Column("position", BigInteger, nullable=False),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+    return Tables(metadata, latest, history, counter)
+
+
+def _chained(metadata: MetaData, latest_name: str, history_name: str) -> tuple[Table, Table]:
+    """SQLite: states stand in the history alone, in the order of writing."""
+    latest = Table(
+        latest_name,
+        metadata,
+        Column("digest", LargeBinary, primary_key=True),
+        Column("user_id", Text, nullable=True),
+        Column("version", BigInteger, nullable=False),
+        Column("erased_version", BigInteger, nullable=True),
+        Column("erased_at", BigInteger, nullable=True),
+        Column("purge_at", BigInteger, nullable=True),
+        Column("debts", Text, nullable=True),
+        Column("position", BigInteger, nullable=False),
+        Column("updated_at_unix_ms", BigInteger, nullable=True),
+        sqlite_with_rowid=False,
+    )
+    # Tombstones alone: all others would be in it for nothing.
+    Index(
+        f"{latest_name}_purge_at",
+        latest.c.purge_at,
+        sqlite_where=latest.c.purge_at.is_not(None),
+    )
+    history = Table(
+        history_name,
+        metadata,
+        # INTEGER and nothing else makes it the row's own number, so that rows are appended.
+        Column("position", Integer, primary_key=True, autoincrement=False),
+        Column("digest", LargeBinary, nullable=False),
+        Column("version", BigInteger, nullable=False),
+        Column("write_id", LargeBinary, nullable=False),
+        Column("recorded_at", BigInteger, nullable=False),
+        Column("previous", BigInteger, nullable=True),
+        Column("payload", LargeBinary, nullable=True),
+    )
+    return latest, history
+
+
+def _keyed(metadata: MetaData, latest_name: str, history_name: str) -> tuple[Table, Table]:
+    """PostgreSQL, MariaDB, MySQL: the latest state in the user's row, the history by user."""
     # MySQL's BLOB ends at 64 kB and its BINARY is the only binary type that can be a key.
     key = LargeBinary().with_variant(Hex("BINARY(16)"), *_MYSQL)
     blob = LargeBinary().with_variant(Hex("LONGBLOB"), *_MYSQL)
@@ -93,7 +154,6 @@ def build_tables(latest_name: str, history_name: str) -> Tables:
     name = Text().with_variant(
         mysql.VARCHAR(256, charset="utf8mb4", collation="utf8mb4_bin"), *_MYSQL
     )
-    metadata = MetaData()
     latest = Table(
         latest_name,
         metadata,
@@ -125,12 +185,4 @@ def build_tables(latest_name: str, history_name: str) -> Tables:
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
     )
-    counter = Table(
-        f"{latest_name}_counter",
-        metadata,
-        Column("id", BigInteger, primary_key=True, autoincrement=False),
-        Column("position", BigInteger, nullable=False),
-        mysql_engine="InnoDB",
-        mariadb_engine="InnoDB",
-    )
-    return Tables(metadata, latest, history, counter)
+    return latest, history

@@ -69,6 +69,7 @@ _MAX_INT: Final = 2**53
 _BULK: Final = 1_000
 _MAX_POSITION: Final = 2**63 - 1
 _AHEAD_ROWS: Final = 20_000
+_SCANNED: Final = 20_000
 _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
 
 
@@ -377,7 +378,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         check_snapshot(snapshot, self.snapshot_type)
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
-        item = self._prepare(snapshot, call.id_of(snapshot), call)
+        item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
         row = await self._changed(item)
         record = self._after(snapshot, item, row, Op.UPSERT_LATEST)
         call.superseded = record.snapshot is not snapshot
@@ -388,8 +389,9 @@ class SQLStore(StateStore, Authority, Enumerable):
             check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
+        fresh = call.first_attempt()
         items = [
-            self._prepare(snapshot, call.part(index), call)
+            self._prepare(snapshot, call.part(index), call, fresh=fresh)
             for index, snapshot in enumerate(snapshots)
         ]
         rows = await self._all(self._access.home().writes, items)
@@ -410,8 +412,9 @@ class SQLStore(StateStore, Authority, Enumerable):
         check_user_id(user_id, Op.DELETE)
         self._check_open(Op.DELETE)
         digest = self._digest(user_id)
-        write_id = current_call(self.clock).write_id
-        result = await self._changed(self._new_erasure(digest, tiers, write_id))
+        call = current_call(self.clock)
+        erasure = self._new_erasure(digest, tiers, call.write_id, call.first_attempt())
+        result = await self._changed(erasure)
         if isinstance(result, Exception):
             raise self._own_error(result, Op.DELETE, self.name)
         version, anew = result
@@ -460,9 +463,13 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._check_open("changes")
         position, after, issued = _read_cursor(cursor)
 
-        async def work(session: Session) -> tuple[int, int, Sequence[Any]]:
+        async def work(session: Session) -> tuple[int, int, bool, Sequence[Any]]:
             # First the horizon: all below it is committed, so the second statement sees it.
             horizon, now_us = await self._horizon(session)
+            # What was overwritten since stands in SQLite's log as well: a page ends somewhere.
+            cut = self._statements.chained and horizon > position + _SCANNED
+            if cut:
+                horizon = position + _SCANNED
             values = {
                 "after_position": position,
                 "after_digest": after,
@@ -480,10 +487,10 @@ class SQLStore(StateStore, Authority, Enumerable):
                     "max_rows": _AHEAD_ROWS + 1,
                 }
                 ahead.extend(await session.rows(self._statements.changes, values))
-            return horizon, now_us, found
+            return horizon, now_us, cut, found
 
         ahead: list[Any] = []
-        horizon, now_us, rows = await self._run("changes", work)
+        horizon, now_us, cut, rows = await self._run("changes", work)
         if len(ahead) > _AHEAD_ROWS:
             raise UnavailableError(
                 "a transaction has been open for so long that too many changes wait behind it",
@@ -502,7 +509,8 @@ class SQLStore(StateStore, Authority, Enumerable):
         ]
         if not more:
             last = max(horizon - 1, position)
-            return Changes(items, f"{last}.{'f' * 32}.{now_us}", more=False)
+            time = issued if cut else now_us
+            return Changes(items, f"{last}.{'f' * 32}.{time}", more=cut)
         # The time stays that of the first page: what it left out may be as old as that.
         end = rows[limit - 1] if limit else None
         place = f"{end.position}.{bytes(end.digest).hex()}" if end else f"{position}.{after.hex()}"
@@ -598,7 +606,9 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     # Rows and snapshots.
 
-    def _prepare(self, snapshot: StateSnapshot, write_id: bytes, call: Call) -> Write:
+    def _prepare(
+        self, snapshot: StateSnapshot, write_id: bytes, call: Call, *, fresh: bool
+    ) -> Write:
         return self._new_write(
             self._digest(snapshot.user_id),
             PrivateStr(snapshot.user_id),
@@ -607,6 +617,7 @@ class SQLStore(StateStore, Authority, Enumerable):
             call.began(self.clock),
             call.order,
             snapshot.updated_at_unix_ms,
+            fresh,
         )
 
     def _after(self, snapshot: StateSnapshot, item: Write, row: Any, op: Op) -> Versioned:
@@ -626,6 +637,8 @@ class SQLStore(StateStore, Authority, Enumerable):
     def _snapshot(self, user_id: str, row: Any, op: Op) -> StateSnapshot | None:
         payload = row[3]
         if payload is None:
+            if row[1] is not None:
+                raise self._corruption("the record holds no state", user_id, op)
             return None
         if row[1] != user_id:
             raise self._corruption("the record belongs to another user", user_id, op)

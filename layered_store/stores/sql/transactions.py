@@ -64,6 +64,8 @@ class Write:
     started: float
     order: int
     updated: int
+    fresh: bool = False
+    """Whether this is the first attempt to store it."""
 
 
 @dataclass(slots=True)
@@ -73,6 +75,7 @@ class Erasure:
     digest: bytes
     tiers: Sequence[str]
     write_id: bytes
+    fresh: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +90,8 @@ class Row:
     erased_at: int | None
     debts: str | None
     updated: int | None
+    position: int = 0
+    """Of its newest entry, where entries are chained."""
 
 
 @dataclass(slots=True)
@@ -159,16 +164,33 @@ class Session:
 
     async def positioned(self, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return ``values`` with this transaction's place in the change log."""
-        if self.statements.counted:
-            await self.run(self.statements.advance, [{}])
-            found = await self.rows(self.statements.position, {})
-            if not found:
-                raise UnavailableError(
-                    "the counter table is empty; let create_tables=True fill it", retryable=False
-                )
+        if self.statements.counted and not self.statements.chained:
+            place = await self._advance({})
             for item in values:
-                item["at_position"] = found[0][0]
+                item["at_position"] = place
         return values
+
+    async def chain(self, entries: list[dict[str, Any]], heads: dict[bytes, int]) -> None:
+        """Give new entries their places, each behind the one before it of the same user.
+
+        Args:
+            entries: in their order.
+            heads: by digest, the place of the newest entry; updated.
+        """
+        last = await self._advance({"steps": len(entries)})
+        for place, entry in enumerate(entries, last - len(entries) + 1):
+            entry["position"] = place
+            entry["previous"] = heads.get(entry["digest"])
+            heads[entry["digest"]] = place
+
+    async def _advance(self, values: dict[str, Any]) -> int:
+        await self.run(self.statements.advance, [values])
+        found = await self.rows(self.statements.position, {})
+        if not found:
+            raise UnavailableError(
+                "the counter table is empty; let create_tables=True fill it", retryable=False
+            )
+        return int(found[0][0])
 
 
 def padded(values: Iterable[bytes]) -> list[bytes]:
@@ -216,6 +238,7 @@ async def _take(
             row.erased_at,
             row.debts,
             row.updated_at_unix_ms,
+            row.position if session.statements.chained else 0,
         )
     if found:
         began.learn(sent, received, found[0].now_us)
@@ -271,6 +294,7 @@ async def write(
             row.erased_at,
             row.debts,
             item.updated,
+            row.position,
         )
         rows[item.digest] = row
         seen.add((item.digest, item.write_id))
@@ -288,6 +312,15 @@ async def write(
     if not changed:
         await session.rollback()
         return results, too_old
+    heads = {digest: rows[digest].position for digest in changed}
+    if statements.chained:
+        hidden = list(heads.values()) if rules.history_limit == 0 else []
+        await session.chain(entries, heads)
+        # The latest state stands in the newest entry alone.
+        for entry in entries:
+            if heads[entry["digest"]] == entry["position"]:
+                entry["payload"] = changed[entry["digest"]].payload
+        await session.run(statements.hide, [{"at_position": place} for place in hidden])
     await session.run(statements.append, entries)
     await _trim(session, [rows[digest] for digest in changed], rules, now_us)
     updates = [
@@ -295,9 +328,12 @@ async def write(
             "at_digest": digest,
             "to_user_id": item.user_id,
             "to_version": rows[digest].version,
-            "to_payload": item.payload,
-            "to_write_id": item.write_id,
             "to_updated": item.updated,
+            **(
+                {"at_position": heads[digest]}
+                if statements.chained
+                else {"to_payload": item.payload, "to_write_id": item.write_id}
+            ),
         }
         for digest, item in sorted(changed.items())
     ]
@@ -413,6 +449,9 @@ async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int
         return results
     places: list[dict[str, Any]] = [{"at_digest": digest} for digest in sorted(versions)]
     await session.run(session.statements.forget, places)
+    heads: dict[bytes, int] = {}
+    if session.statements.chained:
+        await session.chain(entries, heads)
     await session.run(session.statements.append, entries)
     values: list[dict[str, Any]] = [
         {
@@ -424,6 +463,7 @@ async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int
             # Never back: what began before an earlier erasure stays out.
             "to_erased_at": max(erased_at, rows[digest].erased_at or 0),
             "to_purge_at": erased_at + TOMBSTONE_US,
+            **({"at_position": heads[digest]} if heads else {}),
         }
         for digest in sorted(versions)
     ]
@@ -439,6 +479,12 @@ async def _seen(
     session: Session, items: Sequence[Write] | Sequence[Erasure]
 ) -> set[tuple[bytes, bytes]]:
     """Return the (digest, write id) of those that were stored before."""
+    if session.statements.chained:
+        # All writes of one write id come through one process, and there one after the other, in
+        # SQLite's thread: before its first attempt none can have been stored.
+        items = [item for item in items if not item.fresh]  # type: ignore[assignment]
+        if not items:
+            return set()
     found = await session.rows(
         session.statements.seen,
         {

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OLDEST_USABLE", "SCHEMA_VERSION", "STEPS", "check", "is_current", "upgrade"]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The version that this release creates."""
 
-OLDEST_USABLE: Final = 1
+OLDEST_USABLE: Final = {"sqlite": 3, "postgresql": 1, "mysql": 1}
 """The oldest version that this release works with when it may not change tables."""
 
 
@@ -39,7 +39,77 @@ async def _tell_version(connection: Any, statements: Statements) -> None:
     """1 to 2: the tables are the same, and from here on they tell their version."""
 
 
-STEPS: dict[int, Callable[[Any, Statements], Awaitable[None]]] = {1: _tell_version}
+async def _chain_histories(connection: Any, statements: Statements) -> None:
+    """2 to 3: SQLite's history is a log of chains, and holds the latest states too."""
+    if not statements.chained:
+        return
+    latest, history = statements.tables.latest.name, statements.tables.history.name
+    columns = await connection.run_sync(lambda sync: inspect(sync).get_columns(latest))
+    if "payload" not in {column["name"] for column in columns}:
+        return  # as this release made it
+    old = {name: f"{name}_version_2" for name in (latest, history)}
+    for index in (f"{latest}_position", f"{latest}_purge_at"):
+        await connection.exec_driver_sql(f'DROP INDEX IF EXISTS "{index}"')
+    for name, former in old.items():
+        await connection.exec_driver_sql(f'ALTER TABLE "{name}" RENAME TO "{former}"')
+    await connection.run_sync(statements.tables.metadata.create_all)
+    for step in _CHAIN:
+        text = step.format(
+            latest=f'"{latest}"',
+            history=f'"{history}"',
+            counter=f'"{statements.tables.counter.name}"',
+            old_latest=f'"{old[latest]}"',
+            old_history=f'"{old[history]}"',
+        )
+        await connection.exec_driver_sql(text)
+
+
+# Places above all that were given before: who reads the change log meets everything once more.
+_CHAIN: Final = (
+    """
+    WITH entries AS (
+        SELECT digest, version, write_id, recorded_at, payload FROM {old_history}
+        UNION ALL
+        SELECT digest, version, coalesce(write_id, zeroblob(16)), version * 1000, payload
+        FROM {old_latest} l WHERE NOT EXISTS (
+            SELECT 1 FROM {old_history} h WHERE h.digest = l.digest AND h.version = l.version
+        )
+    ), placed AS (
+        SELECT e.*, row_number() OVER (ORDER BY version, digest)
+            + (SELECT position FROM {counter} WHERE id = 1) AS position
+        FROM entries e
+    )
+    INSERT INTO {history} (position, digest, version, write_id, recorded_at, previous, payload)
+    SELECT p.position, p.digest, p.version, p.write_id, p.recorded_at,
+        lag(p.position) OVER (PARTITION BY p.digest ORDER BY p.version),
+        CASE WHEN p.version = l.version THEN l.payload ELSE p.payload END
+    FROM placed p JOIN {old_latest} l ON l.digest = p.digest
+    ORDER BY p.position
+    """,
+    """
+    INSERT INTO {latest} (digest, user_id, version, erased_version, erased_at, purge_at, debts,
+        position, updated_at_unix_ms)
+    SELECT l.digest, l.user_id, l.version, l.erased_version, l.erased_at, l.purge_at, l.debts,
+        h.position, l.updated_at_unix_ms
+    FROM {old_latest} l
+        JOIN (SELECT digest, max(position) AS position FROM {history} GROUP BY digest) h
+            ON h.digest = l.digest
+    ORDER BY l.digest
+    """,
+    """
+    UPDATE {counter}
+    SET position = max(position, (SELECT coalesce(max(position), 0) FROM {history}))
+    WHERE id = 1
+    """,
+    "DROP TABLE {old_latest}",
+    "DROP TABLE {old_history}",
+)
+
+
+STEPS: dict[int, Callable[[Any, Statements], Awaitable[None]]] = {
+    1: _tell_version,
+    2: _chain_histories,
+}
 """By the version they start from."""
 
 
@@ -96,9 +166,10 @@ async def check(connection: Any, statements: Statements) -> None:
         return  # the first statement that needs a table says which is missing
     version = await _version(connection, statements)
     _refuse_newer(version)
-    if version < OLDEST_USABLE:
+    oldest = OLDEST_USABLE[statements.family]
+    if version < oldest:
         raise ConfigError(
-            f"the tables have version {version} and this release needs {OLDEST_USABLE} to"
+            f"the tables have version {version} and this release needs {oldest} to"
             f" {SCHEMA_VERSION}; run your migrations (docs/migrations.md), or open them once with"
             " create_tables=True",
             option="create_tables",
