@@ -14,6 +14,7 @@ from layered_store.call import call_begins
 from layered_store.errors import ClosedError, ConfigError, UnavailableError, ValidationError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
+from layered_store.stores.redis.address import address_of_url
 from layered_store.stores.redis.record import MAX_VERSION, STATE, TOKEN, TOMBSTONE, pack, unpack
 
 if TYPE_CHECKING:
@@ -321,6 +322,30 @@ async def test_sentinel_url(server: Server) -> None:
             await store.upsert_latest(state("by-sentinel"))
             assert await store.get_latest("by-sentinel") is not None
             assert await store.command("DBSIZE") == 1
+    finally:
+        sentinel.remove()
+
+
+async def test_no_sentinel_is_lost(server: Server) -> None:
+    """Many connections that look for the primary at once: every Sentinel stays known."""
+    sentinel = Sentinel(server)
+    try:
+        hosts = f"127.0.0.1:1,127.0.0.1:2,127.0.0.1:{sentinel.port}"
+        address = address_of_url(f"redis+sentinel://{hosts}/mymaster", 1.0, 1.0, 10)()
+        assert address.connection is not None
+        assert address.release is not None
+        connections = [address.connection() for _ in range(5)]
+        manager = connections[0].connection_pool.sentinel_manager
+        before = set(manager.sentinels)
+        for _ in range(3):
+            await asyncio.gather(*(each.connect() for each in connections))
+            for each in connections:
+                await each.disconnect()
+            assert len(manager.sentinels) == 3
+            assert set(manager.sentinels) == before
+        port = manager.sentinels[0].connection_pool.connection_kwargs["port"]
+        assert port == sentinel.port, "the one that answered is asked first"
+        await address.release()
     finally:
         sentinel.remove()
 

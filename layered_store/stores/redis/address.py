@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -180,9 +181,24 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
     shared = {name: value for name, value in given.items() if name.startswith(("ssl_", "socket_"))}
     sentinel_options = {**quiet, **shared, **own, **({"ssl": True} if secure else {})}
 
+    class Careful(Sentinel):
+        """Loses no Sentinel when several connections look for the primary at once.
+
+        The driver swaps the one that answered with the first of its list, by a place from before
+        the answer: the second of two that swap throws another one away, unclosed.
+        """
+
+        async def discover_master(self, service_name: str) -> Any:
+            own = copy(self)
+            own.sentinels = list(self.sentinels)
+            found = await Sentinel.discover_master(own, service_name)
+            first = own.sentinels[0]
+            self.sentinels.sort(key=lambda each: each is not first)
+            return found
+
     def make() -> Address:
         # Its clients hold connections, so each event loop has its own.
-        manager: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]
+        manager: Any = Careful(sentinels, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]
         pool = manager.master_for(service).connection_pool
 
         async def release() -> None:
