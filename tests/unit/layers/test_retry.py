@@ -202,21 +202,22 @@ async def test_waits_are_drawn_from_the_whole_range() -> None:
 
 
 async def test_no_wait_goes_past_the_time_limit() -> None:
-    """A wait that would end past the limit is not begun: the call fails now."""
-    clock = FakeClock()
-    retry = Retry(
-        Scripted(Takes(clock, 3.0, down())),
-        base_delay=2.0,
-        max_delay=2.0,
-        time_limit=4.5,
-        random=Longest(),
-        clock=clock,
-    )
-    task = asyncio.create_task(retry.get_latest("u-1"))
-    await clock.advance(3.0)
-    assert task.done()
-    assert isinstance(task.exception(), UnavailableError)
-    assert clock.pending == 0
+    """A wait that would end at the limit, or past it, is not begun: the call fails now."""
+    for limit in (4.5, 5.0):
+        clock = FakeClock()
+        retry = Retry(
+            Scripted(Takes(clock, 3.0, down())),
+            base_delay=2.0,
+            max_delay=2.0,
+            time_limit=limit,
+            random=Longest(),
+            clock=clock,
+        )
+        task = asyncio.create_task(retry.get_latest("u-1"))
+        await clock.advance(3.0)
+        assert task.done()
+        assert isinstance(task.exception(), UnavailableError)
+        assert clock.pending == 0
 
 
 async def test_no_attempt_begins_after_the_time_limit() -> None:
@@ -258,6 +259,7 @@ async def test_a_retry_is_cut_off_at_the_time_limit() -> None:
     error = task.exception()
     assert isinstance(error, StoreTimeoutError)
     assert error.outcome_unknown
+    assert (error.operation, error.layer) == (Op.UPSERT_LATEST, "Retry")
     assert gate.cancelled
     assert clock.pending == 0
 
@@ -279,6 +281,43 @@ async def test_a_timeout_of_the_store_is_not_taken_for_the_time_limit() -> None:
     assert caught.value is error
 
 
+async def test_the_stores_own_error_at_the_time_limit_is_kept() -> None:
+    """Cut off, it may know more of what became of the call than this layer does."""
+
+    class Knows(Scripted):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            try:
+                await super().upsert_latest(snapshot)
+            except asyncio.CancelledError:
+                raise StoreTimeoutError("rolled back") from None
+
+    clock = FakeClock()
+    retry = at_once(Knows(down(), Gate()), attempts=2, time_limit=5, clock=clock)
+    task = asyncio.create_task(retry.upsert_latest(STATE))
+    await clock.advance(5)
+    error = task.exception()
+    assert isinstance(error, StoreTimeoutError)
+    assert error.message == "rolled back"
+    assert not error.outcome_unknown
+
+
+async def test_a_subclass_that_looks_at_every_call_sees_reads_too() -> None:
+    """``get_latest`` is written out for speed; not past an ``around`` of one's own."""
+    seen = []
+
+    class Watching(Retry):
+        async def around(self, op: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+            seen.append(op)
+            return await super().around(op, method, *args, **kwargs)
+
+    inner = Scripted(down(), STATE)
+    assert await Watching(inner, base_delay=0.0).get_latest("u-1") == STATE
+    assert seen == [Op.GET_LATEST]
+    plain = at_once(Scripted(down(), STATE))
+    plain.around = None  # type: ignore[method-assign, assignment]
+    assert await plain.get_latest("u-1") == STATE  # one coroutine less
+
+
 async def test_the_budget_stops_a_retry_storm() -> None:
     """With everything failing, calls cost at most ``budget`` retries each, after the burst."""
     inner = Scripted(*[down() for _ in range(5000)])
@@ -295,20 +334,22 @@ async def test_the_budget_stops_a_retry_storm() -> None:
 
 
 async def test_the_budget_fills_again_by_successes() -> None:
-    """Ten calls earn one retry when each earns a tenth."""
-    retry = at_once(inner := Scripted(down(), down()), attempts=2, budget=0.1, burst=1)
-    with pytest.raises(UnavailableError):
-        await retry.get_latest("u-1")
-    inner.steps.append(down())
-    with pytest.raises(UnavailableError):
-        await retry.get_latest("u-1")
-    assert len(inner.calls) == 3
-    for _ in range(8):
-        await retry.get_latest("u-1")
-    inner.steps.append(down())
-    await retry.get_latest("u-1")
-    assert not inner.steps
-    assert len(inner.calls) == 3 + 8 + 2
+    """Ten calls earn one retry when each earns a tenth, whatever they do."""
+    for operation in ("get_latest", "delete"):
+        retry = at_once(inner := Scripted(down(), down()), attempts=2, budget=0.1, burst=1)
+        call = getattr(retry, operation)
+        with pytest.raises(UnavailableError):
+            await call("u-1")
+        inner.steps.append(down())
+        with pytest.raises(UnavailableError):
+            await call("u-1")
+        assert len(inner.calls) == 3
+        for _ in range(8):
+            await call("u-1")
+        inner.steps.append(down())
+        await call("u-1")
+        assert not inner.steps
+        assert len(inner.calls) == 3 + 8 + 2
 
 
 async def test_the_budget_never_holds_more_than_the_burst() -> None:
@@ -405,16 +446,36 @@ async def test_a_refused_repeat_does_not_say_that_nothing_happened(last: StoreEr
         await retry.upsert_latest(STATE)
     assert caught.value is first
     assert caught.value.outcome_unknown
+    assert caught.value.__cause__ is last
+
+
+async def test_of_several_failures_the_most_doubtful_is_told() -> None:
+    """Before a refusal: one whose outcome is unknown, else the last; its own cause stays."""
+    cause = OSError("reset")
+    unknown = StoreTimeoutError("cut off", outcome_unknown=True)
+    unknown.__cause__ = cause
+    plain = down()
+    for steps, told in (([plain, unknown], unknown), ([unknown, plain], unknown), ([plain], plain)):
+        retry = at_once(Scripted(*steps, OverloadedError("full")), attempts=len(steps) + 1)
+        with pytest.raises(UnavailableError) as caught:
+            await retry.upsert_latest(STATE)
+        assert caught.value is told
+        assert caught.value.outcome_unknown is (told is unknown)
+    assert unknown.__cause__ is cause
 
 
 async def test_an_unknown_outcome_stays_unknown() -> None:
     """Unknown, then a plain failure: the error raised still says that the write may stand."""
-    retry = at_once(
-        Scripted(StoreTimeoutError("cut off", outcome_unknown=True), down()), attempts=2
-    )
+    last = down()
+    retry = at_once(Scripted(StoreTimeoutError("cut off", outcome_unknown=True), last), attempts=2)
     with pytest.raises(UnavailableError, match="may or may not") as caught:
         await retry.upsert_latest(STATE)
+    assert caught.value is last
     assert caught.value.outcome_unknown
+    assert caught.value.__notes__ == ["layered_store: 2 attempts were made"]
+    with pytest.raises(UnavailableError) as caught:
+        await at_once(Scripted(down(), down()), attempts=2).upsert_latest(STATE)
+    assert not caught.value.outcome_unknown  # both surely failed
 
 
 async def test_a_refused_repeat_of_a_read_is_raised() -> None:
