@@ -23,6 +23,8 @@ __all__ = ["Explored", "LoopClock", "Schedule", "ScheduleError", "Step", "explor
 
 _WALL: Final = 1_700_000_000.0
 _SHOWN_STEPS: Final = 30
+_LAST_STEPS: Final = 10_000
+"""How many steps the tasks that a scenario left have to end, once they are cancelled."""
 _WANDERING: Final = (0.0, 0.1, 0.3, 1.0, 1.0)
 """How often a schedule leaves the order of arrival. Bugs of few steps show best when all is
 shuffled, those of many steps when the order is almost the usual one."""
@@ -276,7 +278,10 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
             try:
                 self._run_until(task)
             finally:
+                steps = len(self._trace)
+                self._max_steps = steps + _LAST_STEPS
                 self._end_the_rest()
+                del self._trace[steps:]  # the last step to be shown is the one that failed
             task.result()
         finally:
             sys.set_asyncgen_hooks(*hooks)

@@ -1,0 +1,211 @@
+"""Blocks of third parties: whatever their options and mistakes, loading and writing cope."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from layered_store import ConfigError, MemoryStore, load_stack, to_config
+from layered_store.config import json_schema
+from layered_store.config.registry import spec_of
+
+ODD = """
+import enum
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Annotated, Any
+from layered_store.layer import Layer
+from layered_store.stores.memory import MemoryStore
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(eq=False, repr=False)
+class Odd(Layer):
+    '''Odd.
+
+    Args:
+        wait: how long it waits.
+    '''
+
+    wait: float | timedelta = field(default=timedelta(seconds=90), kw_only=True)
+    colour: Colour = field(default=Colour.RED, kw_only=True)
+    size: Annotated[int, "counted"] = field(default=1, kw_only=True)
+    share: int | float | None = field(default=None, kw_only=True)
+    names: tuple[str, ...] = field(default=(), kw_only=True)
+    table: dict[str, str] | None = field(default=None, kw_only=True)
+    of: type | None = field(default=None, kw_only=True)
+    things: list[bytes] | None = field(default=None, kw_only=True)
+    socket: Any = field(default=None, kw_only=True)
+    token: Any = field(default=None, kw_only=True, repr=False)
+    strict: bool = field(default=False, kw_only=True)
+
+
+class Plain(MemoryStore):
+    def __init__(self, *rest: int, size: int = 1, **more: int) -> None:
+        self.size = size
+        super().__init__()
+
+
+class Needs(MemoryStore):
+    def __init__(self) -> None:
+        import a_package_that_nobody_has
+
+
+class Breaks(MemoryStore):
+    def __init__(self, password: str = "") -> None:
+        raise RuntimeError(f"cannot log in as {password}")
+
+
+nothing = 5
+"""
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of a package that registers blocks."""
+    name = f"odd_blocks_{next(_numbers)}"  # classes are remembered by where they are
+    (tmp_path / f"{name}.py").write_text(ODD)
+    info = tmp_path / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    blocks = {"odd": "Odd", "plain": "Plain", "needs": "Needs", "breaks": "Breaks"}
+    blocks |= {"number": "nothing", "missing": "Gone", "shadowed.nothing": "x"}
+    lines = [f"{kind} = {name}:{place}" for kind, place in blocks.items()]
+    lines.append(f"away = {name}_away:Block")
+    text = "[layered_store.blocks]\n" + "\n".join(lines) + "\n"
+    (info / "entry_points.txt").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+def odd(**options: Any) -> dict[str, Any]:
+    return {"use": "memory", "layers": [{"use": "odd", **options}]}
+
+
+def test_options_of_every_kind_come_from_a_file(module: Any) -> None:
+    """Each as its annotation says; what comes from the environment is read as what it must be."""
+    stack: Any = load_stack(
+        odd(
+            wait="2s",
+            colour="blue",
+            size="${SIZE}",
+            share="${SHARE}",
+            names=["a", "b"],
+            table={"key": "value"},
+            of="datetime:timedelta",
+            strict="${STRICT}",
+        ),
+        environ={"SIZE": "3", "SHARE": "0.5", "STRICT": " True "},
+    )
+    assert (stack.wait, stack.colour, stack.size, stack.share) == (2.0, "blue", 3, 0.5)
+    assert (stack.strict, stack.of, list(stack.names)) == (True, timedelta, ["a", "b"])
+    assert stack.table == {"key": "value"}
+    assert load_stack(odd(wait=timedelta(minutes=1))).wait == 60.0  # type: ignore[attr-defined]
+    assert load_stack(odd(strict="${NO}"), environ={"NO": "false"}).strict is False  # type: ignore[attr-defined]
+    jsonschema.validate({"store": odd(wait="2s", colour="red")}, json_schema())
+    defaults = json_schema()["$defs"]["layer.odd"]["properties"]
+    assert defaults["wait"]["default"] == 90.0
+    assert defaults["colour"]["anyOf"][0] == {"enum": ["red", "blue"]}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("colour", "green", "one of 'red', 'blue'"),
+        ("share", "much", "a number"),
+        ("size", 0.5, "a whole number"),
+        ("names", "a", "a list"),
+        ("table", 5, "a table"),
+        ("of", "nowhere:Thing", "of"),
+        ("things", ["x"], "takes an object, which a file cannot hold"),
+        ("socket", 5, "takes an object, which a file cannot hold"),
+        ("wait", "long", "duration"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(
+    module: Any, option: str, value: Any, words: str
+) -> None:
+    """With the place and what belongs there."""
+    with pytest.raises(ConfigError) as caught:
+        load_stack(odd(**{option: value}))
+    assert option in str(caught.value.path)
+    assert words in str(caught.value)
+
+
+def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> None:
+    """Durations in seconds, classes by their place; an object by its class, a secret not at all."""
+    stack = module.Odd(
+        MemoryStore(),
+        wait=timedelta(seconds=5),
+        of=timedelta,
+        names=("a", "${b}"),
+        share=0.5,
+        socket=object(),
+        token=object(),
+        table={"a": "b"},
+    )
+    (layer,) = to_config(stack)["store"]["layers"]
+    assert layer == {
+        "use": "odd",
+        "wait": 5.0,
+        "of": "datetime:timedelta",
+        "names": ["a", "${b}"],
+        "share": 0.5,
+        "socket": "<object>",
+        "table": {"a": "b"},
+    }
+    assert to_config(module.Odd(MemoryStore()))["store"]["layers"] == [{"use": "odd"}]
+    named = load_stack({"use": "memory", "id": "here"})
+    assert to_config(named)["store"]["id"] == "here"
+    plain: Any = load_stack({"use": "plain", "size": 4})
+    assert plain.size == 4
+    assert [option.name for option in spec_of("plain").options] == ["size"]
+    both: Any = {"use": "fallback", "inner": {"use": "memory"}, "secondary": {"use": "memory"}}
+    twice = load_stack(both)
+    twice.secondary = twice.inner  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="stands in two places"):
+        to_config(twice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("number", "is no StateStore"),
+        ("missing", "cannot be imported from"),
+        ("away", "cannot be imported from"),
+        ("needs", "needs a_package_that_nobody_has, which is not installed"),
+        ("breaks", "cannot be built with these options (RuntimeError)"),
+    ],
+)
+def test_a_block_that_is_broken_is_told(module: Any, kind: str, words: str) -> None:
+    """By its place, without what its own error says: that may quote a secret."""
+    options = {"password": "s3cret-word"} if kind == "breaks" else {}
+    with pytest.raises(ConfigError) as caught:
+        load_stack({"use": kind, **options})
+    assert words in str(caught.value)
+    assert "s3cret-word" not in str(caught.value)
+    assert f"block.{kind}" not in json_schema()["$defs"] or kind in ("needs", "breaks")
+
+
+def test_an_override_must_be_a_store() -> None:
+    """The class of what was given is told, and which override it was."""
+    make: Callable[[], object] = MemoryStore
+    with pytest.raises(ConfigError, match="must be a StateStore, not ABCMeta") as caught:
+        load_stack({"use": "memory", "id": "cache"}, overrides={"cache": make})  # type: ignore[dict-item]
+    assert caught.value.path == "overrides.cache"

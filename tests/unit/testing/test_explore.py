@@ -1,0 +1,161 @@
+"""explore's event loop: what asyncio needs of one, in an order that repeats."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from layered_store.testing import LoopClock, Schedule, ScheduleError, explore
+
+
+async def test_it_may_be_called_from_a_running_loop() -> None:
+    """Which stands still meanwhile; context variables are those of the caller."""
+    seen = []
+
+    async def scenario() -> None:
+        seen.append(asyncio.get_running_loop())
+
+    assert explore(scenario, schedules=3).schedules == 3
+    assert asyncio.get_running_loop() not in seen
+
+
+def test_time_is_virtual_and_its_clock_says_so() -> None:
+    """A day passes at once, on both readings of the clock."""
+
+    async def scenario(schedule: Schedule) -> None:
+        clock = schedule.clock
+        wall, now = clock.time(), clock.monotonic()
+        await clock.sleep(86_400)
+        assert clock.time() - wall == clock.monotonic() - now == 86_400
+        assert repr(clock) == repr(LoopClock()) == "LoopClock()"
+
+    explore(scenario, schedules=2)
+
+
+def test_a_scenario_that_does_not_end_fails() -> None:
+    """After ``max_steps``, with the seed."""
+
+    async def scenario() -> None:
+        while True:
+            await asyncio.sleep(0)  # noqa: ASYNC110
+
+    with pytest.raises(ScheduleError, match="not at an end after 50 steps") as caught:
+        explore(scenario, schedules=1, seed=7, max_steps=50)
+    assert caught.value.seed == 7
+    assert len(caught.value.trace) == 50
+
+
+def test_an_exception_that_reaches_nobody_fails_the_schedule() -> None:
+    """Of a callback, and of a task that nobody awaits."""
+
+    def breaks() -> None:
+        raise RuntimeError("in a callback")
+
+    async def callback() -> None:
+        asyncio.get_running_loop().call_soon(breaks)
+        await asyncio.sleep(1)
+
+    async def fails() -> None:
+        raise RuntimeError("in a task")
+
+    async def task() -> None:
+        asyncio.ensure_future(fails())  # noqa: RUF006
+        await asyncio.sleep(1)
+
+    async def told() -> None:
+        asyncio.get_running_loop().default_exception_handler({"message": "by hand"})
+
+    for scenario, words in ((callback, "in a callback"), (task, "in a task"), (told, "by hand")):
+        with pytest.raises(ScheduleError, match=words) as caught:
+            explore(scenario, schedules=3, seed=4)
+        assert caught.value.seed == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_whoever_ends_the_program_ends_it(error: type[BaseException]) -> None:
+    """Ctrl-C is no finding."""
+
+    async def scenario() -> None:
+        raise error
+
+    with pytest.raises(error):
+        explore(scenario, schedules=1)
+
+
+def test_work_for_a_thread_is_a_step_like_any_other() -> None:
+    """Its result and its error reach whoever awaits; one who left gets neither."""
+    ran: list[int] = []
+
+    def work(number: int) -> int:
+        ran.append(number)
+        return 10 // number
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert loop.is_running()
+        assert loop.get_task_factory() is None
+        assert await loop.run_in_executor(None, work, 5) == 2
+        with pytest.raises(ZeroDivisionError):
+            await loop.run_in_executor(None, work, 0)
+        loop.run_in_executor(None, work, 1).cancel()
+        await asyncio.sleep(1)
+
+    explore(scenario, schedules=1)
+    assert ran == [5, 0]
+
+
+def test_a_timer_can_be_looked_at_and_cancelled() -> None:
+    """As of any event loop."""
+    rung: list[str] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        timer = loop.call_later(2, rung.append, "late")
+        assert timer.when() == begun + 2
+        assert not timer.cancelled()
+        timer.cancel()
+        assert timer.cancelled()
+        await asyncio.sleep(5)
+
+    explore(scenario, schedules=2)
+    assert rung == []
+
+
+def test_generators_left_behind_and_tasks_of_tasks_end_with_the_schedule() -> None:
+    """A generator that nobody finished is closed; a task that starts another while it is
+    cancelled is ended as well."""
+    closed: list[str] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append("generator")
+
+    async def last() -> None:
+        try:
+            await asyncio.sleep(1e9)
+        finally:
+            closed.append("last")
+
+    async def stubborn(tasks: list[Any]) -> None:
+        try:
+            await asyncio.sleep(1e9)
+        finally:
+            tasks.append(asyncio.ensure_future(last()))
+
+    async def scenario() -> None:
+        tasks: list[Any] = []
+        tasks.append(asyncio.ensure_future(stubborn(tasks)))
+        async for number in numbers():
+            assert number == 1
+            break
+        await asyncio.sleep(1)
+
+    explore(scenario, schedules=1)
+    assert "generator" in closed
