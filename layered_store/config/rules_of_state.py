@@ -89,25 +89,14 @@ def _memory_of_record(at: At) -> str | None:
 
 @rule("LS023", Severity.NOTE, "metrics missing, or only inside the cache")
 def _metrics_outside(at: At) -> str | None:
-    if at.above or not children_of(at.store):
+    if at.above or not children_of(at.store) or at.is_a("metrics"):
         return None
-    inside = at.over("metrics")
-    if at.is_a("metrics") or (inside and not at.over("cached") and not at.is_a("cached")):
+    if not at.over("metrics"):
+        return "nothing counts this stack's calls; wrap it in Metrics(..., name=)"
+    first = next(s for s in (at.store, *at.below) if is_a(s, "cached") or is_a(s, "metrics"))
+    if is_a(first, "metrics"):
         return None
-    if inside and not _metrics_only_inside(at):
-        return None
-    if inside:
-        return "Metrics stands only inside the cache and never sees a hit; put it outermost"
-    return "nothing counts this stack's calls; wrap it in Metrics(..., name=)"
-
-
-def _metrics_only_inside(at: At) -> bool:
-    for store in (at.store, *at.below):
-        if is_a(store, "metrics"):
-            return False
-        if is_a(store, "cached"):
-            return True
-    return True
+    return "Metrics stands only inside the cache and never sees a hit; put it outermost"
 
 
 @rule("LS025", Severity.ERROR, "the same block twice")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -67,7 +69,7 @@ def test_show_draws_branches_with_whole_remarks(tmp_path: Path) -> None:
     path.write_text(
         '[store]\nuse = "write_through"\nlayers = [{ use = "cached" }]\n'
         'inner = { use = "redis", url = "redis://h", layers = [{ use = "bulkhead", '
-        'max_in_flight = 1 }] }\n'
+        "max_in_flight = 1 }] }\n"
         'origin = { use = "memory" }\n'
     )
     lines = run("show", str(path)).output.splitlines()
@@ -338,3 +340,94 @@ def test_where_the_api_key_comes_from(tmp_path: Path, monkeypatch: pytest.Monkey
         assert _is_local(host)
     for host in ("0.0.0.0", "::", "", "10.0.0.1", "localhost.example.org", "::ffff:10.0.0.1"):  # noqa: S104
         assert not _is_local(host)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    """A stack file over SQLite, which keeps what one command wrote for the next."""
+    path = tmp_path / "sql.toml"
+    url = f"sqlite+aiosqlite:///{tmp_path / 'store.db'}"
+    path.write_text(f'[store]\nuse = "sql"\nurl = "{url}"\n')
+    return str(path)
+
+
+def test_a_state_comes_from_a_file(database: str) -> None:
+    """As JSON, for the user that the command names."""
+    state = '{"user_id": "other", "axes": {"warmth": 0.7}, "updated_at_unix_ms": 5}'
+    assert run("put", database, "u-1", "--file", "-", input=state).exit_code == 0
+    kept = json.loads(run("get", database, "u-1").output)
+    assert (kept["user_id"], kept["axes"], kept["updated_at_unix_ms"]) == (
+        "u-1",
+        {"warmth": 0.7},
+        5,
+    )
+    assert run("get", database, "other").exit_code == 1
+
+
+@pytest.mark.parametrize("axis", ["warmth", "warmth=much", "=0.5"])
+def test_an_axis_that_is_none_is_refused(database: str, axis: str) -> None:
+    """One line says how an axis is written, or what is wrong with its name."""
+    done = run("put", database, "u-1", axis)
+    assert done.exit_code in (1, 2)
+    assert "Traceback" not in done.output
+    assert run("get", database, "u-1").exit_code == 1
+
+
+def test_moments_that_no_calendar_has_are_shown_as_numbers(database: str) -> None:
+    """Any 64-bit number of milliseconds is a valid time of a state."""
+    for moment in (2**62, 1_000):
+        state = json.dumps({"user_id": "u-1", "updated_at_unix_ms": moment})
+        assert run("put", database, "u-1", "--file", "-", input=state).exit_code == 0
+    text = run("history", database, "u-1", "--limit", "9").output
+    assert f"{2**62} ms" in text
+    assert "1970-01-01T00:00:01" in text
+
+
+def test_on_a_terminal_states_are_laid_out_and_erasures_confirmed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe neither: there a program reads, and nobody could answer."""
+    assert run("put", database, "u-1", "warmth=0.7").exit_code == 0
+    assert run("get", database, "u-1").output.count("\n") == 1
+    monkeypatch.setattr("layered_store.cli.common.console._force_terminal", True)
+    assert run("get", database, "u-1").output.count("\n") > 5
+    refused = _with_terminal("erase", database, "u-1", input="n\n")
+    assert "history included?" in refused.output
+    assert refused.exit_code == 1
+    assert run("get", database, "u-1").exit_code == 0
+    assert _with_terminal("erase", database, "u-1", input="y\n").exit_code == 0
+    assert run("get", database, "u-1").exit_code == 1
+
+
+def _with_terminal(*arguments: str, input: str) -> Result:  # noqa: A002
+    """Run a command whose standard input says that it is a terminal."""
+
+    class Runner(CliRunner):
+        @contextlib.contextmanager
+        def isolation(self, *args: object, **options: object) -> Iterator[object]:
+            with super().isolation(*args, **options) as streams:  # type: ignore[arg-type]
+                sys.stdin.isatty = lambda: True  # type: ignore[method-assign]
+                yield streams
+
+    return Runner().invoke(cli, list(arguments), input=input)
+
+
+def test_a_command_that_is_none_and_one_whose_package_is_missing(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first names no command; the second names the package or the extra."""
+    done = run("shwo", memory)
+    assert done.exit_code == 2
+    assert "No such command" in done.output
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "layered_store.service.server", raising=False)
+    done = run("serve", memory)
+    assert done.exit_code == 2
+    assert "pip install 'layered-store[serve]'" in done.output
+
+
+async def test_shell_completion_knows_the_commands() -> None:
+    """They are listed without importing any."""
+    context = click.Context(cli)
+    assert set(cli.list_commands(context)) >= {"get", "put", "serve", "bench"}
+    assert cli.get_command(context, "shwo") is None

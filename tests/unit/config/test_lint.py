@@ -195,6 +195,8 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
     ("LS022", MemoryStore, lambda: Fallback(Sql(), secondary=MemoryStore())),
     ("LS023", lambda: Cached(Sql()), lambda: Metrics(Cached(Sql()))),
     ("LS023", lambda: Cached(Metrics(Sql())), lambda: Metrics(Cached(Metrics(Sql())))),
+    ("LS023", lambda: Retry(Cached(Metrics(Sql()))), lambda: Retry(Metrics(Cached(Sql())))),
+    ("LS023", lambda: Retry(Sql()), lambda: Retry(Metrics(Sql()))),
     ("LS025", _same, lambda: Fallback(Sql(), secondary=Sql())),
     (
         "LS026",

@@ -39,8 +39,8 @@ def test_a_scenario_that_does_not_end_fails() -> None:
     """After ``max_steps``, with the seed."""
 
     async def scenario() -> None:
-        while True:
-            await asyncio.sleep(0)  # noqa: ASYNC110
+        while True:  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
     with pytest.raises(ScheduleError, match="not at an end after 50 steps") as caught:
         explore(scenario, schedules=1, seed=7, max_steps=50)

@@ -1,0 +1,81 @@
+"""Building a stack again, and what else a third party's blocks may be."""
+
+from __future__ import annotations
+
+import pytest
+
+from layered_store import (
+    Cached,
+    ConfigError,
+    Fallback,
+    MemoryStore,
+    StateSnapshot,
+    StateStore,
+    replace,
+)
+from layered_store.clock import SystemClock
+from layered_store.coherence.contract import Authority
+from layered_store.errors import ValidationError
+from layered_store.layer import AroundLayer
+from layered_store.sealed import SealedSnapshot
+
+
+class Plain(StateStore):
+    """A store that is no dataclass."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, StateSnapshot] = {}
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return self.kept.get(user_id)
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        self.kept[snapshot.user_id] = snapshot
+
+
+class Around(Plain):
+    """A layer that is none either."""
+
+    def __init__(self, inner: StateStore) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_layer_that_cannot_be_built_again_is_told() -> None:
+    """Its class is named, with the remedy; a store that is only an end is copied."""
+    plain = Plain()
+    stack = Fallback(plain, secondary=MemoryStore())
+    twin = replace(stack, MemoryStore, MemoryStore())
+    assert type(twin.inner) is Plain  # type: ignore[attr-defined]
+    assert twin.inner is not plain  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="cannot rebuild Around, which is no dataclass"):
+        replace(Cached(Around(MemoryStore())), MemoryStore, MemoryStore())
+
+
+def test_a_layer_offers_itself() -> None:
+    """A layer that is a system of record is asked before the store inside."""
+
+    class Record(AroundLayer):
+        async def around(self, op, method, /, *args, **kwargs):  # type: ignore[no-untyped-def]
+            return await method(*args, **kwargs)
+
+    layer = Record(MemoryStore())
+    assert layer.capability(Record) is layer
+    around = layer.capability(Authority)
+    assert around is not None
+    assert around is not layer.inner
+
+
+def test_what_shows_a_value_shows_no_user() -> None:
+    """Also to a program that prints with colours; and the clock's name is its class."""
+    snapshot = StateSnapshot("user-marked", axes={"secret": 0.25})
+    assert dict(snapshot.__rich_repr__()) == {"user_id": "user...", "axes": "<1>"}
+    assert repr(SystemClock()) == "SystemClock()"
+
+
+@pytest.mark.parametrize("sealed", [b"", "text", None])
+def test_a_sealed_state_holds_bytes(sealed: object) -> None:
+    """An empty one would be read as nothing at all."""
+    with pytest.raises(ValidationError) as caught:
+        SealedSnapshot("u-1", 5, sealed=sealed).validate()  # type: ignore[arg-type]
+    assert caught.value.field == "sealed"
