@@ -12,6 +12,7 @@ from layered_store import (
     Cached,
     ConfigError,
     ErasureIncompleteError,
+    HealthReport,
     HealthStatus,
     MemoryStore,
     Ramp,
@@ -320,7 +321,7 @@ def test_what_is_no_layer_around_the_store_is_refused(layer: Any) -> None:
     """The error says what a layer is."""
     with pytest.raises(ConfigError) as caught:
         Ramp(MemoryStore(), layer=layer)
-    assert caught.value.option == "layer"
+    assert (caught.value.option, caught.value.layer) == ("layer", "Ramp")
 
 
 def test_a_table_with_a_mistake_says_where() -> None:
@@ -536,6 +537,8 @@ async def test_a_delete_that_one_side_missed_says_so() -> None:
         with pytest.raises(ErasureIncompleteError) as caught:
             await ramp.delete(LOW)
         assert caught.value.pending == names
+        assert (caught.value.layer, caught.value.user_id) == ("Ramp", LOW)
+        assert caught.value.__cause__ is broken[0].error
         assert LOW not in str(caught.value)
         assert not ramp.takes(LOW)
         for store in broken:
@@ -545,6 +548,139 @@ async def test_a_delete_that_one_side_missed_says_so() -> None:
         assert await ramp.get_latest(LOW) is None
         assert await inner.get_latest(LOW) is None
         assert await other.get_latest(LOW) is None
+
+
+async def test_a_delete_tells_every_tier_that_is_left() -> None:
+    """Those inside a side by their own names."""
+    inner, other = Down(), Down()
+    inner.error = ErasureIncompleteError("left", pending=("redis", "l1"))
+    other.error = UnavailableError("down")
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await Ramp(inner, alternative=other).delete(LOW)
+    assert caught.value.pending == ("redis", "l1", "Down")
+
+
+async def test_batches_are_counted_and_ask_each_side_for_its_own() -> None:
+    """Reads by side as of single ones; a side that has nobody is not asked."""
+    asked: list[tuple[str, list[str]]] = []
+
+    class Noting(MemoryStore):
+        def __init__(self, side: str) -> None:
+            super().__init__()
+            self.side = side
+
+        async def get_latest_many(self, user_ids: Any) -> dict[str, StateSnapshot]:
+            wanted = list(user_ids)
+            asked.append((self.side, wanted))
+            return await super().get_latest_many(wanted)
+
+    ramp = Ramp(Noting("inner"), alternative=Noting("other"), share=0.5)
+    assert samples(ramp)["ramp_reads", ("inner",)] == samples(ramp)["ramp_reads", ("other",)] == 0
+    await ramp.upsert_latest_many([state(LOW, 0.1), state(HIGH, 0.2)])
+    for users in ([LOW], [HIGH], [LOW, HIGH]):
+        found = await ramp.get_latest_many(users)
+        assert list(found) == users
+    assert asked == [
+        ("other", [LOW]),
+        ("inner", [HIGH]),
+        ("other", [LOW]),
+        ("inner", [HIGH]),
+    ]
+    assert samples(ramp)["ramp_reads", ("inner",)] == 2
+    assert samples(ramp)["ramp_reads", ("other",)] == 2
+    asked.clear()
+    layered = Ramp(Noting("inner"), layer=BEST, share=1.0)
+    assert await layered.get_latest_many([LOW]) == {}
+    assert asked == [("inner", [LOW])]  # through the layer, and not once more past it
+
+
+async def test_with_a_layer_each_state_of_a_batch_is_written_once() -> None:
+    """Through the layer or past it, never both; and a history is asked of one of the two ways."""
+    passed: list[str] = []
+
+    class Noting(Layer):
+        async def upsert_latest_many(self, snapshots: Any) -> None:
+            passed.append("batch")
+            await super().upsert_latest_many(snapshots)
+
+        async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+            passed.append(user_id)
+            return await super().get_history(user_id, limit)
+
+    ramp = Ramp(MemoryStore(), layer=Noting, share=0.5)
+    await ramp.upsert_latest_many([state(LOW, 0.1), state(HIGH, 0.2), state(LOW, 0.3)])
+    assert [s.get_axis("a") for s in await ramp.get_history(LOW, 9)] == [0.3, 0.1]
+    assert [s.get_axis("a") for s in await ramp.get_history(HIGH, 9)] == [0.2]
+    await ramp.upsert_latest_many([state(HIGH, 0.4)])
+    await ramp.upsert_latest_many([])
+    assert passed == ["batch", LOW]
+    assert await ramp.get_history("nobody", 9) == []
+
+
+async def test_who_is_in_doubt_is_forgotten_in_time() -> None:
+    """Each for 5 s from the last write of unknown outcome, and no longer in memory than that."""
+    clock = FakeClock()
+    inner = Down()
+    ramp = Ramp(inner, layer=BEST, clock=clock)
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+
+    async def fail(user_id: str) -> None:
+        with pytest.raises(UnavailableError):
+            await ramp.upsert_latest(state(user_id))
+
+    await fail(LOW)
+    await clock.advance(3)
+    await fail(HIGH)
+    await fail(LOW)
+    await clock.advance(3)
+    ramp.share = 1.0
+    assert not ramp.takes(LOW)  # doubted again meanwhile
+    ramp = Ramp(inner, layer=BEST, clock=clock)
+    for number in range(10):
+        await fail(f"w-{number}")
+    await clock.advance(5)
+    await fail(LOW)
+    assert list(ramp._doubtful) == [LOW]
+
+
+async def test_closing_tells_what_the_layer_could_not_end() -> None:
+    """After the store below was closed all the same."""
+
+    class Stuck(Layer):
+        async def aclose(self) -> None:
+            raise UnavailableError("stuck")
+
+    inner = MemoryStore()
+    with pytest.raises(UnavailableError, match="stuck"):
+        await Ramp(inner, layer=Stuck).aclose()
+    assert inner._closed
+
+
+async def test_while_a_write_is_under_way_reads_stay_on_their_side() -> None:
+    """Then inner, as soon as the alternative missed it."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    await ramp.upsert_latest(state(value=0.1))
+    inner.gate = asyncio.Event()
+    write = asyncio.create_task(ramp.upsert_latest(state(value=0.2)))
+    await settle()
+    assert ramp.takes(LOW)
+    ramp.share = 0.0
+    assert ramp.takes(LOW)  # till its end
+    ramp.share = 1.0
+    waiting = asyncio.create_task(ramp.upsert_latest(state(value=0.3)))
+    other.error = UnavailableError("down")
+    await settle()
+    inner.gate.set()
+    with pytest.raises(UnavailableError, match="the alternative did not") as caught:
+        await write
+    assert (caught.value.operation, caught.value.layer) == ("upsert_latest", "Ramp")
+    assert not ramp.takes(LOW)
+    with pytest.raises(UnavailableError):
+        await waiting
+    other.error = None
+    await ramp.upsert_latest(state(value=0.4))
+    assert ramp.takes(LOW)
 
 
 async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
@@ -621,8 +757,25 @@ async def test_open_and_health_with_an_alternative() -> None:
     ramp.share = 0.1
     with pytest.raises(UnavailableError):
         await ramp.open()
-    other.error, inner.error = None, UnavailableError("down")
+    inner.error = UnavailableError("down")
     assert (await ramp.health_report()).status is HealthStatus.UNHEALTHY
+    other.error = None
+    assert (await ramp.health_report()).status is HealthStatus.UNHEALTHY
+
+
+async def test_the_health_report_takes_as_long_as_its_slower_side() -> None:
+    """Both are asked side by side."""
+
+    class Took(MemoryStore):
+        def __init__(self, latency: float) -> None:
+            super().__init__()
+            self.latency = latency
+
+        async def health_report(self) -> HealthReport:
+            return HealthReport("Took", HealthStatus.HEALTHY, self.latency)
+
+    for one, two in ((1.0, 3.0), (3.0, 1.0)):
+        assert (await Ramp(Took(one), alternative=Took(two)).health_report()).latency_ms == 3.0
 
 
 # In a stack
@@ -715,6 +868,9 @@ def test_a_function_and_secrets_of_a_table_are_not_shown() -> None:
     shown = repr(ramp) + repr(describe(ramp)) + str(to_config(ramp))
     assert "zebra" not in shown
     assert key not in shown
+    table = to_config(ramp)["store"]["layers"][0]["layer"]
+    assert table["origin"]["url"] == "postgresql://app:***@db/app"
+    assert table["origin"]["layers"] == [{"use": "encrypted", "keys": "***"}]
     function = Ramp(MemoryStore(), layer=Cached)
     assert "<" in repr(function)
     assert to_config(function)["store"]["layers"][0]["layer"].startswith("<")
