@@ -105,9 +105,8 @@ class Plan:
     faults: list[str] | None = None
     sql_timeout: float = 2.0
     plant: str = ""
-    # Trust 2 s and lease 1 s, one attempt at the cache and one at the database (0.25 + 2 s), and
-    # what a machine that runs all of it on two cores adds.
-    bound: float = 6.0
+    # Trust 2 s, which a lease never outlives, and half as much again for what nobody thought of.
+    bound: float = 3.0
     say: Callable[[str], None] = field(default=lambda text: None)
 
 

@@ -16,8 +16,10 @@ import pytest
 from layered_store.call import Call, _current, call_begins, next_order
 from layered_store.coherence.contract import ABSENT
 from layered_store.errors import ClosedError, CorruptDataError, UnavailableError, ValidationError
+from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.redis import RedisStore
 from layered_store.stores.sql import SQLStore
 from layered_store.stores.sql.transactions import Session
 
@@ -503,6 +505,38 @@ async def test_a_write_older_than_tombstones_is_refused(bench: Bench, batch: int
     assert all(isinstance(each, UnavailableError) and not each.retryable for each in found)
     assert await store.read("u0") == ABSENT
     await store.write(state("u0"))
+
+
+@about_tables
+async def test_a_burst_while_the_cache_tier_is_away_is_bounded(bench: Bench) -> None:
+    """However many callers there are, the database has a few statements of theirs at once.
+
+    So WriteThrough needs no limit of its own: a store of record bounds itself, or is given a
+    Bulkhead.
+    """
+    store = bench.build(timeout=60.0)
+    away = RedisStore("redis://127.0.0.1:1/0", connect_timeout=0.5)
+    stack = WriteThrough(away, origin=store)
+    await stack.upsert_latest(state("u0"))
+    desks = next(iter(store._access.homes.values())).desks
+    most = 0
+    done = asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            most = max(most, desks.busy)
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    reads = [stack.get_latest(f"u{number % 2_000}") for number in range(9_000)]
+    writes = [stack.upsert_latest(state(f"u{number}")) for number in range(1_000)]
+    await asyncio.gather(*reads, *writes)
+    done.set()
+    await watching
+    # Two batches of reads and of writes, and a repair pass.
+    assert 1 <= most <= 5
+    await stack.aclose()
 
 
 async def test_nothing_is_stored_of_a_batch_with_a_bad_snapshot(bench: Bench) -> None:

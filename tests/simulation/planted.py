@@ -277,7 +277,7 @@ FAULTS = {
             "without_l1",
             ("own writes", "monotonic"),
             _method(GuardedCopies, "_floor", lambda self, user_id: 0),
-            first=0,
+            first=14,
         ),
         Fault(
             "no token",
@@ -345,7 +345,7 @@ FAULTS = {
             "without_l1",
             ("late",),
             _method(KnownErasures, "before", lambda *_: False),
-            first=4,
+            first=0,
         ),
         Fault(
             "no stamp",
@@ -367,14 +367,14 @@ FAULTS = {
             "three_tiers",
             ("erased",),
             _method(GuardedCopies, "_wait_for_leases", _nothing),
-            first=3,
+            first=2,
         ),
         Fault(
             "L1 set before the record",
             "memory",
             ("register",),
             _method(Cached, "upsert_latest", _keep_first),
-            first=0,
+            first=1,
         ),
         Fault(
             "follower cancelled with leader",
@@ -409,7 +409,7 @@ FAULTS = {
             "resilient",
             ("doubled", "history"),
             _method(MemoryStore, "_write", _write_again),
-            first=15,
+            first=2,
         ),
         Fault(
             "stale served after erasure",
@@ -425,14 +425,14 @@ FAULTS = {
             "memory",
             ("register",),
             _method(Cached, "_remove", _remove_but_absent),
-            first=6,
+            first=18,
         ),
         Fault(
             "loads outlive writes",
             "memory",
             ("register", "one load"),
             _method(Cached, "_detach", _leave_flights),
-            first=18,
+            first=250,
         ),
         Fault(
             "no quarantine",
@@ -445,7 +445,7 @@ FAULTS = {
             "unversioned",
             ("register",),
             _method(LocalCopies, "doubt", _no_doubt),
-            first=25,
+            first=97,
         ),
         Fault(
             "new generation silent",
@@ -464,7 +464,7 @@ FAULTS = {
             "nested",
             ("register",),
             _method(MemoryStore, "erase", _erase_again),
-            first=138,
+            first=181,
         ),
         Fault(
             "a paused repairer vouches for the past",
@@ -485,7 +485,7 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "monotonic", "converged"),
             _method(redis_tier, "_server", _same_server),
-            first=602,
+            first=455,
         ),
         Fault(
             "erasures are filled and not told",
@@ -498,7 +498,7 @@ FAULTS = {
             "without_l1",
             ("debts",),
             _method(MemoryStore, "settle", _nothing),
-            first=1,
+            first=0,
         ),
     )
 }

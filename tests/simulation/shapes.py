@@ -86,10 +86,10 @@ class Shape:
         bound: how old an answer may be, in seconds; None: the callers' view alone is checked, and
             must be that of one variable per user.
         batches: share of calls that are batches.
-        weight: of the other shapes' share of seeds.
         servers: what may fail; see :func:`draw_plan`.
         slowest: how long something may hold up a call, in seconds.
         nodes: how many servers Redis is: several are a cluster.
+        weight: how often it comes in a round of all shapes.
         patches: entered into an exit stack for the length of a run.
     """
 
@@ -101,6 +101,7 @@ class Shape:
     servers: tuple[str, ...] = ("redis", "sql", "clocks")
     slowest: float = 2.5
     nodes: int = 1
+    weight: int = 1
     patches: Callable[[contextlib.ExitStack], None] = field(default=lambda _: None, repr=False)
 
 
@@ -220,19 +221,27 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("three_tiers", _three_tiers),
-        Shape("without_l1", _without_l1),
+        Shape("without_l1", _without_l1, weight=2),
         Shape("resilient", _resilient_legs),
         Shape("options", _options, bound=2.0 + 1.5 + 3.0),
         Shape("batches", _three_tiers, batches=0.7),
         Shape("two_levels", _two_levels),
-        Shape("cluster", _three_tiers, servers=("redis", "sql", "cluster", "clocks"), nodes=3),
+        Shape("cluster", _three_tiers, servers=("redis", "sql", "cluster", "clocks"), nodes=2),
         Shape("forgetful", _three_tiers, slowest=1.0, patches=_short_lives),
-        Shape("memory", _in_memory, processes=1, bound=None, servers=("sql",)),
-        Shape("unversioned", _unversioned, processes=1, bound=None, batches=0.3),
-        Shape("nested", _two_levels_alone, processes=1, bound=None, servers=("sql",)),
+        Shape("memory", _in_memory, processes=1, bound=None, servers=("sql",), weight=2),
+        Shape("unversioned", _unversioned, processes=1, bound=None, batches=0.3, weight=2),
+        Shape("nested", _two_levels_alone, processes=1, bound=None, servers=("sql",), weight=2),
         # A Redis of its own knows a repeat among a user's last four writes, so none comes late
         # by more than a few.
-        Shape("redis", _redis_alone, processes=1, bound=None, servers=("redis",), slowest=0.1),
+        Shape(
+            "redis",
+            _redis_alone,
+            processes=1,
+            bound=None,
+            servers=("redis",),
+            slowest=0.1,
+            weight=2,
+        ),
         Shape("fallback", _fallback, processes=1, bound=None, servers=("sql",)),
     )
 }

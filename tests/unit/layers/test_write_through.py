@@ -19,6 +19,7 @@ from layered_store.errors import (
 )
 from layered_store.health import HealthStatus
 from layered_store.interface import Op, StateStore
+from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
@@ -189,6 +190,27 @@ async def test_reads_go_on_while_the_tier_is_down() -> None:
     assert await store.get_latest_many(["u-1", "u-2"]) == {"u-1": NEW}
     reads = {s.labels[0]: s.value for s in store.samples() if s.metric == "reads"}
     assert {result: count for result, count in reads.items() if count} == {"error": 3}
+
+
+async def test_a_burst_while_the_tier_is_down_passes_a_bulkhead_in_order() -> None:
+    """An origin that does not bound itself is given a limit: the rest wait, nobody is refused."""
+    tier, inside, most = Tier(), 0, 0
+    tier.up = False
+
+    class Origin(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0)
+            inside -= 1
+            return await super().get_latest(user_id)
+
+    origin = Bulkhead(Origin(), max_in_flight=8, max_waiting=10_000)
+    store = WriteThrough(tier, origin=origin)
+    found = await asyncio.gather(*(store.get_latest(f"u-{n}") for n in range(10_000)))
+    assert found == [None] * 10_000
+    assert most == 8
 
 
 @pytest.mark.parametrize("write", ["upsert", "delete"])
