@@ -82,8 +82,8 @@ class Listener:
 
 @pytest.fixture
 def listener(caplog: pytest.LogCaptureFixture) -> Iterator[Listener]:
-    with caplog.at_level(logging.DEBUG):
-        # SQLAlchemy logs statements only when asked to, at the level of its own loggers.
+    # SQLAlchemy's loggers have no level of their own until somebody asks for one.
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "sqlalchemy"):
         yield Listener(caplog)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -50,6 +51,7 @@ _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql:
 _BUSY_MS: Final = 5_000
 _CLOSE_SECONDS: Final = 1.0
 _OPENED_SECONDS: Final = 0.25
+_LOG_NAME: Final = "layered_store"
 
 
 @dataclass(eq=False, slots=True)
@@ -154,7 +156,10 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
         "isolation_level": "AUTOCOMMIT",
         "pool_reset_on_return": None,
         "hide_parameters": True,
+        "logging_name": _LOG_NAME,
     }
+    # SQLAlchemy logs whole rows at DEBUG, whatever hide_parameters says.
+    logging.getLogger(f"sqlalchemy.engine.Engine.{_LOG_NAME}").addFilter(_no_rows)
     arguments = _connect_arguments(url, wait)
     if prepares:
         arguments |= _session_arguments(url, wait)
@@ -175,6 +180,10 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
     if url.get_backend_name() == "sqlite":
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     return engine
+
+
+def _no_rows(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
 
 
 def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
