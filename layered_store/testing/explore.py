@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from layered_store.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
     from contextlib import AbstractAsyncContextManager
@@ -164,7 +166,14 @@ def explore(
 
     Raises:
         ScheduleError: with the seed and the steps of the schedule that failed.
+        ConfigError: ``schedules`` or ``max_steps`` is below 1, or a seed is no int.
     """
+    for option, value in (("schedules", schedules), ("max_steps", max_steps)):
+        if type(value) is not int or value < 1:
+            raise ConfigError("must be an int of at least 1", option=option, layer="explore")
+    for option, value in (("seed", seed), ("replay", seed if replay is None else replay)):
+        if type(value) is not int:
+            raise ConfigError("must be an int", option=option, layer="explore")
     seeds = range(seed, seed + schedules) if replay is None else range(replay, replay + 1)
     if asyncio._get_running_loop() is None:  # noqa: SLF001  public, for loops to use
         return _explore(scenario, seeds, max_steps)

@@ -277,6 +277,10 @@ async def _replaces(suite: _Suite) -> None:
     await suite.store.upsert_latest(written[-1])
     got = await suite.store.get_latest(written[0].user_id)
     _expect(got == written[-1], "writing an equal state again changed the latest one")
+    bare = suite.snapshot(written[0].user_id, 4, axes={"other": 0.5})
+    await suite.store.upsert_latest(bare)
+    got = await suite.store.get_latest(written[0].user_id)
+    _expect(got == bare, "a state was mixed with the one before it; replace it whole")
 
 
 async def _apart(suite: _Suite) -> None:

@@ -129,6 +129,16 @@ class IgnoresValidation(Plain):
             await self.upsert_latest(snapshot)
 
 
+class MixesStates(Plain):
+    """An upsert taken for an update of the axes that it names."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        before = self.states.get(snapshot.user_id)
+        axes = {**(before.axes if before else {}), **snapshot.axes}
+        await super().upsert_latest(snapshot.__replace__(axes=axes))
+
+
 class ForgetsClose(Layer):
     async def aclose(self) -> None:
         self._refuse_operations()

@@ -35,6 +35,7 @@ STORES = {
     "AcceptsNegativeLimit": "get_history(limit=-1) was accepted; raise ValidationError",
     "OldestFirst": "the history is oldest first; give the newest first",
     "IgnoresValidation": "upsert_latest() with a bad axes was accepted",
+    "MixesStates": "a state was mixed with the one before it",
     "LeavesTask": "aclose() left 1 tasks running",
     "RoundsValues": "not equal to what was written; it differs in axes",
     "EqualToOthers": "two stores are equal",

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import layered_store.testing as kit
+from layered_store import ConfigError
 
 NAMES = {
     "FakeClock",
@@ -32,6 +33,20 @@ def test_exports() -> None:
     assert set(dir(kit)) >= set(kit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Recordd'"):
         _ = kit.Recordd  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("schedules", 0), ("schedules", 1.5), ("max_steps", 0), ("seed", "x"), ("replay", 1.0)],
+)
+def test_explore_refuses_to_run_nothing(option: str, value: object) -> None:
+    """A test that would pass because no schedule was run is refused by name."""
+
+    async def scenario() -> None:
+        """Nothing is wrong with it."""
+
+    with pytest.raises(ConfigError, match=f"explore.{option}: must be an int"):
+        kit.explore(scenario, **{option: value})  # type: ignore[arg-type]
 
 
 def test_no_pytest() -> None:
