@@ -1,0 +1,160 @@
+"""SQLite's history is one log of chains: nothing gets out of reach, nothing is stored twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from layered_store import SQLStore, StateSnapshot
+from layered_store.call import call_begins
+from layered_store.stores.sql import store as store_module
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layered_store.call import Call
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "states.db"
+
+
+def build(path: Path, **options: Any) -> SQLStore:
+    return SQLStore(f"sqlite+aiosqlite:///{path}", **options)
+
+
+def state(user_id: str, number: int = 0) -> StateSnapshot:
+    return StateSnapshot(user_id, updated_at_unix_ms=number, axes={"n": number % 100 / 100})
+
+
+def rows(path: Path, query: str) -> list[Any]:
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute(query).fetchall()
+
+
+HISTORY = "FROM layered_store_history"
+
+
+@pytest.mark.parametrize(
+    ("limit", "together"),
+    [(0, True), (1, True), (100, True), (None, True), (0, False), (5, False)],
+)
+async def test_an_erasure_reaches_every_entry(
+    path: Path, limit: int | None, together: bool
+) -> None:
+    """However often the history was trimmed in between, by single writes or by batches."""
+    async with build(path, history_limit=limit) as store:
+        for start in range(0, 300, 100):
+            some = [state(user, start + n) for n in range(100) for user in ("u", "v")]
+            if together:
+                await store.upsert_latest_many(some)
+            else:
+                for each in some:
+                    await store.upsert_latest(each)
+        await store.delete("u")
+        digest = store.digest("u")
+        left = rows(path, f"SELECT digest, payload, previous {HISTORY}")
+        assert [row[1:] for row in left if row[0] == digest] == [(None, None)]
+        assert await store.get_latest("u") is None
+        assert (await store.get_latest("v")) == state("v", 299)
+        assert len(await store.get_history("v", 1000)) == (300 if limit is None else limit)
+
+
+@pytest.mark.parametrize("limit", [0, 5, 100])
+async def test_a_history_does_not_grow_beyond_its_limit(path: Path, limit: int) -> None:
+    """It is trimmed now and then; without a history one state is kept, not those before it."""
+    async with build(path, history_limit=limit) as store:
+        for start in range(0, 400, 10):
+            await store.upsert_latest_many(state("u", start + n) for n in range(10))
+        assert rows(path, f"SELECT count(*) {HISTORY}")[0][0] <= max(limit, 16) + 64
+        if not limit:
+            shown = f"SELECT count(*) {HISTORY} WHERE payload IS NOT NULL"
+            assert rows(path, shown) == [(1,)]
+        assert [s.updated_at_unix_ms for s in await store.get_history("u", 1000)] == list(
+            range(399, 399 - limit, -1)
+        )
+
+
+@pytest.mark.parametrize("between", [0, 1, 120])
+async def test_a_retried_write_is_stored_once(path: Path, between: int) -> None:
+    """Also when many others came between its first attempt and the repeat."""
+    async with build(path, history_limit=None) as store:
+
+        async def write(call: Call) -> None:
+            await store.upsert_latest(state("u", 1))
+            assert not call.fresh
+
+        with call_begins() as call:
+            await write(call)
+            assert not call.again().fresh
+            other = SQLStore(store.url, history_limit=None)
+            for number in range(between):
+                await _on_its_own(other, state("u", 2 + number))
+            await write(call)
+            await store.upsert_latest_many([state("v", 1)])
+            await other.aclose()
+        history = await store.get_history("u", 1000)
+        assert [s.updated_at_unix_ms for s in history].count(1) == 1
+        assert len(history) == between + 1
+        # What a repeat leaves is what stands there now.
+        assert (await store.get_latest("u")) == state("u", 1 + between)
+
+
+async def _on_its_own(store: SQLStore, snapshot: StateSnapshot) -> None:
+    await asyncio.create_task(store.upsert_latest(snapshot), context=contextvars.Context())
+
+
+async def test_the_change_log_ends_however_much_was_overwritten(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page looks at so many entries of the log; the pages together skip nobody."""
+    monkeypatch.setattr(store_module, "_SCANNED", 50)
+    async with build(path) as store:
+        head = await store.head()
+        await store.upsert_latest(state("early"))
+        await store.upsert_latest_many([state("busy", number) for number in range(400)])
+        await store.delete("gone")
+        await store.upsert_latest(state("late"))
+        found: list[bytes] = []
+        cursor, pages, more = head, 0, True
+        while more:
+            page = await store.changes(cursor, 3)
+            found += [change.digest for change in page.items]
+            cursor, more = page.cursor, page.more
+            pages += 1
+        users = [store.digest(user) for user in ("early", "busy", "gone", "late")]
+        assert found == users
+        assert pages > 5
+        assert await store.covers(cursor)
+        assert not (await store.changes(cursor, 3)).items
+
+
+async def test_tombstones_leave_no_entry_behind(path: Path) -> None:
+    """When their time is over their place in the log goes with them."""
+    async with build(path) as store:
+        await store.delete("old")
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("UPDATE layered_store_latest SET purge_at = 1")
+        await store.upsert_latest_many([state(f"u{number}") for number in range(64)])
+        digest = store.digest("old")
+        for table in ("layered_store_latest", "layered_store_history"):
+            assert digest not in {row[0] for row in rows(path, f"SELECT digest FROM {table}")}
+
+
+async def test_a_write_after_an_erasure_begins_a_history(path: Path) -> None:
+    """What was erased stays gone, and the new history holds what is written from then on."""
+    async with build(path) as store:
+        for number in range(5):
+            await store.upsert_latest(state("u", number))
+        await store.delete("u")
+        for number in range(10, 13):
+            await store.upsert_latest(state("u", number))
+        for limit in (1, 2, 3, 10):
+            shown = [s.updated_at_unix_ms for s in await store.get_history("u", limit)]
+            assert shown == [12, 11, 10][:limit]
