@@ -193,16 +193,19 @@ class LaneLink:
 
     def _connect(self) -> asyncio.Task[Exception | None]:
         """Return the task that connects; there is one at a time, and others wait for it."""
-        if self._connecting is None:
+        task = self._connecting
+        # One that has ended is of no use, also before its callback has run: its lane may be lost
+        # again, and who asks it once more would never let the event loop go on.
+        if task is None or task.done():
             # A context of its own: it serves whoever waits, not the first caller alone.
-            self._connecting = self.loop.create_task(
-                self._open_lane(), context=contextvars.Context()
-            )
-            self._connecting.add_done_callback(self._connected)
-        return self._connecting
+            task = self.loop.create_task(self._open_lane(), context=contextvars.Context())
+            task.add_done_callback(self._connected)
+            self._connecting = task
+        return task
 
-    def _connected(self, _: object) -> None:
-        self._connecting = None
+    def _connected(self, task: asyncio.Task[Exception | None]) -> None:
+        if self._connecting is task:
+            self._connecting = None
         self._wake()
 
     async def _open_lane(self) -> Exception | None:
