@@ -17,8 +17,9 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.health import HealthStatus
+from layered_store.interface import Op
 from layered_store.layers.cached import Cached
-from layered_store.layers.circuit_breaker import CircuitBreaker, CircuitState
+from layered_store.layers.circuit_breaker import CircuitBreaker, CircuitState, _Window
 from layered_store.layers.retry import Retry
 from layered_store.layers.timeout import Timeout
 from layered_store.snapshot import StateSnapshot
@@ -129,6 +130,35 @@ async def test_old_failures_leave_the_window() -> None:
     await clock.advance(9.0)
     await call(breaker)
     assert breaker.state is OPEN
+
+
+async def test_failures_leave_the_window_with_their_calls() -> None:
+    """What is gone counts neither as a call nor as a failure."""
+    clock = FakeClock(start=0.0)
+    inner = Scripted(*[down() for _ in range(3)], None, None, None, down())
+    breaker = CircuitBreaker(inner, minimum_calls=4, window=10, clock=clock)
+    await call(breaker, 3)
+    await clock.advance(10.0)
+    await call(breaker, 4)
+    assert breaker.state is CLOSED  # one of four failed
+
+
+def test_hits_are_spread_over_the_time_since_the_last_call() -> None:
+    """They leave the window as time goes by; those of a long silence are mostly gone."""
+    window = _Window(10.0)
+    window.add(0.0, 0, failed=True)
+    assert (window.calls, window.failures) == (1, 1)
+    window.add(3.5, 8, failed=False)  # two hits in each of the parts 0 to 3
+    assert (window.calls, window.failures) == (10, 1)
+    window.add(3.7, 1, failed=True)
+    assert (window.calls, window.failures) == (12, 2)
+    window.add(10.5, 0, failed=True)  # part 0 is gone: a failed call and two hits
+    assert (window.calls, window.failures) == (10, 2)
+    window.add(109.5, 100, failed=False)  # one in each of a hundred parts
+    assert (window.calls, window.failures) == (11, 0)
+    window.clear()
+    window.add(500.0, 6, failed=False)  # nobody knows since when: all are new
+    assert (window.calls, window.failures) == (7, 0)
 
 
 async def test_a_long_silence_empties_the_window() -> None:
@@ -390,6 +420,8 @@ async def test_health_is_asked_below_and_says_why_it_is_degraded() -> None:
     report = await breaker.health_report()
     assert report.status is HealthStatus.DEGRADED
     assert "circuit is open" in report.message
+    assert report.message == "the circuit is open; one call is tried in 5 s"
+    assert breaker._circuit.retry_after == 5.0
     assert [child.name for child in report.children] == ["Scripted"]
     assert await breaker.health_check()
     inner.healthy = False
@@ -400,8 +432,15 @@ async def test_health_is_asked_below_and_says_why_it_is_degraded() -> None:
     await call(breaker)
     report = await breaker.health_report()
     assert report.status is HealthStatus.DEGRADED
-    assert "half open" in report.message
-    await call(breaker)
+    assert report.message == "the circuit is half open; the next call is a trial"
+    assert breaker._circuit.retry_after == 0.0
+    inner.steps.insert(0, gate := Gate())
+    trial = asyncio.create_task(breaker.get_latest("u-1"))
+    await gate.entered.wait()
+    report = await breaker.health_report()
+    assert report.message == "the circuit is half open; one call is being tried"
+    gate.open()
+    await trial
     report = await breaker.health_report()
     assert (report.status, report.message) == (HealthStatus.HEALTHY, "")
 
@@ -509,3 +548,23 @@ async def test_old_hits_leave_the_window() -> None:
 async def test_without_a_cache_below_there_is_no_hot_path() -> None:
     """A store that offers none gives none."""
     assert CircuitBreaker(MemoryStore()).hot_path() is None
+
+
+async def test_a_refusal_says_what_was_refused_and_for_how_long() -> None:
+    """Operation and layer, as every error; a trial under way has no end that could be told."""
+    clock = FakeClock()
+    gate = Gate()
+    breaker, _ = await opened(gate, clock=clock, open_for=5)
+    await clock.advance(2)
+    with pytest.raises(CircuitOpenError) as caught:
+        await breaker.delete("u-1")
+    assert (caught.value.operation, caught.value.layer) == (Op.DELETE, "CircuitBreaker")
+    assert caught.value.retry_after == 3.0
+    await clock.advance(3)
+    trial = asyncio.create_task(breaker.get_latest("u-1"))
+    await gate.entered.wait()
+    with pytest.raises(CircuitOpenError) as caught:
+        await breaker.delete("u-1")
+    assert caught.value.retry_after == 0.0
+    gate.open()
+    await trial

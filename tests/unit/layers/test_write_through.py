@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from layered_store.coherence.contract import CacheTier
 from layered_store.errors import (
     ClosedError,
     ConfigError,
@@ -17,7 +18,7 @@ from layered_store.errors import (
     UnavailableError,
     ValidationError,
 )
-from layered_store.health import HealthStatus
+from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import Op, StateStore
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
@@ -78,8 +79,138 @@ def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
 
 def test_both_must_keep_the_same_snapshots() -> None:
     """A copy of another class is no copy."""
-    with pytest.raises(ConfigError, match="snapshot_type"):
+    with pytest.raises(ConfigError, match="WriteThrough.snapshot_type") as caught:
         WriteThrough(Tier(), origin=MemoryStore(snapshot_type=Other))
+    assert caught.value.option == "snapshot_type"
+
+
+class Digested(Tier):
+    """A tier that knows versions, keyed by a digest."""
+
+    def __init__(self, fingerprint: str) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+
+    def capability(self, kind: type[Any]) -> Any:
+        return self if kind is CacheTier else super().capability(kind)
+
+    @property
+    def digest(self) -> Any:
+        return self
+
+
+def test_both_must_be_keyed_by_the_same_digest() -> None:
+    """Else no version of one side would be found on the other; an origin without versions has no
+    digest to compare."""
+    with pytest.raises(ConfigError, match="same digest_key=") as caught:
+        WriteThrough(Digested("other"), origin=MemoryStore())
+    assert (caught.value.option, caught.value.layer) == ("digest_key", "WriteThrough")
+    assert "no versions" in str(describe(WriteThrough(Digested("other"), origin=Scripted())))
+
+
+async def test_every_answer_is_counted_once() -> None:
+    """Hits of the tier, misses and errors of it; what the origin failed on is an error."""
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=origin)
+
+    def counted() -> dict[str, float]:
+        kinds = {"hit", "miss", "error"}
+        return {
+            s.labels[0]: s.value
+            for s in store.samples()
+            if s.metric == "reads" and s.value and s.labels[0] in kinds
+        }
+
+    await store.upsert_latest_many([state(0.1), state(0.2, "u-2")])
+    await store.get_latest("u-1")
+    assert counted() == {"hit": 1}
+    assert len(await store.get_latest_many(["u-1", "u-2", "nobody"])) == 2
+    assert counted() == {"hit": 3, "miss": 1}
+    tier.up = False
+    await store.get_latest_many(["u-1", "u-2"])
+    assert counted() == {"hit": 3, "miss": 1, "error": 2}
+    await store.get_latest("u-1")
+    assert counted() == {"hit": 3, "miss": 1, "error": 3}
+    tier.up = True
+    await origin.aclose()
+    tier.states.clear()
+    with pytest.raises(ClosedError):
+        await store.get_latest("nobody")
+    with pytest.raises(ClosedError):
+        await store.get_latest_many(["no", "body"])
+    assert counted()["miss"] == 1
+    assert store._copies._users == {}
+
+
+async def test_a_batch_that_the_tier_has_does_not_reach_the_origin() -> None:
+    """And of another one only those that are missing, which are then copied."""
+    asked: list[list[str]] = []
+
+    class Noting(MemoryStore):
+        async def get_latest_many(self, user_ids: Any) -> dict[str, StateSnapshot]:
+            asked.append(list(user_ids))
+            return await super().get_latest_many(asked[-1])
+
+    tier, origin = Tier(), Noting()
+    store = WriteThrough(tier, origin=origin)
+    await store.upsert_latest_many([state(0.1), state(0.2, "u-2")])
+    await store.get_latest_many(["u-1", "u-2"])
+    assert asked == []
+    await origin.upsert_latest(state(0.3, "u-3"))
+    await store.get_latest_many(["u-1", "u-3", "u-4"])
+    assert asked == [["u-3", "u-4"]]
+    assert set(tier.states) == {"u-1", "u-2", "u-3"}
+    assert store._copies._users == {}
+
+
+@pytest.mark.parametrize("operation", ["upsert_latest", "upsert_latest_many", "delete"])
+async def test_whatever_the_write_was_its_unknown_outcome_bars_the_copy(operation: str) -> None:
+    """For as long as it may still take effect; a refused one bars it until the next read."""
+    argument: Any = {"upsert_latest": NEW, "upsert_latest_many": [NEW], "delete": "u-1"}[operation]
+    for error, barred in (
+        (StoreTimeoutError(outcome_unknown=True), True),
+        (OverloadedError("full"), False),
+    ):
+        clock, tier = FakeClock(), Tier()
+        store = WriteThrough(tier, origin=Scripted(None, error, OLD, OLD), clock=clock)
+        await store.upsert_latest(OLD)
+        with pytest.raises(type(error)):
+            await getattr(store, operation)(argument)
+        assert await store.get_latest("u-1") == OLD  # the origin's
+        tier.calls.clear()
+        await store.get_latest("u-1")
+        assert (Op.GET_LATEST in tier.calls) is not barred
+
+
+async def test_while_a_write_is_under_way_its_copy_is_not_read() -> None:
+    """Of each kind of write: the origin may have changed already."""
+    for operation in ("upsert_latest", "upsert_latest_many", "delete"):
+        argument: Any = {"upsert_latest": NEW, "upsert_latest_many": [NEW]}.get(operation, "u-1")
+        gate, tier = Gate(), Tier()
+        store = WriteThrough(tier, origin=Scripted(None, gate, NEW))
+        await store.upsert_latest(OLD)
+        write = asyncio.create_task(getattr(store, operation)(argument))
+        await gate.entered.wait()
+        assert await store.get_latest("u-1") == NEW
+        gate.open()
+        await write
+
+
+async def test_the_health_report_takes_as_long_as_its_slower_side() -> None:
+    """And has the lower status of the two."""
+
+    class Took(Tier):
+        def __init__(self, latency: float, status: HealthStatus) -> None:
+            super().__init__()
+            self.latency, self.status = latency, status
+
+        async def health_report(self) -> HealthReport:
+            return HealthReport("Took", self.status, self.latency)
+
+    good, fair = HealthStatus.HEALTHY, HealthStatus.DEGRADED
+    for one, two in ((Took(1, good), Took(3, fair)), (Took(3, fair), Took(1, good))):
+        report = await WriteThrough(one, origin=two).health_report()
+        assert (report.status, report.latency_ms) == (fair, 3)
 
 
 async def test_reads_fill_the_tier_and_writes_go_to_both() -> None:
