@@ -1,9 +1,9 @@
 """Snapshot <-> bytes, for backends that keep bytes.
 
-The form is one byte that names it, then MessagePack: of the fields by name, or of user id, time and
-bytes of a sealed snapshot. Unknown fields are ignored and missing ones take their defaults, so that
-a fleet can be upgraded process by process; a form byte from the future is recognised and not
-misread. Nothing in it can run code.
+The form is MessagePack, and the first byte names it: the one that begins a map (of the fields by
+name), or 2, with user id, time and bytes of a sealed snapshot behind it. Unknown fields are ignored
+and missing ones take their defaults, so that a fleet can be upgraded process by process; a first
+byte from the future is recognised and not misread. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from layered_store.snapshot import Int64
 if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["FORM_MSGPACK", "FORM_SEALED", "CodecError", "SnapshotCodec"]
-
-FORM_MSGPACK: Final = 1
-"""First byte of a snapshot."""
+__all__ = ["FORM_SEALED", "CodecError", "SnapshotCodec"]
 
 FORM_SEALED: Final = 2
 """First byte of a snapshot that a layer above sealed."""
+
+_MAPS: Final = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+"""First bytes of a snapshot: those with which MessagePack begins a map."""
 
 _encode_sealed = msgspec.msgpack.Encoder().encode
 _decode_sealed = msgspec.msgpack.Decoder(tuple[str, Int64, bytes]).decode
@@ -56,7 +56,7 @@ class SnapshotCodec(Generic[S]):
         if isinstance(snapshot, SealedSnapshot):
             fields = (snapshot.user_id, snapshot.updated_at_unix_ms, snapshot.sealed)
             return b"\x02" + _encode_sealed(fields)
-        return b"\x01" + self._encode(snapshot)
+        return self._encode(snapshot)
 
     def decode(self, data: bytes, user_id: str | None = None) -> S:
         """Return the snapshot that ``data`` holds, or the sealed one that stands in its place.
@@ -72,22 +72,30 @@ class SnapshotCodec(Generic[S]):
             CodecError: truncated, of a newer form, another schema, or another user's.
         """
         try:
-            # A copy of the body costs a fifth of what a view of it does.
-            snapshot: S = (
-                self._decode(data[1:]) if data[:1] == b"\x01" else _decode_other(data)
-            )
-        except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as exc:
-            raise CodecError(f"the record cannot be decoded ({type(exc).__name__})") from None
-        if user_id is not None and snapshot.user_id != user_id:
+            snapshot: S = self._decode(data)
+        except _UNREADABLE as exc:
+            snapshot = _decode_other(data, exc)
+        if snapshot.user_id != user_id and user_id is not None:
             raise CodecError("the record belongs to another user")
         return snapshot
 
 
-def _decode_other(data: bytes) -> Any:
-    """Return what a record of another form holds."""
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError)
+
+
+def _decode_other(data: bytes, problem: Exception) -> Any:
+    """Return the sealed snapshot that a record holds, or raise what is wrong with it."""
     if not data:
-        raise CodecError("the record is empty")
-    if data[0] != FORM_SEALED:
-        raise CodecError(f"the record has form {data[0]}, which this version does not know")
-    user_id, updated_at_unix_ms, sealed = _decode_sealed(data[1:])
-    return SealedSnapshot(user_id, updated_at_unix_ms, sealed=sealed)
+        raise CodecError("the record is empty") from None
+    if data[0] == FORM_SEALED:
+        try:
+            user_id, updated_at_unix_ms, sealed = _decode_sealed(data[1:])
+        except _UNREADABLE as exc:
+            problem = exc
+        else:
+            return SealedSnapshot(user_id, updated_at_unix_ms, sealed=sealed)
+    elif data[0] not in _MAPS:
+        raise CodecError(
+            f"the record has form {data[0]}, which this version does not know"
+        ) from None
+    raise CodecError(f"the record cannot be decoded ({type(problem).__name__})") from None

@@ -8,7 +8,7 @@ Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 202
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,12 +58,17 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
         self.nodes: dict[Any, Node] = {}
         self._small: deque[Node] = deque()
         self._main: deque[Node] = deque()
-        self._small_live = 0
+        # Nodes that were taken out and are still in the queue.
+        self._small_gone = 0
+        # How many were given up for lack of room.
+        self.evicted = 0
         self._small_limit = max(1, int(maxsize * _SMALL_SHARE))
-        # Ordered: a plain dict takes ever longer to find its first key after many deletions.
-        self._ghosts: OrderedDict[Any, None] = OrderedDict()
+        # Keys given up lately, and in which order; one that came back meanwhile may stand there
+        # twice. (A plain dict takes ever longer to find its first key after many deletions.)
+        self._ghosts: dict[Any, None] = {}
+        self._ghost_order: deque[Any] = deque()
         self._ghost_limit = max(1, maxsize - self._small_limit)
-        self._on_evict = on_evict
+        self.on_evict = on_evict
         self._lock = Lock()  # a cache may be shared by event loops of several threads
 
     def put(self, node: Node) -> None:
@@ -74,24 +79,26 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
     def insert(self, node: Node) -> None:
         """Do as ``put`` does, for an owner who has a lock of its own."""
         key, nodes = node.key, self.nodes
-        old = nodes.pop(key, None)
-        if old is not None:
-            self._forget(old)
-        while len(nodes) >= self._capacity:
+        if key in nodes:
+            self._replace(nodes[key], node)
+            return
+        if len(nodes) >= self._capacity:
             self._evict()
-        if old is not None:
-            # A newer value of a known user keeps its standing.
-            node.queue, node.freq = (_MAIN if old.freq else _SMALL), old.freq
-            self._enqueue(node)
-        elif key in self._ghosts:
+        nodes[key] = node
+        if key in self._ghosts:
             del self._ghosts[key]
             node.queue = _MAIN
             self._main.append(node)
         else:
             node.queue = _SMALL
             self._small.append(node)
-            self._small_live += 1
-        nodes[key] = node
+
+    def _replace(self, old: Node, node: Node) -> None:
+        """Put a newer value of a known user where the old one was, with its standing."""
+        node.queue, node.freq = (_MAIN if old.freq else _SMALL), old.freq
+        self.nodes[node.key] = node
+        self._forget(old)
+        (self._small if node.queue == _SMALL else self._main).append(node)
 
     def remove(self, key: Any) -> Node | None:
         """Take out the entry of ``key`` and return it; None when there is none."""
@@ -117,49 +124,40 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
             for queue, kind in ((self._small, _SMALL), (self._main, _MAIN)):
                 while queue and queue[0].queue != kind:
                     queue.popleft()
+                    self._small_gone -= kind == _SMALL
             heads = [queue[0] for queue in (self._small, self._main) if queue]
         yield from heads
-
-    def _enqueue(self, node: Node) -> None:
-        if node.queue == _SMALL:
-            self._small.append(node)
-            self._small_live += 1
-        else:
-            self._main.append(node)
 
     def _forget(self, node: Node) -> None:
         """Mark a node as gone; the queue passes over it later."""
         if node.queue == _SMALL:
-            self._small_live -= 1
+            self._small_gone += 1
         node.queue = _GONE
         # Entries that come and go without ever filling the cache must not pile up here.
         if len(self._small) + len(self._main) > 2 * len(self.nodes) + 64:
             self._small = deque(n for n in self._small if n.queue == _SMALL)
+            self._small_gone = 0
             self._main = deque(n for n in self._main if n.queue == _MAIN)
 
     def _evict(self) -> None:
-        if (self._small_live >= self._small_limit or not self._main) and self._evict_small():
-            return
+        small = self._small
+        if len(small) - self._small_gone >= self._small_limit or not self._main:
+            while small:
+                node = small.popleft()
+                if node.queue != _SMALL:
+                    self._small_gone -= 1
+                elif node.freq:
+                    node.freq = 0
+                    node.queue = _MAIN
+                    self._main.append(node)
+                else:
+                    self._ghosts[node.key] = None
+                    self._ghost_order.append(node.key)
+                    if len(self._ghost_order) > self._ghost_limit:
+                        self._ghosts.pop(self._ghost_order.popleft(), None)
+                    self._drop(node)
+                    return
         self._evict_main()
-
-    def _evict_small(self) -> bool:
-        small, ghosts = self._small, self._ghosts
-        while small:
-            node = small.popleft()
-            if node.queue != _SMALL:
-                continue
-            self._small_live -= 1
-            if node.freq:
-                node.freq = 0
-                node.queue = _MAIN
-                self._main.append(node)
-                continue
-            ghosts[node.key] = None
-            if len(ghosts) > self._ghost_limit:
-                ghosts.popitem(last=False)
-            self._drop(node)
-            return True
-        return False
 
     def _evict_main(self) -> None:
         main = self._main
@@ -173,13 +171,14 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
                 continue
             self._drop(node)
             return
-        self._evict_small()
+        self._evict()
 
     def _drop(self, node: Node) -> None:
         node.queue = _GONE
         del self.nodes[node.key]
-        if self._on_evict is not None:
-            self._on_evict(node)
+        self.evicted += 1
+        if self.on_evict is not None:
+            self.on_evict(node)
 
     # The mapping that every cachetools cache is.
 
@@ -221,11 +220,11 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
         with self._lock:
             if not self.nodes:
                 raise KeyError(f"{type(self).__name__} is empty")
-            before, self._on_evict = self._on_evict, evicted.append
+            before, self.on_evict = self.on_evict, evicted.append
             try:
                 self._evict()
             finally:
-                self._on_evict = before
+                self.on_evict = before
         return evicted[0].key, evicted[0].value
 
     def clear(self) -> None:
@@ -235,5 +234,6 @@ class S3FIFOCache(Cache):  # type: ignore[type-arg]  # generic only in its stubs
             self.nodes.clear()
             self._small.clear()
             self._main.clear()
-            self._small_live = 0
+            self._small_gone = 0
             self._ghosts.clear()
+            self._ghost_order.clear()

@@ -27,7 +27,8 @@ DIGEST_BYTES: Final = 16
 
 _MAX_KEY_BYTES: Final = 64
 _SHOWN_CHARACTERS: Final = 4
-_ASCII_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,256}").fullmatch
+_is_ascii_id: Final = re.compile(r"[A-Za-z0-9_-]{1,256}").fullmatch
+_checked: str = "u"
 
 
 def _character_class() -> str:
@@ -49,7 +50,7 @@ def is_valid_user_id(user_id: object) -> bool:
     """
     if not isinstance(user_id, str):
         return False
-    if _ASCII_ID(user_id):
+    if _is_ascii_id(user_id):
         return True
     if not user_id or user_id.isascii():
         return False
@@ -67,8 +68,13 @@ def check_user_id(user_id: object, operation: str | None = None) -> None:
         user_id: what the caller passed.
         operation: the store operation, for the error.
     """
+    global _checked  # noqa: PLW0603
+    # Each layer of a call asks for the same id, without others in between.
+    if user_id is _checked:
+        return
     # By far most ids are ASCII: asked first, since every operation comes by here.
-    if type(user_id) is str and _ASCII_ID(user_id):
+    if type(user_id) is str and _is_ascii_id(user_id):
+        _checked = user_id
         return
     if is_valid_user_id(user_id):
         return
@@ -133,3 +139,9 @@ class digest_function:  # noqa: N801  used like a function: digest = digest_func
         state = self._template.copy()
         state.update(user_id.encode())
         return state.digest()
+
+    def hexadecimal(self, user_id: str) -> bytes:
+        """Return the digest in hexadecimal digits."""
+        state = self._template.copy()
+        state.update(user_id.encode())
+        return state.hexdigest().encode()

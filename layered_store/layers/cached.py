@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import copy
 import math
@@ -14,6 +13,7 @@ from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
+import msgspec
 from cachetools import Cache
 
 from layered_store.call import call_begins
@@ -49,6 +49,7 @@ from layered_store.options import (
     check_seconds,
     check_share,
 )
+from layered_store.running import running_loop
 from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
@@ -99,6 +100,8 @@ class _Stale:
         self.error = error
 
 
+_NO_VALUE: Final = frozenset({_Failure, _Stale})
+
 _LEAD: Final = object()
 """Tells a waiting caller that the load is now its own."""
 
@@ -106,33 +109,34 @@ _AGAIN: Final = object()
 """Tells a waiting caller that the load ended without an answer."""
 
 
-class _Flight:
+class _Flight(msgspec.Struct, eq=False):
     """One load of one user, shared by all who ask meanwhile.
 
     It is current while it stands in ``Cached._flights``. A write or delete takes it out: its
     callers still get their answer, but no later caller joins and nothing of it is kept.
     """
 
-    __slots__ = ("boarding", "late", "loop", "passengers", "waiters")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        # Whether it may be joined without a lease: until the turn in which it began is over,
-        # nothing of it can have been read.
-        self.boarding = False
-        # Callers that came too late to be sure of it.
-        self.late: list[asyncio.Future[Any]] | None = None
-        self.waiters: list[asyncio.Future[Any]] | None = None
-        # Callers that wait for other users as well, and so cannot take over this load.
-        self.passengers: list[asyncio.Future[Any]] | None = None
+    loop: Any
+    # Whether anybody ever waited for it.
+    joined: bool = False
+    # Whether it may be joined without a lease: until the turn in which it began is over, nothing of
+    # it can have been read.
+    boarding: bool = False
+    # Callers that came too late to be sure of it.
+    late: list[Any] | None = None
+    waiters: list[Any] | None = None
+    # Callers that wait for other users as well, and so cannot take over this load.
+    passengers: list[Any] | None = None
 
     def land(self, result: Any) -> None:
         """Hand the result to everyone who waits."""
         for group in (self.waiters, self.passengers):
             if group is not None:
                 for future in group:
-                    if not future.done():
+                    try:
                         future.set_result(result)
+                    except asyncio.InvalidStateError:
+                        pass  # its caller was cancelled
         self.waiters = self.passengers = None
         late, self.late = self.late, None
         for future in late or ():
@@ -260,8 +264,8 @@ class Cached(Layer):
         check_choice(self.invalidation, "invalidation", self, ("auto", "required", "off"))
         if self.cache is not None:
             self._take(self.cache)
-        self._ttl_seconds: float = self.ttl
-        self._negative_seconds: float = self.negative_ttl
+        self._lifetime: float = self.ttl
+        self._negative_lifetime: float = self.negative_ttl
         self._stale_seconds: float = self.stale_if_error
         self._monotonic = self.clock.monotonic
         self._channel: Invalidations | None = None
@@ -281,18 +285,19 @@ class Cached(Layer):
         self._reads = Reads()
         self._waits = 0
         self._removals: Counter[tuple[str, str]] = Counter()
-        own = S3FIFOCache(self.max_entries, self._on_evict) if self.cache is None else self.cache
+        own = S3FIFOCache(self.max_entries) if self.cache is None else self.cache
         self._entries: Mapping[str, _Entry]
         self._s3: S3FIFOCache | None = own if isinstance(own, S3FIFOCache) else None
         # Our own is changed under our own lock only.
         self._put: Any = getattr(own, "insert" if self.cache is None else "put", None)
-        self._evicted = 0
         self._store: Cache[Any, Any] = own
         self._entries = self._s3.nodes if self._s3 is not None else own  # type: ignore[assignment]
         super().__post_init__()
         if self.invalidation != "off":
             self._channel = self.inner.capability(Invalidations)
             if self._channel is not None:
+                if self.cache is None:
+                    own.on_evict = self._on_evict  # type: ignore[attr-defined]
                 self._trust.lease(_NEVER)
                 self._heard_until = _NEVER
                 self._channel.attach(self)
@@ -327,24 +332,42 @@ class Cached(Layer):
             now = self._monotonic()
             if now < entry.deadline and now < self._trust.lease_until:
                 return self._answer(user_id, entry)
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         if loop is not self._following and self._channel is not None:
             await self._follow_channel(self._channel)
         flight = self._flights.get(user_id)
-        if flight is None or flight.loop.is_closed():
+        if flight is not None and flight.loop is loop:
+            if self._channel is not None and not self._joinable(flight):
+                return await self._come_late(user_id, flight)
+            # Wait for another caller's load; take it over if that caller goes away.
+            self._waits += 1
+            future = loop.create_future()
+            if flight.waiters is None:
+                flight.waiters = [future]
+                flight.joined = True
+            else:
+                flight.waiters.append(future)
+            try:
+                result = await future
+            except BaseException:
+                # Cancelled in the very turn in which it was made the one that loads.
+                if future.done() and not future.cancelled() and future.result() is _LEAD:
+                    self._abandoned(user_id, flight)
+                raise
+            if result is not _LEAD:
+                if type(result) in _NO_VALUE:
+                    return self._received(result)
+                self._reads.miss += 1
+                return result  # type: ignore[no-any-return]
+        elif flight is None or flight.loop.is_closed():
             check_user_id(user_id, Op.GET_LATEST)
             flight = self._flights[user_id] = _Flight(loop)
             if self._channel is not None:
                 self._by_digest[self._channel.key_of(user_id)] = user_id
                 self._open_doors(flight)
-        elif flight.loop is loop:
-            if self._joinable(flight):
-                return await self._follow(user_id, flight)
-            return await self._come_late(user_id, flight)
         else:
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
             flight = _Flight(loop)
-        # As ``_lead`` does; written out, since most misses are lone ones and pass here.
         try:
             value = await self.inner.get_latest(user_id)
             if value is not None and getattr(value, "user_id", None) != user_id:
@@ -355,14 +378,19 @@ class Cached(Layer):
             self._abandoned(user_id, flight)
             raise
         self._reads.miss += 1
-        self._landed(user_id, flight, value)
-        if flight.waiters is not None or flight.passengers or flight.late:
+        with self._lock:  # as ``_landed`` does; written out, since each miss comes by here
+            current = self._flights.pop(user_id, None)
+            if current is flight:
+                self._keep(user_id, value)
+            else:
+                self._overtaken(user_id, current, value)
+        if flight.joined:
             flight.land(value)
         return value
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = check_user_ids(user_ids)
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         if loop is not self._following and self._channel is not None:
             await self._follow_channel(self._channel)
         now = self._monotonic()
@@ -381,6 +409,7 @@ class Cached(Layer):
                 self._waits += 1
                 joined[user_id] = future = loop.create_future()
                 flight.passengers = [*(flight.passengers or ()), future]
+                flight.joined = True
             else:
                 led[user_id] = _Flight(loop)
         left = len(joined)
@@ -455,6 +484,7 @@ class Cached(Layer):
         self._waits += 1
         future: asyncio.Future[Any] = flight.loop.create_future()
         flight.late = [*(flight.late or ()), future]
+        flight.joined = True
         result = await future
         if result is _AGAIN:
             return await self.get_latest(user_id)
@@ -465,28 +495,8 @@ class Cached(Layer):
         self._reads.stale += 1
         return old
 
-    async def _lead(
-        self, user_id: str, flight: _Flight, *, counted: bool = True
-    ) -> StateSnapshot | None:
-        """Load a user for everyone who asks meanwhile."""
-        try:
-            value = await self.inner.get_latest(user_id)
-            if value is not None and not is_state_of(value, user_id):
-                raise not_of_user(user_id, Op.GET_LATEST, self.name)
-        except Exception as exc:  # noqa: BLE001
-            return await self._load_failed(user_id, flight, exc, counted=counted)
-        except BaseException:
-            self._abandoned(user_id, flight)
-            raise
-        if counted:
-            self._reads.miss += 1
-        self._landed(user_id, flight, value)
-        if flight.waiters is not None or flight.passengers or flight.late:
-            flight.land(value)
-        return value
-
     async def _load_failed(
-        self, user_id: str, flight: _Flight, exc: Exception, *, counted: bool = True
+        self, user_id: str, flight: _Flight, exc: Exception
     ) -> StateSnapshot:
         """Return the old state that may answer, or raise the error of a load."""
         try:
@@ -495,11 +505,9 @@ class Cached(Layer):
             self._abandoned(user_id, flight)
             raise
         if answer is None:
-            if counted:
-                self._reads.failed(exc)
+            self._reads.failed(exc)
             raise exc
-        if counted:
-            self._reads.stale += 1
+        self._reads.stale += 1
         return answer
 
     async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
@@ -544,16 +552,28 @@ class Cached(Layer):
     def _landed(self, user_id: str, flight: _Flight, value: StateSnapshot | None) -> None:
         """Keep what a load found, unless a write, an erasure or a notice came in between."""
         with self._lock:
-            if self._flights.get(user_id) is flight:
-                del self._flights[user_id]
+            current = self._flights.pop(user_id, None)
+            if current is flight:
                 self._keep(user_id, value)
-            elif self._channel is not None:
-                # It may be newer than what another load left here, before the channel told of it;
-                # whoever sees it must not see the older one afterwards.
-                entry = self._entries.get(user_id)
-                if entry is not None and entry.value != value:
-                    self._remove(user_id)
-                    self._unindex(user_id)
+            else:
+                self._overtaken(user_id, current, value)
+
+    def _overtaken(
+        self, user_id: str, current: _Flight | None, value: StateSnapshot | None
+    ) -> None:
+        """Take out what another load left here, if this load found something else.
+
+        It may be newer, and read before the channel told of it; whoever sees it must not see the
+        older one afterwards.
+        """
+        if current is not None:
+            self._flights[user_id] = current
+        if self._channel is None:
+            return
+        entry = self._entries.get(user_id)
+        if entry is not None and entry.value != value:
+            self._remove(user_id)
+            self._unindex(user_id)
 
     def _leave_flight(self, user_id: str, flight: _Flight) -> bool:
         """End a load that keeps nothing; tell whether it was still current."""
@@ -562,25 +582,6 @@ class Cached(Layer):
                 return False
             del self._flights[user_id]
             return True
-
-    async def _follow(self, user_id: str, flight: _Flight) -> StateSnapshot | None:
-        """Wait for another caller's load; take it over if that caller goes away."""
-        self._waits += 1
-        future: asyncio.Future[Any] = flight.loop.create_future()
-        if flight.waiters is None:
-            flight.waiters = [future]
-        else:
-            flight.waiters.append(future)
-        try:
-            result = await future
-        except BaseException:
-            # Cancelled in the very turn in which it was made the one that loads.
-            if future.done() and not future.cancelled() and future.result() is _LEAD:
-                self._abandoned(user_id, flight)
-            raise
-        if result is _LEAD:
-            return await self._lead(user_id, flight)
-        return self._received(result)
 
     def _received(self, result: Any) -> StateSnapshot | None:
         """Give what a flight landed with, to one of those who waited."""
@@ -652,9 +653,23 @@ class Cached(Layer):
         task.add_done_callback(self._refreshes.discard)
 
     async def _refresh_quietly(self, user_id: str, flight: _Flight) -> None:
-        # The entry answers until its deadline whatever happens here; then a caller sees the error.
-        with contextlib.suppress(Exception):
-            await self._lead(user_id, flight, counted=False)
+        try:
+            value = await self.inner.get_latest(user_id)
+            if value is not None and not is_state_of(value, user_id):
+                raise not_of_user(user_id, Op.GET_LATEST, self.name)
+        except Exception as exc:  # noqa: BLE001
+            # The entry answers until its deadline whatever happens here; then a caller sees it.
+            try:
+                await self._failed(user_id, flight, exc)
+            except BaseException:
+                self._abandoned(user_id, flight)
+                raise
+        except BaseException:
+            self._abandoned(user_id, flight)
+            raise
+        else:
+            self._landed(user_id, flight, value)
+            flight.land(value)
 
     # Writing
 
@@ -751,10 +766,9 @@ class Cached(Layer):
 
     def _keep(self, user_id: str, value: StateSnapshot | None, version: int = 0) -> None:
         """Store what a load or a lone write found, unless something makes it doubtful."""
-        lifetime = self._ttl_seconds if value is not None else self._negative_seconds
+        lifetime = self._lifetime if value is not None else self._negative_lifetime
         if (
             not lifetime
-            or self._closed
             or (self._writing and user_id in self._writing)
             or (self._quarantine and self._quarantined(user_id))
         ):
@@ -800,9 +814,7 @@ class Cached(Layer):
         return until is not None and self._monotonic() < until
 
     def _on_evict(self, node: Node) -> None:
-        self._evicted += 1
-        if self._channel is not None:
-            self._unindex(node.key)
+        self._unindex(node.key)
 
     def _unindex(self, user_id: str) -> None:
         """Forget the digest of a user of whom nothing is held, loaded or written."""
@@ -895,8 +907,8 @@ class Cached(Layer):
             yield Sample("reads", sample.value + extra, sample.labels)
         yield Sample("read_waits", self._waits)
         yield Sample("cache_entries", len(self._entries))
-        if self._evicted:
-            yield Sample("cache_evictions", self._evicted, ("size",))
+        if self._s3 is not None and self._s3.evicted:
+            yield Sample("cache_evictions", self._s3.evicted, ("size",))
         for (metric, reason), value in list(self._removals.items()):
             yield Sample(metric, value, (reason,))
 
@@ -916,13 +928,14 @@ class Cached(Layer):
     @property
     def staleness(self) -> tuple[float, str]:
         """Seconds by which this block makes an answer older, and why when there is no bound."""
-        return (0.0 if self._channel is not None else self._ttl_seconds), ""
+        return (0.0 if self._channel is not None else self.ttl), ""  # type: ignore[return-value]
 
     async def aclose(self) -> None:
         self._refuse_operations()
         _GIVEN.discard(self)
         if self._channel is not None:
             self._channel.detach(self)
+        self._lifetime = self._negative_lifetime = 0.0  # what still lands is not kept
         self._store.clear()
         self._by_digest.clear()
         tasks = list(self._refreshes)

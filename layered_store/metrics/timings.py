@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from math import inf
+from typing import TYPE_CHECKING, Final, Self
 
 from layered_store.metrics.catalogue import DURATION_BUCKETS, OUTCOMES
 
@@ -23,12 +24,15 @@ Durations = tuple[list[int], float]
 class Timings:
     """What was counted of one operation: outcomes, and how long it took."""
 
-    __slots__ = ("cells", "outcomes", "seconds")
+    __slots__ = ("_lock", "cells", "outcomes", "recent", "seconds")
 
     def __init__(self) -> None:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.cells = [0] * _CELLS
         self.seconds = 0.0
+        # Durations of calls that went well, since :meth:`fold` last counted them.
+        self.recent: list[float] = []
+        self._lock = threading.Lock()
 
     def note(self, outcome: str, seconds: float) -> int:
         """Count one operation that was timed; return the cell of its duration."""
@@ -37,6 +41,22 @@ class Timings:
         self.cells[cell] += 1
         self.seconds += seconds
         return cell
+
+    def fold(self) -> Self:
+        """Count what is in ``recent``: before anybody looks, and when it grows long."""
+        with self._lock:  # who scrapes may do so in another thread
+            recent = self.recent
+            taken = recent[:]
+            del recent[: len(taken)]
+            taken.sort()
+            before = 0
+            for cell, bound in enumerate((*DURATION_BUCKETS, inf)):
+                upto = bisect_right(taken, bound)
+                self.cells[cell] += upto - before
+                before = upto
+            self.outcomes["ok"] += len(taken)
+            self.seconds += sum(taken)
+        return self
 
 
 class HitTimings:

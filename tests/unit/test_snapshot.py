@@ -230,7 +230,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     with pytest.raises(ValidationError):
         StateSnapshot.from_json(b"\xff" + data)
     with pytest.raises(CodecError):
-        SnapshotCodec(StateSnapshot).decode(b"\x01" + data)
+        SnapshotCodec(StateSnapshot).decode(b"\x81" + data)
 
 
 @given(SNAPSHOTS, st.data())

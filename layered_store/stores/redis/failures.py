@@ -11,7 +11,14 @@ from layered_store.errors import OverloadedError, StoreError, StoreTimeoutError,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ConnectionLostError", "GarbageError", "NotSentError", "ReplyError", "translate"]
+__all__ = [
+    "ConnectionLostError",
+    "GarbageError",
+    "NotSentError",
+    "ReplyError",
+    "not_sent",
+    "translate",
+]
 
 
 class ReplyError(Exception):
@@ -41,6 +48,13 @@ class ConnectionLostError(Exception):
 
 class NotSentError(Exception):
     """A call never reached the server; the cause says why."""
+
+
+def not_sent(cause: Exception) -> NotSentError:
+    """Return the result of a call that never left, for this reason."""
+    error = NotSentError()
+    error.__cause__ = cause
+    return error
 
 
 _REFUSED: Final = "the server refused the login or the command; check user, password and rights"

@@ -17,18 +17,20 @@ import hiredis
 from layered_store.stores.redis.failures import (
     ConnectionLostError,
     GarbageError,
-    NotSentError,
     ReplyError,
+    not_sent,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from layered_store.clock import Clock, TimerHandle
 
 __all__ = ["Lane"]
 
 _MORE: Final = object()
+_OUTDATED: Final = frozenset({"READONLY", "NOAUTH", "MASTERDOWN"})
+"""After a failover the old primary is a replica, or wants another login."""
 
 
 class Lane(asyncio.Protocol):
@@ -48,18 +50,22 @@ class Lane(asyncio.Protocol):
         self, connection: Any, clock: Clock, limit: float, changed: Callable[[Lane], None]
     ) -> None:
         self.open = True
-        self.pending: deque[tuple[asyncio.Future[Any], float]] = deque()
-        self.scripts: set[bytes] = set()
+        # Whether the server refused in a way that another connection may not.
+        self.outdated = False
+        self.pending: deque[asyncio.Future[Any]] = deque()
         self._clock = clock
         self._limit = limit
         self._changed = changed
         self._loop = asyncio.get_running_loop()
+        self._create_future = self._loop.create_future
         self._buffer: list[bytes] = []
         self._unsent = 0
-        self._deadline = 0.0
         self._scheduled = False
         self._paused = False
         self._timer: TimerHandle | None = None
+        # How many replies came, and until when those up to a number must have come.
+        self._answered = 0
+        self._deadlines: deque[tuple[int, float]] = deque()
         self._gone = self._loop.create_future()
         self._reader = hiredis.Reader(
             protocolError=GarbageError, replyError=ReplyError, notEnoughData=_MORE
@@ -79,30 +85,26 @@ class Lane(asyncio.Protocol):
 
     def send(self, data: bytes) -> asyncio.Future[Any]:
         """Queue a packed command; the future's result is the reply or an exception object."""
-        future = self._loop.create_future()
-        if not self.open:
-            future.set_result(_not_sent(ConnectionLostError()))
-            return future
+        future = self._create_future()
         if not self._scheduled:
-            # What one turn of the event loop sends also has one deadline.
-            self._scheduled = True
-            self._deadline = self._clock.monotonic() + self._limit
-            self._loop.call_soon(self._flush)
-        self.pending.append((future, self._deadline))
+            self._schedule()
+        self.pending.append(future)
         self._buffer.append(data)
         self._unsent += 1
-        if self._timer is None:
-            self._timer = self._clock.call_later(self._limit, self._watch)
         return future
 
-    def send_all(self, commands: Iterable[bytes]) -> list[asyncio.Future[Any]]:
-        """Queue several commands that leave together."""
-        return [self.send(command) for command in commands]
+    def put(self, futures: Sequence[asyncio.Future[Any]], data: bytes) -> None:
+        """Queue packed commands that leave together, whose replies these futures wait for."""
+        if not self._scheduled:
+            self._schedule()
+        self.pending.extend(futures)
+        self._buffer.append(data)
+        self._unsent += len(futures)
 
     async def drain(self) -> None:
         """Wait until every call under way has its reply."""
         while self.open and self.pending:
-            await asyncio.wait([self.pending[-1][0]])
+            await asyncio.wait([self.pending[-1]])
 
     async def aclose(self) -> None:
         """Close the connection and wait until it is."""
@@ -114,30 +116,54 @@ class Lane(asyncio.Protocol):
         """Close the connection now; calls under way fail."""
         self._end(ConnectionLostError())
 
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
+        """End a turn of the event loop: what was queued in it leaves, with one deadline."""
         self._scheduled = False
-        if self._paused or not self._buffer:
+        if not self.open:
+            self._fail(ConnectionLostError())
             return
-        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
-        self._buffer.clear()
-        self._unsent = 0
-        self._transport.write(data)
+        self._forget_deadlines()
+        deadline = self._clock.monotonic() + self._limit
+        self._deadlines.append((self._answered + len(self.pending), deadline))
+        if self._timer is None:
+            self._timer = self._clock.call_later(self._limit, self._watch)
+        if not self._paused:
+            self._write()
+
+    def _write(self) -> None:
+        if self._buffer:
+            data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+            self._buffer.clear()
+            self._unsent = 0
+            self._transport.write(data)
 
     def _watch(self) -> None:
         """Give the connection up when the oldest call waits too long."""
         self._timer = None
         if not self.pending or not self.open:
             return
-        left = self.pending[0][1] - self._clock.monotonic()
+        self._forget_deadlines()
+        # What is still to leave in this turn has no deadline yet.
+        left = (
+            self._deadlines[0][1] - self._clock.monotonic() if self._deadlines else self._limit
+        )
         if left > 0:
             self._timer = self._clock.call_later(left, self._watch)
             return
         # When this process was too busy to look, the reply may be here, unread: two more turns of
         # the loop read it.
-        self._loop.call_soon(self._loop.call_soon, self._expire, self.pending[0][0])
+        self._loop.call_soon(self._loop.call_soon, self._expire, self.pending[0])
+
+    def _forget_deadlines(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= self._answered:
+            self._deadlines.popleft()
 
     def _expire(self, oldest: asyncio.Future[Any]) -> None:
-        if self.pending and self.pending[0][0] is oldest:
+        if self.pending and self.pending[0] is oldest:
             self._end(TimeoutError())
         elif self.pending and self._timer is None:
             self._watch()
@@ -148,33 +174,42 @@ class Lane(asyncio.Protocol):
         self.open = False
         if self._timer is not None:
             self._timer.cancel()
+        self._transport.abort()
+        self._fail(cause)
+        self._changed(self)
+
+    def _fail(self, cause: Exception) -> None:
         sent = len(self.pending) - self._unsent
+        self._unsent = 0
         pending, self.pending = self.pending, deque()
         self._buffer.clear()
-        self._transport.abort()
-        for index, (future, _) in enumerate(pending):
+        for index, future in enumerate(pending):
             if not future.done():
-                future.set_result(cause if index < sent else _not_sent(cause))
-        self._changed(self)
+                future.set_result(cause if index < sent else not_sent(cause))
 
     # What the event loop calls.
 
     def data_received(self, data: bytes) -> None:
-        gets = self._reader.gets
-        take = self.pending.popleft
+        gets, pending = self._reader.gets, self.pending
+        take, before = pending.popleft, len(pending)
         try:
             self._reader.feed(data)
             while (reply := gets()) is not _MORE:
-                if type(reply) is hiredis.PushNotification:
-                    continue
-                future = take()[0]
-                if not future.done():
-                    future.set_result(reply)
+                if type(reply) is not bytes:
+                    if type(reply) is hiredis.PushNotification:
+                        continue
+                    if type(reply) is ReplyError and reply.code in _OUTDATED:
+                        self.outdated = True
+                try:
+                    take().set_result(reply)
+                except asyncio.InvalidStateError:
+                    pass  # its caller was cancelled
         except (GarbageError, IndexError):
             # No reply of Redis, or one that nobody asked for: the two sides no longer agree on what
             # answers what.
             self._end(GarbageError())
             return
+        self._answered += before - len(pending)
         self._changed(self)
 
     def eof_received(self) -> None:
@@ -190,10 +225,4 @@ class Lane(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._flush()
-
-
-def _not_sent(cause: Exception) -> NotSentError:
-    error = NotSentError()
-    error.__cause__ = cause
-    return error
+        self._write()

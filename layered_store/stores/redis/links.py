@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import ClosedError
-from layered_store.stores.redis.failures import ConnectionLostError, NotSentError, ReplyError
+from layered_store.stores.redis.failures import ConnectionLostError, ReplyError, not_sent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from layered_store.clock import Clock
+    from layered_store.clock import Clock, TimerHandle
     from layered_store.stores.redis.address import Address
     from layered_store.stores.redis.lane import Lane
 
@@ -48,6 +48,15 @@ class Limits:
     clock: Clock
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Commands that wait for a place on a lane; they leave together."""
+
+    futures: list[asyncio.Future[Any]]
+    data: bytes
+    deadline: float
+
+
 class LaneLink:
     """Lanes of one event loop to one server. A failure is returned as an exception object.
 
@@ -65,85 +74,112 @@ class LaneLink:
         self._limits = limits
         self._lanes: list[Lane] = []
         self._connecting: asyncio.Task[Exception | None] | None = None
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._timer: TimerHandle | None = None
         self._closed = False
         self._guard: AsyncGenerator[None, None] | None = None
 
-    def ready(self) -> Lane | None:
-        """Return a lane that has a place, or None."""
+    def send_now(self, packed: bytes) -> asyncio.Future[Any]:
+        """Queue a packed command; the future's result is the reply or an exception object."""
         for lane in self._lanes:
-            if len(lane.pending) < _PENDING and lane.open:
-                return lane
-        return None
-
-    def send_now(self, packed: bytes) -> asyncio.Future[Any] | None:
-        """Queue a packed command, or return None when there is no place on a lane now."""
-        for lane in self._lanes:
-            if len(lane.pending) < _PENDING and lane.open:
+            if len(lane.pending) < _PENDING:
                 return lane.send(packed)
-        return None
+        return self._wait(packed, 1)[0]
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""
-        lane = self.ready() or await self.acquire()
-        if isinstance(lane, Exception):
-            return lane
-        reply = await lane.send(pack_command(command))
-        if type(reply) is ReplyError:
-            self._look_at(lane, reply)
-        return reply
+        return await self.send_now(pack_command(command))
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
         """Send several commands in their order and return their replies."""
         replies: list[Any] = []
         for start in range(0, len(commands), _BATCH):
-            lane = self.ready() or await self.acquire()
             batch = commands[start : start + _BATCH]
-            if isinstance(lane, Exception):
-                replies += [lane] * len(batch)
-                continue
-            futures = lane.send_all(map(pack_command, batch))
+            futures = self._send_all(b"".join(map(pack_command, batch)), len(batch))
             try:
                 replies += [await future for future in futures]
             except asyncio.CancelledError:
                 for future in futures:
                     future.cancel()
                 raise
-            for reply in replies[start:]:
-                if type(reply) is ReplyError:
-                    self._look_at(lane, reply)
         return replies
 
     async def probe(self) -> Any:
         """Send PING, also when all places are taken."""
-        lane = next((lane for lane in self._lanes if lane.open), None)
-        if lane is None:
-            found = await self.acquire()
-            if isinstance(found, Exception):
-                return found
-            lane = found
-        return await lane.send(b"*1\r\n$4\r\nPING\r\n")
+        ping = b"*1\r\n$4\r\nPING\r\n"
+        return await (self._lanes[0].send(ping) if self._lanes else self.send_now(ping))
 
-    async def acquire(self) -> Lane | Exception:
-        """Return a lane with a place, connecting or waiting when there is none."""
-        try:
-            async with self._limits.clock.timeout(
-                self._limits.connect_timeout + self._limits.timeout
-            ):
-                while True:
-                    if self._closed:
-                        return _not_sent(ClosedError("this store was closed; build a new one"))
-                    lane = self.ready()
-                    if lane is not None:
-                        return lane
-                    if len(self._lanes) < self._limits.max_connections:
-                        failure = await asyncio.shield(self._connect())
-                        if failure is not None:
-                            return _not_sent(failure)
-                    else:
-                        await self._place()
-        except TimeoutError as exc:
-            return _not_sent(exc)
+    def _send_all(self, data: bytes, count: int) -> list[asyncio.Future[Any]]:
+        """Queue packed commands on one lane, so that they keep their order."""
+        lane = self._ready()
+        if lane is None:
+            return self._wait(data, count)
+        futures = [self.loop.create_future() for _ in range(count)]
+        lane.put(futures, data)
+        return futures
+
+    def _ready(self) -> Lane | None:
+        for lane in self._lanes:
+            if len(lane.pending) < _PENDING:
+                return lane
+        return None
+
+    # Waiting for a place
+
+    def _wait(self, data: bytes, count: int) -> list[asyncio.Future[Any]]:
+        """Queue commands until a lane has a place, connecting when it can be had that way."""
+        futures = [self.loop.create_future() for _ in range(count)]
+        limits = self._limits
+        deadline = limits.clock.monotonic() + limits.connect_timeout + limits.timeout
+        waiting = _Waiting(futures, data, deadline)
+        if self._closed:
+            _fail(waiting, ClosedError("this store was closed; build a new one"))
+            return futures
+        self._waiting.append(waiting)
+        if self._timer is None:
+            self._timer = limits.clock.call_later(
+                limits.connect_timeout + limits.timeout, self._watch
+            )
+        self._connect()
+        return futures
+
+    def _watch(self) -> None:
+        """Give up what waited too long."""
+        self._timer = None
+        now = self._limits.clock.monotonic()
+        while self._waiting and self._waiting[0].deadline <= now:
+            _fail(self._waiting.popleft(), TimeoutError())
+        if self._waiting:
+            left = self._waiting[0].deadline - now
+            self._timer = self._limits.clock.call_later(left, self._watch)
+
+    def _advance(self) -> None:
+        """Give free places to those who wait longest."""
+        while self._waiting and (lane := self._ready()) is not None:
+            waiting = self._waiting.popleft()
+            if not all(future.done() for future in waiting.futures):
+                lane.put(waiting.futures, waiting.data)
+        if self._waiting:
+            self._connect()
+
+    def _give_up(self, cause: Exception) -> None:
+        """Fail all who wait."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
+            _fail(self._waiting.popleft(), cause)
+
+    def _changed(self, lane: Lane) -> None:
+        """Take note that replies have come or the lane has ended."""
+        if (lane.outdated or not lane.open) and lane in self._lanes:
+            self._lanes.remove(lane)
+            if lane.open:
+                task = self.loop.create_task(_retire(lane))
+                _retiring.add(task)
+                task.add_done_callback(_retiring.discard)
+        if self._waiting:
+            self._advance()
 
     async def connect(self, key: bytes) -> Any:  # noqa: ARG002  one server has all keys
         """Return a connection of the driver to the server that has this key."""
@@ -156,6 +192,7 @@ class LaneLink:
     async def aclose(self) -> None:
         """Close what the link opened, after the calls under way."""
         self._closed = True
+        self._give_up(ClosedError("this store was closed; build a new one"))
         task = self._connecting
         if task is not None:
             task.cancel()
@@ -170,7 +207,6 @@ class LaneLink:
                 pass
         for lane in lanes:
             await lane.aclose()
-        self._wake()
         if self._guard is not None:
             guard, self._guard = self._guard, None
             await guard.aclose()
@@ -188,25 +224,33 @@ class LaneLink:
             pass
 
     def _close_now(self) -> None:
+        self._give_up(ConnectionLostError())
         for lane in list(self._lanes):
             lane.close()
 
-    def _connect(self) -> asyncio.Task[Exception | None]:
-        """Return the task that connects; there is one at a time, and others wait for it."""
-        task = self._connecting
-        # One that has ended is of no use, also before its callback has run: its lane may be lost
-        # again, and who asks it once more would never let the event loop go on.
-        if task is None or task.done():
+    # Connecting
+
+    def _connect(self) -> None:
+        """Begin to open one more lane, unless that is under way or there may be no more."""
+        if (
+            self._connecting is None
+            and len(self._lanes) < self._limits.max_connections
+            and not self._closed
+        ):
             # A context of its own: it serves whoever waits, not the first caller alone.
-            task = self.loop.create_task(self._open_lane(), context=contextvars.Context())
-            task.add_done_callback(self._connected)
-            self._connecting = task
-        return task
+            self._connecting = self.loop.create_task(
+                self._open_lane(), context=contextvars.Context()
+            )
+            self._connecting.add_done_callback(self._connected)
 
     def _connected(self, task: asyncio.Task[Exception | None]) -> None:
-        if self._connecting is task:
-            self._connecting = None
-        self._wake()
+        self._connecting = None
+        failure = ConnectionLostError() if task.cancelled() else task.result()
+        if failure is None:
+            self._advance()
+        elif not self._lanes:
+            self._give_up(failure)
+        # Else those who wait get a place as soon as others have their replies.
 
     async def _open_lane(self) -> Exception | None:
         from layered_store.stores.redis.lane import Lane  # noqa: PLC0415
@@ -238,42 +282,6 @@ class LaneLink:
             connection._close()  # noqa: SLF001  at once, without a task that might be cancelled
             raise
         return connection
-
-    async def _place(self) -> None:
-        """Wait until a lane may have a place."""
-        waiter = self.loop.create_future()
-        self._waiting.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self._wake()  # the place that was offered goes to another
-            raise
-
-    def _changed(self, lane: Lane) -> None:
-        if not lane.open and lane in self._lanes:
-            self._lanes.remove(lane)
-        if self._waiting:
-            self._wake()
-
-    def _wake(self) -> None:
-        free = sum(_PENDING - len(lane.pending) for lane in self._lanes if lane.open)
-        if len(self._lanes) < self._limits.max_connections:
-            free = len(self._waiting)
-        while free > 0 and self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                free -= 1
-
-    def _look_at(self, lane: Lane, reply: ReplyError) -> None:
-        # After a failover the old primary is a replica, or wants another login: ask anew.
-        if reply.code in ("READONLY", "NOAUTH", "MASTERDOWN"):
-            if lane in self._lanes:
-                self._lanes.remove(lane)
-            task = self.loop.create_task(_retire(lane))
-            _retiring.add(task)
-            task.add_done_callback(_retiring.discard)
 
 
 _retiring: set[asyncio.Task[None]] = set()
@@ -361,7 +369,7 @@ class ClientLink:
             async with limits.clock.timeout(limits.connect_timeout + limits.timeout):
                 await self._places.acquire()
         except TimeoutError as exc:
-            return _not_sent(exc)
+            return not_sent(exc)
         return await self._send(command, self._places.release)
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
@@ -430,7 +438,7 @@ class ClientLink:
             pass
 
 
-def _not_sent(cause: Exception) -> NotSentError:
-    error = NotSentError()
-    error.__cause__ = cause
-    return error
+def _fail(waiting: _Waiting, cause: Exception) -> None:
+    for future in waiting.futures:
+        if not future.done():
+            future.set_result(not_sent(cause))

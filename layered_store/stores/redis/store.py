@@ -49,6 +49,7 @@ from layered_store.options import (
     check_seconds,
     check_snapshot_type,
 )
+from layered_store.running import running_loop
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
@@ -190,14 +191,13 @@ class RedisStore(StateStore, Enumerable):
         check_user_id(user_id, Op.GET_LATEST)
         try:
             link = self._link
-            if link is None or link.loop is not asyncio.get_running_loop():
+            if link is None or link.loop is not running_loop():
                 link = self._link_here(Op.GET_LATEST)
-            digest = self.digest(user_id)
-            future = link.send_now(self._get_head + digest.hex().encode() + b"\r\n")
+            future = link.send_now(self._get_head + self.digest.hexadecimal(user_id) + b"\r\n")
             if future is not None:
                 reply = await future
             else:
-                reply = await link.call(("GET", self.key(digest)))
+                reply = await link.call(("GET", self.key(self.digest(user_id))))
             if type(reply) is bytes or reply is None:
                 snapshot = self._read(reply, user_id)
                 self.reads.found(snapshot)
@@ -519,7 +519,7 @@ class RedisStore(StateStore, Enumerable):
     def _link_here(self, operation: str) -> LaneLink | ClientLink:
         """Return the link of the running event loop, making it on first use."""
         link = self._link
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         if link is not None and link.loop is loop:
             return link
         if self._closed:

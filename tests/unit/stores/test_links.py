@@ -22,6 +22,6 @@ async def test_a_lane_that_is_lost_at_once_does_not_stop_the_loop() -> None:
     link._open_lane = open_lane  # type: ignore[method-assign]
     link._connect()
     # Begins in the same turn of the loop, after the connection was made, before anybody is told.
-    found = await asyncio.create_task(link.acquire())
+    found = await asyncio.create_task(link.call(("PING",)))
     assert isinstance(found, Exception) and found.__cause__ is refused
     assert not answers
