@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
 
+import msgspec
+
 from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.interface import Op
 
@@ -46,8 +48,7 @@ TRUST_SECONDS: Final = 2.0
 """How long a tier is believed after a repair pass began."""
 
 
-@dataclass(frozen=True, slots=True)
-class Versioned:
+class Versioned(msgspec.Struct, frozen=True):
     """What the system of record holds for one user.
 
     Args:
@@ -110,8 +111,7 @@ class Ticket(NamedTuple):
     generation: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class TierRead:
+class TierRead(msgspec.Struct, frozen=True):
     """The cache tier's answer for one user.
 
     Args:

@@ -30,6 +30,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.events import log_event
+from layered_store.running import running_loop
 from layered_store.stats import Reads
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         Holders,
         LeasedCache,
         Ticket,
+        TierRead,
         Versioned,
     )
     from layered_store.snapshot import StateSnapshot
@@ -80,6 +82,7 @@ MAX_UNREPAIRED: Final = 100_000
 PAGE: Final = 500
 """How many changes are repaired at once."""
 
+_NO_FLOOR: Final = (0, 0.0)
 _POLL_SECONDS: Final = 0.02
 _NOBODY: Final = "0"
 _LEAVE_SECONDS: Final = 0.2
@@ -99,6 +102,7 @@ class GuardedCopies(Invalidations):
         self._tier = tier
         self._authority = authority
         self._clock = clock
+        self._monotonic = clock.monotonic
         self._me = os.urandom(8).hex()
         self._caches: list[LeasedCache] = []
         # The highest version seen of each user: what the tier holds below it is not shown.
@@ -106,6 +110,8 @@ class GuardedCopies(Invalidations):
         # Users of whom a write may still take effect, and until when.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None
+        # The event loop on which calls need not ask whether everything runs.
+        self._steady: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Event | None = None
         self._repair_now: asyncio.Event | None = None
@@ -156,35 +162,47 @@ class GuardedCopies(Invalidations):
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         try:
-            return await self._get_latest(user_id)
+            if self._steady is not running_loop():
+                await self._started()
+            read = None
+            if self._reachable:
+                try:
+                    read = await self._tier.read(user_id)
+                except _CALLER_ERRORS:
+                    raise
+                except StoreError as exc:
+                    self._trouble(exc, "read")
+            if read is None:
+                return await self._from_authority(user_id, None, failed=True)
+            if read.trusted:
+                self._note_trusted()
+            found = read.found
+            if found is None or not self._believed(user_id, found):
+                return await self._from_authority(user_id, read)
         except Exception as exc:
             self.reads.failed(exc)
             raise
+        if found.snapshot is None:
+            self.reads.negative_hit += 1
+        else:
+            self.reads.hit += 1
+        return found.snapshot
 
-    async def _get_latest(self, user_id: str) -> StateSnapshot | None:
-        await self._started()
+    async def _from_authority(
+        self, user_id: str, read: TierRead | None, *, failed: bool = False
+    ) -> StateSnapshot | None:
+        """Read what the tier did not have, or failed on, and store it there."""
         ticket = None
-        failed = not self._reachable
-        if not failed:
-            try:
-                read = await self._tier.read(user_id)
-                if read.trusted:
-                    self._note_trusted()
-                found = read.found
-                if found is not None and self._believed(user_id, found):
-                    if found.snapshot is None:
-                        self.reads.negative_hit += 1
-                    else:
-                        self.reads.hit += 1
-                    return found.snapshot
-                ticket = read.ticket
-                if ticket is None and read.trusted and found is None:
+        if read is not None:
+            ticket = read.ticket
+            if ticket is None and read.trusted and read.found is None:
+                try:
                     ticket = await self._tier.ticket(user_id)
-            except _CALLER_ERRORS:
-                raise
-            except StoreError as exc:
-                failed = True
-                self._trouble(exc, "read")
+                except _CALLER_ERRORS:
+                    raise
+                except StoreError as exc:
+                    failed = True
+                    self._trouble(exc, "read")
         floor = self._floor(user_id)
         record = await self._authority.read(user_id)
         self._raise_floor(user_id, record.version)
@@ -478,28 +496,29 @@ class GuardedCopies(Invalidations):
     # Floors: this process never shows less than it has seen
 
     def _floor(self, user_id: str) -> int:
-        return self._floors.get(user_id, (0, 0.0))[0]
+        return self._floors.get(user_id, _NO_FLOOR)[0]
 
     def _raise_floor(self, user_id: str, version: int) -> None:
-        now = self._clock.monotonic()
-        known = self._floors.pop(user_id, (0, 0.0))[0]
+        now, floors = self._monotonic(), self._floors
+        known = floors.pop(user_id, _NO_FLOOR)[0]
         if version:
-            self._floors[user_id] = (max(known, version), now + FLOOR_SECONDS)
-        while self._floors:
-            first = next(iter(self._floors))
-            if self._floors[first][1] > now:
-                break
-            del self._floors[first]
+            floors[user_id] = (max(known, version), now + FLOOR_SECONDS)
+        while floors and floors[first := next(iter(floors))][1] <= now:
+            del floors[first]
 
     # Channel and leases (coherence.Invalidations)
 
     @property
     def attach(self) -> Callable[[LeasedCache], None]:
-        return self._caches.append
+        return self._attach
 
     @property
     def detach(self) -> Callable[[LeasedCache], None]:
         return self._detach
+
+    def _attach(self, cache: LeasedCache) -> None:
+        self._caches.append(cache)
+        self._steady = None  # the next call begins to listen
 
     def _detach(self, cache: LeasedCache) -> None:
         if cache in self._caches:
@@ -757,6 +776,7 @@ class GuardedCopies(Invalidations):
             if self._caches and not self._listening:
                 self._follow()
             if ready is None or ready.is_set():
+                self._steady = loop if self._loop is loop else None
                 return
         else:
             if self._loop is not None and not self._loop.is_closed():

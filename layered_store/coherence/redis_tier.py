@@ -26,9 +26,13 @@ from layered_store.coherence.contract import (
 )
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import StoreError, UnavailableError
+from layered_store.running import running_loop
+from layered_store.stores.redis.failures import ConnectionLostError, GarbageError
 from layered_store.stores.redis.record import (
     FILLED,
+    HEADER_BYTES,
     MAGIC,
+    MAX_VERSION,
     STATE,
     TOKEN,
     TOMBSTONE,
@@ -72,7 +76,7 @@ _FORGETS_SINCE: Final = 7
 _SHARDED_SINCE: Final = 7
 """Since this Redis a cluster has channels that belong to a slot."""
 
-_READ: Final = "return redis.call('MGET', KEYS[1], KEYS[2])"
+_READ: Final = "return redis.call('MGET', unpack(KEYS))"
 _NAMES: Final = ("READ", *(name for name in scripts.__all__ if name.isupper()))
 _SOURCES: Final = {name: getattr(scripts, name, _READ) for name in _NAMES}
 
@@ -91,6 +95,36 @@ class _Bound:
             for name in _NAMES
         }
         self.sha = {name: script.sha for name, script in self.sources.items()}
+
+
+_BATCH: Final = 256
+"""Most copies that one script reads."""
+
+_STATES: Final = frozenset({STATE, FILLED})
+_NO_IDS: Final = HEADER_BYTES + 1
+"""Where the snapshot of a copy begins: copies hold no write ids."""
+
+
+class _Batch:
+    """Reads of one bucket that began in one turn of the event loop: they share a script."""
+
+    __slots__ = ("futures", "keys")
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self.futures: list[asyncio.Future[Any]] = []
+
+    def deliver(self, done: asyncio.Future[Any]) -> None:
+        """Hand each read the guard and its copy, or what went wrong with all."""
+        reply: Any = ConnectionLostError() if done.cancelled() else done.result()
+        if isinstance(reply, list) and len(reply) == len(self.keys) + 1:
+            guard = reply[0]
+            results: list[Any] = [(guard, value) for value in reply[1:]]
+        else:
+            results = [reply if isinstance(reply, Exception) else GarbageError()] * len(self.keys)
+        for future, result in zip(self.futures, results, strict=True):
+            if not future.done():
+                future.set_result(result)
 
 
 class _Part(NamedTuple):
@@ -118,6 +152,7 @@ class RedisTier(CacheTier):
         self._binding: dict[str, asyncio.Task[_Bound]] = {}
         self._parts: dict[str, _Part] = {}
         self._began = 0.0
+        self._batches: dict[tuple[asyncio.AbstractEventLoop, str, _Bound], _Batch] = {}
         # By bucket and server run: up to where its messages were taken in, on that server's clock.
         self._seen: dict[tuple[str, bytes], int] = {}
         # By number of a ping: the buckets whose echo has come.
@@ -141,9 +176,13 @@ class RedisTier(CacheTier):
         digest, bucket = self._place(user_id)
         reads = self._store.reads
         try:
-            server = (await self._bind(bucket)).server
-            keys = (self._guard(bucket), self._store.key(digest))
-            read = self._read(user_id, server, await self._run(bucket, "READ", keys))
+            bound = self._bound.get(bucket) or await self._bind(bucket)
+            reply = await self._begin(bucket, bound, self._store.key(digest))
+            if isinstance(reply, Exception):
+                raise self._refused(
+                    bound, self._store.refusal(reply, "command"), reply
+                ) from reply
+            read = self._read(user_id, bound.server, *reply)
         except Exception as exc:
             reads.failed(exc)
             raise
@@ -165,10 +204,48 @@ class RedisTier(CacheTier):
                 raise read
         return dict(zip(user_ids, reads, strict=True))  # type: ignore[arg-type]
 
-    def _read(self, user_id: str, server: bytes, reply: Any) -> TierRead:
-        guard, value = reply
+    def _begin(self, bucket: str, bound: _Bound, key: bytes) -> asyncio.Future[Any]:
+        """Have a copy read with the others of this turn; the result is an exception or a pair."""
+        loop = running_loop()
+        batch = self._batches.get((loop, bucket, bound))
+        if batch is None:
+            batch = self._batches[loop, bucket, bound] = _Batch()
+            loop.call_soon(self._send, loop, bucket, bound)
+        future = loop.create_future()
+        batch.keys.append(key)
+        batch.futures.append(future)
+        if len(batch.keys) >= _BATCH:
+            self._send(loop, bucket, bound)
+        return future
+
+    def _send(self, loop: asyncio.AbstractEventLoop, bucket: str, bound: _Bound) -> None:
+        batch = self._batches.pop((loop, bucket, bound), None)
+        if batch is None or all(future.done() for future in batch.futures):
+            return
+        args = ("EVALSHA", bound.sha["READ"], len(batch.keys) + 1, self._guard(bucket))
+        try:
+            reply = self._store.begin(args, batch.keys)
+        except StoreError as exc:  # it was closed meanwhile
+            reply = loop.create_future()
+            reply.set_result(exc)
+        reply.add_done_callback(batch.deliver)
+
+    def _read(self, user_id: str, server: bytes, guard: Any, value: Any) -> TierRead:
         if guard is None or guard[16:] != server:
             return TierRead()
+        if (
+            value is not None
+            and value[:3] == MAGIC
+            and value[3:4] in _STATES
+            and value[12:_NO_IDS] == guard[:16] + b"\x00"
+            and (version := int.from_bytes(value[4:12], "big")) <= MAX_VERSION
+        ):
+            try:
+                snapshot = self._store.codec.decode(value[_NO_IDS:], user_id)
+            except CodecError:
+                self._store.note_corrupt()
+                return TierRead(trusted=True)
+            return TierRead(Versioned(version, snapshot), trusted=True)
         record = unpack(value)
         if record is None and value is not None:
             self._store.note_corrupt()
@@ -462,16 +539,24 @@ class RedisTier(CacheTier):
                 "EVALSHA", bound.sha[name], len(keys), *keys, *args, write=write
             )
         except StoreError as exc:
-            if getattr(exc.__cause__, "code", "") != "NOSCRIPT":
+            refused = self._refused(bound, exc, exc.__cause__)
+            if refused is exc:
                 raise
-            # Another server run, or its scripts were flushed: then all its buckets' are gone.
-            gone = [each for each, other in self._bound.items() if other.server == bound.server]
-            for each in gone:
-                del self._bound[each]
-            raise UnavailableError(
-                "the server of the cache tier changed; it is repaired before it is believed",
-                layer=self._store.name,
-            ) from exc
+            raise refused from exc
+
+    def _refused(
+        self, bound: _Bound, error: StoreError, cause: BaseException | None
+    ) -> StoreError:
+        """Return the error to raise, after forgetting scripts that the server does not know."""
+        if getattr(cause, "code", "") != "NOSCRIPT":
+            return error
+        # Another server run, or its scripts were flushed: then all its buckets' are gone.
+        for each in [each for each, other in self._bound.items() if other is bound]:
+            del self._bound[each]
+        return UnavailableError(
+            "the server of the cache tier changed; it is repaired before it is believed",
+            layer=self._store.name,
+        )
 
     async def _bind(self, bucket: str) -> _Bound:
         """Load the scripts on the server that answers for a bucket now, once per server run."""

@@ -54,7 +54,7 @@ from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from layered_store.snapshot import StateSnapshot
 
@@ -74,11 +74,13 @@ class _Entry(Node, gc=False):
         expires: until when the hot path may answer with it; minus infinity for an absent user.
         deadline: until when it answers at all.
         version: of the write that left it; 0 when it was read.
+        digest: the user's, under an invalidation channel.
     """
 
     expires: float = 0.0
     deadline: float = 0.0
     version: int = 0
+    digest: bytes | None = None
 
 
 class _Failure:
@@ -117,6 +119,8 @@ class _Flight(msgspec.Struct, eq=False):
     """
 
     loop: Any
+    # The user's, under an invalidation channel.
+    digest: bytes | None = None
     # Whether anybody ever waited for it.
     joined: bool = False
     # Whether it may be joined without a lease: until the turn in which it began is over, nothing of
@@ -281,6 +285,7 @@ class Cached(Layer):
         self._quarantine: dict[str, float] = {}
         self._refreshes: set[asyncio.Task[None]] = set()
         self._by_digest: dict[bytes, str] = {}
+        self._key_of: Callable[[str], bytes] = str.encode  # replaced when there is a channel
         self._hit_counts: list[HitCount] = []
         self._reads = Reads()
         self._waits = 0
@@ -298,6 +303,7 @@ class Cached(Layer):
             if self._channel is not None:
                 if self.cache is None:
                     own.on_evict = self._on_evict  # type: ignore[attr-defined]
+                self._key_of = self._channel.key_of
                 self._trust.lease(_NEVER)
                 self._heard_until = _NEVER
                 self._channel.attach(self)
@@ -363,8 +369,7 @@ class Cached(Layer):
             check_user_id(user_id, Op.GET_LATEST)
             flight = self._flights[user_id] = _Flight(loop)
             if self._channel is not None:
-                self._by_digest[self._channel.key_of(user_id)] = user_id
-                self._open_doors(flight)
+                self._index(user_id, flight)
         else:
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
             flight = _Flight(loop)
@@ -381,7 +386,7 @@ class Cached(Layer):
         with self._lock:  # as ``_landed`` does; written out, since each miss comes by here
             current = self._flights.pop(user_id, None)
             if current is flight:
-                self._keep(user_id, value)
+                self._keep(user_id, value, 0, flight.digest)
             else:
                 self._overtaken(user_id, current, value)
         if flight.joined:
@@ -456,12 +461,13 @@ class Cached(Layer):
         check_user_id(user_id, Op.GET_LATEST)
         flight = self._flights[user_id] = _Flight(loop)
         if self._channel is not None:
-            self._by_digest[self._channel.key_of(user_id)] = user_id
-            self._open_doors(flight)
+            self._index(user_id, flight)
         return flight
 
-    def _open_doors(self, flight: _Flight) -> None:
-        """Let others join a load without a lease until the turn in which it began is over."""
+    def _index(self, user_id: str, flight: _Flight) -> None:
+        """Have the channel find a load; without a lease others may join it in this turn only."""
+        flight.digest = self._key_of(user_id)
+        self._by_digest[flight.digest] = user_id
         if self._monotonic() >= self._trust.lease_until:
             flight.boarding = True
             flight.loop.call_soon(flight.close_doors)
@@ -554,7 +560,7 @@ class Cached(Layer):
         with self._lock:
             current = self._flights.pop(user_id, None)
             if current is flight:
-                self._keep(user_id, value)
+                self._keep(user_id, value, 0, flight.digest)
             else:
                 self._overtaken(user_id, current, value)
 
@@ -720,7 +726,7 @@ class Cached(Layer):
             if writers is None:
                 writers = self._writing[user_id] = _Writers()
                 if self._channel is not None:
-                    self._by_digest[self._channel.key_of(user_id)] = user_id
+                    self._by_digest[self._key_of(user_id)] = user_id
             else:
                 writers.overlapped = True
             writers.count += 1
@@ -764,7 +770,13 @@ class Cached(Layer):
 
     # Entries
 
-    def _keep(self, user_id: str, value: StateSnapshot | None, version: int = 0) -> None:
+    def _keep(
+        self,
+        user_id: str,
+        value: StateSnapshot | None,
+        version: int = 0,
+        digest: bytes | None = None,
+    ) -> None:
         """Store what a load or a lone write found, unless something makes it doubtful."""
         lifetime = self._lifetime if value is not None else self._negative_lifetime
         if (
@@ -773,7 +785,7 @@ class Cached(Layer):
             or (self._quarantine and self._quarantined(user_id))
         ):
             self._remove(user_id)
-            self._unindex(user_id)
+            self._unindex(user_id, digest)
             return
         if self.ttl_jitter:
             lifetime *= 1.0 - self.ttl_jitter * self.random.random()
@@ -783,9 +795,11 @@ class Cached(Layer):
             expires = _NEVER
         elif self.refresh_ahead is not None:
             expires = now + lifetime * self.refresh_ahead
-        entry = _Entry(user_id, value, 0, 0, expires, deadline, version)
         if self._channel is not None:
-            self._by_digest[self._channel.key_of(user_id)] = user_id
+            if digest is None:
+                digest = self._key_of(user_id)
+            self._by_digest[digest] = user_id
+        entry = _Entry(user_id, value, 0, 0, expires, deadline, version, digest)
         if self._s3 is not None:
             if self._s3.first_deadline() + self._stale_seconds <= now:
                 self._sweep(self._s3, now)
@@ -802,7 +816,7 @@ class Cached(Layer):
             if old.deadline + self._stale_seconds <= now:  # type: ignore[attr-defined]
                 s3.remove(old.key)
                 self._removals["cache_evictions", "expired"] += 1
-                self._unindex(old.key)
+                self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
 
     def _remove(self, user_id: str) -> bool:
         if self._s3 is not None:
@@ -814,9 +828,9 @@ class Cached(Layer):
         return until is not None and self._monotonic() < until
 
     def _on_evict(self, node: Node) -> None:
-        self._unindex(node.key)
+        self._unindex(node.key, node.digest)  # type: ignore[attr-defined]
 
-    def _unindex(self, user_id: str) -> None:
+    def _unindex(self, user_id: str, digest: bytes | None = None) -> None:
         """Forget the digest of a user of whom nothing is held, loaded or written."""
         if (
             self._channel is not None
@@ -824,7 +838,7 @@ class Cached(Layer):
             and user_id not in self._flights
             and user_id not in self._writing
         ):
-            self._by_digest.pop(self._channel.key_of(user_id), None)
+            self._by_digest.pop(digest or self._key_of(user_id), None)
 
     # What the invalidation channel tells (coherence.LeasedCache)
 

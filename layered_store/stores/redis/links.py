@@ -29,12 +29,20 @@ _BATCH: Final = 256
 """Commands of one call that leave together."""
 
 
-def pack_command(args: Sequence[bytes | str | int]) -> bytes:
-    """Return a command in Redis' wire form."""
-    parts = [b"*%d\r\n" % len(args)]
+def pack_command(args: Sequence[bytes | str | int], keys: Sequence[bytes] = ()) -> bytes:
+    """Return a command in Redis' wire form.
+
+    Args:
+        args: its name and arguments.
+        keys: more arguments, all of one length: so many are packed at once.
+    """
+    parts = [b"*%d\r\n" % (len(args) + len(keys))]
     for arg in args:
         raw = arg if isinstance(arg, bytes) else str(arg).encode()
         parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    if keys:
+        size = b"$%d\r\n" % len(keys[0])
+        parts += (size, (b"\r\n" + size).join(keys), b"\r\n")
     return b"".join(parts)
 
 

@@ -30,7 +30,7 @@ from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.enumerable import Enumerable, UserPage
-from layered_store.errors import ClosedError, ConfigError, UnsupportedError
+from layered_store.errors import ClosedError, ConfigError, StoreError, UnsupportedError
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id, digest_function
@@ -444,6 +444,23 @@ class RedisStore(StateStore, Enumerable):
     ) -> Any:
         """Send one command and return its reply; see :meth:`run_script`."""
         return await self._call(args, operation, write=write)
+
+    def begin(
+        self, args: Sequence[bytes | str | int], keys: Sequence[bytes]
+    ) -> asyncio.Future[Any]:
+        """Send one command; the future's result is the reply or an exception object.
+
+        Args:
+            args: its name and first arguments.
+            keys: the others: keys of users' records.
+        """
+        link = self._link_here("command")
+        future = link.send_now(pack_command(args, keys))
+        return future or link.loop.create_task(link.call((*args, *keys)))
+
+    def refusal(self, reply: Exception, operation: str) -> StoreError:
+        """Return what such a result of a read means; raise it ``from`` that."""
+        return translate(reply, operation=operation, layer=self.name, write=False)
 
     async def new_connection(self, bucket: str = "0") -> Any:
         """Return a new ``redis.asyncio`` connection, established; the caller disconnects it."""
