@@ -490,6 +490,9 @@ class _Link:
     def send_now(self, packed: bytes) -> None:
         del packed
 
+    def read_now(self, key: bytes) -> None:
+        del key
+
     async def call(self, command: Sequence[Any]) -> Any:
         names = _SCRIPT_NAMES.get(_raw(command[1])) if len(command) > 1 else None
         label = f"redis {names or _raw(command[0]).decode().lower()}"

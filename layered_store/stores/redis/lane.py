@@ -1,15 +1,16 @@
 """A lane: one connection on which many calls are under way at once.
 
 redis-py establishes the connection (URL, TLS, login, database); then the lane takes over its
-transport. Commands of one turn of the event loop leave in one write, replies come back in their
-order, and each call waits on a future of its own. A cancelled call leaves its place in the queue,
-and its reply is dropped there: no caller can be given another's.
+transport. Commands of one turn of the event loop leave in one write, its reads as one MGET; replies
+come back in their order, and each call waits on a future of its own. A cancelled call leaves its
+place in the queue, and its reply is dropped there: no caller can be given another's.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 
 import hiredis
@@ -20,6 +21,7 @@ from layered_store.stores.redis.failures import (
     ReplyError,
     not_sent,
 )
+from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +31,44 @@ if TYPE_CHECKING:
 __all__ = ["Lane"]
 
 _MORE: Final = object()
+_READS: Final = 256
+"""Most keys that one command reads."""
+
 _OUTDATED: Final = frozenset({"READONLY", "NOAUTH", "MASTERDOWN"})
 """After a failover the old primary is a replica, or wants another login."""
+
+
+class _Reads:
+    """Reads that leave as one command; stands among the futures that wait for replies."""
+
+    __slots__ = ("_futures", "_keys")
+
+    def __init__(self, keys: list[bytes], futures: list[asyncio.Future[Any]]) -> None:
+        self._keys = keys
+        self._futures = futures
+
+    def pack(self) -> bytes:
+        """Return the command; a key that several wait for is asked for once."""
+        unique = list(dict.fromkeys(self._keys))
+        return pack_command(("MGET",), unique)
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, reply: Any) -> None:
+        """Hand each reader its value, or all of them what went wrong."""
+        keys = self._keys
+        values: Any = None
+        if type(reply) is list:
+            values = reply
+            if len(reply) != len(keys):
+                held = dict(zip(dict.fromkeys(keys), reply, strict=True))
+                values = [held[key] for key in keys]
+        for future, value in zip(self._futures, values or repeat(reply), strict=False):
+            try:
+                future.set_result(value)
+            except asyncio.InvalidStateError:
+                pass  # its caller was cancelled
 
 
 class Lane(asyncio.Protocol):
@@ -52,12 +90,15 @@ class Lane(asyncio.Protocol):
         self.open = True
         # Whether the server refused in a way that another connection may not.
         self.outdated = False
-        self.pending: deque[asyncio.Future[Any]] = deque()
+        self.pending: deque[asyncio.Future[Any] | _Reads] = deque()
         self._clock = clock
         self._limit = limit
         self._changed = changed
         self._loop = asyncio.get_running_loop()
         self._create_future = self._loop.create_future
+        # Reads of this turn: the keys, and who waits for them.
+        self._keys: list[bytes] = []
+        self._readers: list[asyncio.Future[Any]] = []
         self._buffer: list[bytes] = []
         self._unsent = 0
         self._scheduled = False
@@ -67,6 +108,7 @@ class Lane(asyncio.Protocol):
         self._answered = 0
         self._deadlines: deque[tuple[int, float]] = deque()
         self._gone = self._loop.create_future()
+        self._idle: asyncio.Future[None] | None = None
         self._reader = hiredis.Reader(
             protocolError=GarbageError, replyError=ReplyError, notEnoughData=_MORE
         )
@@ -93,6 +135,19 @@ class Lane(asyncio.Protocol):
         self._unsent += 1
         return future
 
+    def read(self, key: bytes) -> asyncio.Future[Any]:
+        """Read a key with the others of this turn; the result is as that of :meth:`send`."""
+        future = self._create_future()
+        self.put_read(future, key)
+        return future
+
+    def put_read(self, future: asyncio.Future[Any], key: bytes) -> None:
+        """Read a key for whom this future waits."""
+        if not self._scheduled:
+            self._schedule()
+        self._keys.append(key)
+        self._readers.append(future)
+
     def put(self, futures: Sequence[asyncio.Future[Any]], data: bytes) -> None:
         """Queue packed commands that leave together, whose replies these futures wait for."""
         if not self._scheduled:
@@ -103,8 +158,9 @@ class Lane(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait until every call under way has its reply."""
-        while self.open and self.pending:
-            await asyncio.wait([self.pending[-1]])
+        if self.open and (self.pending or self._keys):
+            self._idle = self._idle or self._loop.create_future()
+            await asyncio.wait([self._idle])
 
     async def aclose(self) -> None:
         """Close the connection and wait until it is."""
@@ -126,6 +182,8 @@ class Lane(asyncio.Protocol):
         if not self.open:
             self._fail(ConnectionLostError())
             return
+        if self._keys:
+            self._pack_reads()
         self._forget_deadlines()
         deadline = self._clock.monotonic() + self._limit
         self._deadlines.append((self._answered + len(self.pending), deadline))
@@ -133,6 +191,20 @@ class Lane(asyncio.Protocol):
             self._timer = self._clock.call_later(self._limit, self._watch)
         if not self._paused:
             self._write()
+
+    def _pack_reads(self) -> None:
+        keys, readers = self._keys, self._readers
+        self._keys, self._readers = [], []
+        if len(keys) == 1:
+            self.pending.append(readers[0])
+            self._buffer.append(pack_command(("GET",), keys))
+            self._unsent += 1
+            return
+        for at in range(0, len(keys), _READS):
+            reads = _Reads(keys[at : at + _READS], readers[at : at + _READS])
+            self.pending.append(reads)
+            self._buffer.append(reads.pack())
+            self._unsent += 1
 
     def _write(self) -> None:
         if self._buffer:
@@ -162,7 +234,7 @@ class Lane(asyncio.Protocol):
         while self._deadlines and self._deadlines[0][0] <= self._answered:
             self._deadlines.popleft()
 
-    def _expire(self, oldest: asyncio.Future[Any]) -> None:
+    def _expire(self, oldest: object) -> None:
         if self.pending and self.pending[0] is oldest:
             self._end(TimeoutError())
         elif self.pending and self._timer is None:
@@ -186,6 +258,16 @@ class Lane(asyncio.Protocol):
         for index, future in enumerate(pending):
             if not future.done():
                 future.set_result(cause if index < sent else not_sent(cause))
+        readers, self._readers, self._keys = self._readers, [], []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(not_sent(cause))
+        self._rest()
+
+    def _rest(self) -> None:
+        """Tell whoever waits for it that nothing is under way."""
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     # What the event loop calls.
 
@@ -210,6 +292,8 @@ class Lane(asyncio.Protocol):
             self._end(GarbageError())
             return
         self._answered += before - len(pending)
+        if not pending and not self._keys:
+            self._rest()
         self._changed(self)
 
     def eof_received(self) -> None:

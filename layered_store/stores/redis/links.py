@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import ClosedError
 from layered_store.stores.redis.failures import ConnectionLostError, ReplyError, not_sent
+from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,32 +19,14 @@ if TYPE_CHECKING:
     from layered_store.clock import Clock, TimerHandle
     from layered_store.stores.redis.address import Address
     from layered_store.stores.redis.lane import Lane
+    from layered_store.stores.redis.wire import Command
 
-__all__ = ["ClientLink", "Command", "LaneLink", "Limits", "pack_command"]
-
-Command = tuple[bytes | str | int, ...]
+__all__ = ["ClientLink", "LaneLink", "Limits"]
 
 _PENDING: Final = 1024
 """Calls under way on one lane; more would only wait in the server's input buffer instead."""
 _BATCH: Final = 256
 """Commands of one call that leave together."""
-
-
-def pack_command(args: Sequence[bytes | str | int], keys: Sequence[bytes] = ()) -> bytes:
-    """Return a command in Redis' wire form.
-
-    Args:
-        args: its name and arguments.
-        keys: more arguments, all of one length: so many are packed at once.
-    """
-    parts = [b"*%d\r\n" % (len(args) + len(keys))]
-    for arg in args:
-        raw = arg if isinstance(arg, bytes) else str(arg).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
-    if keys:
-        size = b"$%d\r\n" % len(keys[0])
-        parts += (size, (b"\r\n" + size).join(keys), b"\r\n")
-    return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +41,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """Commands that wait for a place on a lane; they leave together."""
+    """Commands that wait for a place on a lane, to leave together; or the read of a key."""
 
     futures: list[asyncio.Future[Any]]
     data: bytes
     deadline: float
+    key: bytes | None = None
 
 
 class LaneLink:
@@ -93,6 +77,13 @@ class LaneLink:
             if len(lane.pending) < _PENDING:
                 return lane.send(packed)
         return self._wait(packed, 1)[0]
+
+    def read_now(self, key: bytes) -> asyncio.Future[Any]:
+        """Read a key with the others of this turn; see :meth:`send_now`."""
+        for lane in self._lanes:
+            if len(lane.pending) < _PENDING:
+                return lane.read(key)
+        return self._wait(b"", 1, key)[0]
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""
@@ -134,12 +125,14 @@ class LaneLink:
 
     # Waiting for a place
 
-    def _wait(self, data: bytes, count: int) -> list[asyncio.Future[Any]]:
+    def _wait(
+        self, data: bytes, count: int, key: bytes | None = None
+    ) -> list[asyncio.Future[Any]]:
         """Queue commands until a lane has a place, connecting when it can be had that way."""
         futures = [self.loop.create_future() for _ in range(count)]
         limits = self._limits
         deadline = limits.clock.monotonic() + limits.connect_timeout + limits.timeout
-        waiting = _Waiting(futures, data, deadline)
+        waiting = _Waiting(futures, data, deadline, key)
         if self._closed:
             _fail(waiting, ClosedError("this store was closed; build a new one"))
             return futures
@@ -165,7 +158,11 @@ class LaneLink:
         """Give free places to those who wait longest."""
         while self._waiting and (lane := self._ready()) is not None:
             waiting = self._waiting.popleft()
-            if not all(future.done() for future in waiting.futures):
+            if all(future.done() for future in waiting.futures):
+                continue
+            if waiting.key is not None:
+                lane.put_read(waiting.futures[0], waiting.key)
+            else:
                 lane.put(waiting.futures, waiting.data)
         if self._waiting:
             self._connect()
@@ -369,6 +366,9 @@ class ClientLink:
 
     def send_now(self, packed: bytes) -> None:
         """Return None: a client takes no packed commands."""
+
+    def read_now(self, key: bytes) -> None:
+        """Return None: a client reads no keys together."""
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""

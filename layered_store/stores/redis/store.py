@@ -54,7 +54,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.redis.failures import ReplyError, translate
-from layered_store.stores.redis.links import ClientLink, LaneLink, Limits, pack_command
+from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
 from layered_store.stores.redis.record import (
     FILLED,
     MAGIC,
@@ -65,13 +65,14 @@ from layered_store.stores.redis.record import (
     unpack,
 )
 from layered_store.stores.redis.scripts import ERASE, UPSERT, RedisScript
+from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from layered_store.coherence.redis_tier import RedisTier
     from layered_store.stores.redis.address import Address
-    from layered_store.stores.redis.links import Command
+    from layered_store.stores.redis.wire import Command
 
 __all__ = ["RedisStore"]
 
@@ -169,7 +170,6 @@ class RedisStore(StateStore, Enumerable):
         }
         self.buckets = tuple(self._key_heads)
         self._state_head = self._key_heads["0"] + b"s:"
-        self._get_head = pack_command(("GET", self._state_head + bytes(32)))[: -32 - 2]
         self._codec = SnapshotCodec(self.snapshot_type)
         self._link: LaneLink | ClientLink | None = None
         self._tier: weakref.ref[RedisTier] | None = None
@@ -193,7 +193,7 @@ class RedisStore(StateStore, Enumerable):
             link = self._link
             if link is None or link.loop is not running_loop():
                 link = self._link_here(Op.GET_LATEST)
-            future = link.send_now(self._get_head + self.digest.hexadecimal(user_id) + b"\r\n")
+            future = link.read_now(self._state_head + self.digest.hexadecimal(user_id))
             if future is not None:
                 reply = await future
             else:
