@@ -39,7 +39,7 @@ class Limits:
     clock: Clock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiting:
     """Commands that wait for a place on a lane, to leave together; or the read of a key."""
 
@@ -158,11 +158,10 @@ class LaneLink:
         """Give free places to those who wait longest."""
         while self._waiting and (lane := self._ready()) is not None:
             waiting = self._waiting.popleft()
-            if all(future.done() for future in waiting.futures):
-                continue
             if waiting.key is not None:
-                lane.put_read(waiting.futures[0], waiting.key)
-            else:
+                if not waiting.futures[0].done():
+                    lane.put_read(waiting.futures[0], waiting.key)
+            elif not all(future.done() for future in waiting.futures):
                 lane.put(waiting.futures, waiting.data)
         if self._waiting:
             self._connect()
