@@ -300,3 +300,42 @@ async def test_whatever_stands_under_the_keys_is_replaced(
             await asyncio.sleep(0.05)
         else:
             pytest.fail("the tier was not repaired")
+
+
+async def test_reads_of_one_turn_share_a_script(redis_url: str, sqlite_url: str) -> None:
+    """A hundred copies are one script call; a broken one is read from the database alone."""
+    async with (
+        SQLStore(sqlite_url) as record,
+        WriteThrough(RedisStore(redis_url), origin=record) as stack,
+    ):
+        tier = stack.inner
+        assert isinstance(tier, RedisStore)
+        users = [f"u-{n}" for n in range(100)]
+        await stack.upsert_latest_many(state(n / 100, user) for n, user in enumerate(users))
+        await asyncio.gather(*map(stack.get_latest, users))
+        key = tier.key(tier.digest("u-7"))
+        await tier.command("SET", key, b"nonsense")
+        with redis.Redis.from_url(redis_url) as raw:
+            before = raw.info("commandstats")["cmdstat_mget"]["calls"]
+            found = await asyncio.gather(*map(stack.get_latest, users))
+            after = raw.info("commandstats")["cmdstat_mget"]["calls"]
+        assert [each and each.axes["a"] for each in found] == [n / 100 for n in range(100)]
+        assert after - before == 1
+        assert tier.corrupt_records == 1
+
+
+async def test_reads_that_share_a_script_all_learn_that_it_is_gone(
+    redis_url: str, sqlite_url: str
+) -> None:
+    """Each is answered by the database; the next ones find the scripts again."""
+    async with (
+        SQLStore(sqlite_url) as record,
+        WriteThrough(RedisStore(redis_url), origin=record) as stack,
+    ):
+        users = [f"u-{n}" for n in range(20)]
+        await stack.upsert_latest_many(state(n / 100, user) for n, user in enumerate(users))
+        with redis.Redis.from_url(redis_url) as raw:
+            raw.script_flush()
+        for _ in range(2):
+            found = await asyncio.gather(*map(stack.get_latest, users))
+            assert [each and each.axes["a"] for each in found] == [n / 100 for n in range(20)]

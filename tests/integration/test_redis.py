@@ -458,3 +458,73 @@ asyncio.run(main())
     )
     assert done.returncode == 0
     assert done.stderr == b""
+
+
+async def counted(store: RedisStore, command: str) -> int:
+    """Return how often the server was sent a command."""
+    info = await store.command("INFO", "commandstats")
+    for line in info.decode().splitlines():
+        if line.startswith(f"cmdstat_{command}:calls="):
+            return int(line.partition("=")[2].partition(",")[0])
+    return 0
+
+
+async def test_a_burst_on_a_fresh_store_is_a_few_reads_over_one_connection(
+    server: Server, store: RedisStore
+) -> None:
+    """A thousand callers at once share round trips; absent users are absent, none fails."""
+    users = [f"burst-{n}" for n in range(1000)]
+    await store.upsert_latest_many(StateSnapshot(user, n) for n, user in enumerate(users[:500]))
+    fresh = RedisStore(server.url)
+    connections = int((await info_of(store, "stats"))["total_connections_received"])
+    gets, mgets = await counted(store, "get"), await counted(store, "mget")
+    found = await asyncio.gather(*map(fresh.get_latest, users))
+    assert [state and state.updated_at_unix_ms for state in found] == [*range(500), *[None] * 500]
+    assert await counted(store, "get") == gets
+    assert await counted(store, "mget") - mgets == 4
+    assert int((await info_of(store, "stats"))["total_connections_received"]) - connections == 1
+    await fresh.aclose()
+
+
+async def info_of(store: RedisStore, section: str) -> dict[str, str]:
+    text = (await store.command("INFO", section)).decode()
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+async def test_reads_together_are_judged_one_by_one(store: RedisStore) -> None:
+    """Of reads that share a command each gets its own: found, absent, broken; twice the same."""
+    for user in ("one", "two", "broken", "list"):
+        await store.upsert_latest(state(user, a=0.5))
+    await store.command("SET", store.key(store.digest("broken")), b"nonsense")
+    await store.command("DEL", store.key(store.digest("list")))
+    await store.command("LPUSH", store.key(store.digest("list")), "x")
+    bad = store.corrupt_records
+    asked = ("one", "broken", "absent", "list", "two", "one")
+    found = await asyncio.gather(*map(store.get_latest, asked))
+    assert [each and each.user_id for each in found] == ["one", None, None, None, "two", "one"]
+    assert store.corrupt_records == bad + 1
+    assert await store.get_latest("list") is None
+    assert store.corrupt_records == bad + 2
+
+
+async def test_a_cancelled_reader_of_several_harms_no_other(store: RedisStore) -> None:
+    """Before the command leaves and while it is under way."""
+    await store.upsert_latest(state("kept", a=0.5))
+    for turns in range(4):
+        tasks = [asyncio.ensure_future(store.get_latest("kept")) for _ in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[3].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(each, StateSnapshot) for each in results].count(True) >= 3
+
+
+async def test_close_waits_for_reads_that_were_begun(server: Server) -> None:
+    """Also for those that were to leave in this very turn."""
+    store = RedisStore(server.url)
+    await store.upsert_latest(state("last", a=0.5))
+    reads = [asyncio.ensure_future(store.get_latest("last")) for _ in range(50)]
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert all(found is not None for found in await asyncio.gather(*reads))

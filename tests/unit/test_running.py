@@ -1,0 +1,52 @@
+"""Which event loop runs here."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from layered_store import running
+
+
+async def same() -> asyncio.AbstractEventLoop:
+    """Check it twice: when it is new, and when it is known."""
+    loop = asyncio.get_running_loop()
+    assert running._remembered() is loop
+    await asyncio.sleep(0)
+    assert running._remembered() is running.running_loop() is loop
+    return loop
+
+
+def test_it_is_the_loop_that_runs() -> None:
+    """One after the other in one thread, the same one again, and none."""
+    first = asyncio.run(same())
+    second = asyncio.run(same())
+    assert first is not second
+    with pytest.raises(RuntimeError):
+        running._remembered()
+    loop = asyncio.new_event_loop()
+    for _ in range(3):
+        assert loop.run_until_complete(same()) is loop
+        asyncio.run(same())
+    loop.close()
+
+
+def test_threads_have_their_own() -> None:
+    """Loops that run at the same time are never mixed up."""
+    wrong: list[object] = []
+
+    async def look() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(500):
+            if running._remembered() is not loop:
+                wrong.append(loop)
+            await asyncio.sleep(0)
+
+    threads = [threading.Thread(target=lambda: asyncio.run(look())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
