@@ -74,7 +74,7 @@ async def test_every_step_of_the_protocol_runs_in_every_bucket(cluster: Cluster)
     store = RedisStore(cluster.url, prefix="steps:")
     tier: Any = store.capability(CacheTier)
     origin = SQLStore("sqlite+aiosqlite://")
-    begun = await tier.begin("me", await origin.head(), 2.0)
+    begun = await tier.begin("me", await origin.head())
     changes = [Change(store.digest(user), 1, erased=False) for user in USERS]
     await tier.repair(changes)
     assert await tier.stamp(begun, begun.cursor, 2.0)
@@ -87,7 +87,7 @@ async def test_every_step_of_the_protocol_runs_in_every_bucket(cluster: Cluster)
         assert holders.others == {}
         assert (await tier.holders(user, "me")).since >= 0
     assert await tier.ping("me", 1.0, 0.0, 1) > 0
-    begun = await tier.begin("me", begun.cursor, 2.0)
+    begun = await tier.begin("me", begun.cursor)
     await tier.renew(begun.generation, begun.cursor)
     assert not (await tier.read(USERS[0])).trusted
     await store.aclose()
