@@ -23,7 +23,15 @@ from layered_store.stores.sql.erasures import KnownErasures
 from tests.simulation import plan
 from tests.simulation.shapes import CLOCK
 
-__all__ = ["FAULTS", "NO_REPAIRS", "SLOW_FILLS", "Fault"]
+__all__ = [
+    "FAULTS",
+    "LATE_STAMPS",
+    "NO_REPAIRS",
+    "SILENT_WRITERS",
+    "SLOW_FILLS",
+    "VERSIONED_FILLS",
+    "Fault",
+]
 
 
 @dataclass(frozen=True)
@@ -285,14 +293,14 @@ FAULTS = {
             ("stale", "erased", "monotonic", "own writes", "converged"),
             # Other nets hold unless the fill is late; being late is no fault in itself.
             _both(SLOW_FILLS, _script("FILL", ("if r ~= ARGV[1] then return 0 end", ""))),
-            first=21,
+            first=10,
         ),
         Fault(
             "no version guard",
             "without_l1",
-            ("stale", "erased", "converged", "monotonic"),
+            ("stale", "erased", "converged", "monotonic", "own writes"),
             _script("PUT", ("if version(r) < tonumber(ARGV[1]) or", "if true or")),
-            first=747,
+            first=402,
         ),
         Fault(
             "DEL instead of tombstone",
@@ -305,7 +313,7 @@ FAULTS = {
                     ("local copy =", "redis.call('DEL', KEYS[1]) r = nil g = nil local copy ="),
                 ),
             ),
-            first=0,
+            first=16,
         ),
         Fault(
             "no token and no tombstone",
@@ -360,7 +368,7 @@ FAULTS = {
             "three_tiers",
             ("stale", "erased"),
             _method(Cached, "lease", _always_leased),
-            first=160,
+            first=628,
         ),
         Fault(
             "no erasure wait",
@@ -381,14 +389,14 @@ FAULTS = {
             "memory",
             ("cancelled",),
             _method(Cached, "_abandoned", _cancel_followers),
-            first=235,
+            first=1,
         ),
         Fault(
             "repair silent",
             "three_tiers",
             ("stale",),
             _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
-            first=6,
+            first=20,
         ),
         Fault(
             "repair anchored at now",
@@ -402,7 +410,7 @@ FAULTS = {
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _method(GuardedCopies, "_distrust", _distrust_leases_only),
-            first=3,
+            first=4,
         ),
         Fault(
             "double history append",
@@ -418,7 +426,7 @@ FAULTS = {
             _both(
                 _method(Cached, "_keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
             ),
-            first=5,
+            first=1,
         ),
         Fault(
             "negative mark survives an upsert",

@@ -11,7 +11,15 @@ from itertools import chain
 import pytest
 
 from tests.simulation.__main__ import run_chunk
-from tests.simulation.planted import FAULTS, NO_REPAIRS, SLOW_FILLS, Fault
+from tests.simulation.planted import (
+    FAULTS,
+    LATE_STAMPS,
+    NO_REPAIRS,
+    SILENT_WRITERS,
+    SLOW_FILLS,
+    VERSIONED_FILLS,
+    Fault,
+)
 from tests.simulation.scenario import run_seed
 from tests.simulation.shapes import SHAPES
 
@@ -52,11 +60,49 @@ def test_a_planted_fault_is_found(fault: Fault) -> None:
     pytest.fail(f"{fault.name} was not found")
 
 
-@pytest.mark.parametrize("weather", [SLOW_FILLS, NO_REPAIRS], ids=["late fills", "no repairs"])
+def test_each_step_of_the_protocol_is_among_them() -> None:
+    """What a simulation has to find before its silence means anything."""
+    assert {fault.name for fault in TESTED} >= {
+        "no floor",
+        "no token",
+        "no version guard",
+        "DEL instead of tombstone",
+        "no stamp",
+        "no lease",
+        "no erasure wait",
+        "L1 set before the record",
+        "follower cancelled with leader",
+        "repair silent",
+        "repair anchored at now",
+        "L1 kept after channel loss",
+        "double history append",
+        "stale served after erasure",
+        "negative mark survives an upsert",
+    }
+
+
+@pytest.mark.parametrize(
+    ("weather", "shape"),
+    [
+        pytest.param(SLOW_FILLS, "without_l1", id="late fills"),
+        pytest.param(NO_REPAIRS, "without_l1", id="no repairs"),
+        pytest.param(SILENT_WRITERS, "three_tiers", id="silent writers"),
+        pytest.param(LATE_STAMPS, "without_l1", id="late stamps"),
+    ],
+)
 def test_what_some_faults_are_planted_with_breaks_no_rule(
-    weather: Callable[[ExitStack], None],
+    weather: Callable[[ExitStack], None], shape: str
 ) -> None:
     """It makes the missing step matter, and is no fault in itself."""
     with ExitStack() as stack:
         weather(stack)
-        assert not [seed for seed in range(60) if run_seed(seed, SHAPES["without_l1"]).failure]
+        assert not [seed for seed in range(40) if run_seed(seed, SHAPES[shape]).failure]
+
+
+def test_tombstones_alone_keep_the_erased_out() -> None:
+    """Where fills look at versions only, and nothing is evicted: a DEL is then not enough."""
+    with ExitStack() as stack:
+        VERSIONED_FILLS(stack)
+        for seed in range(60):
+            report = run_seed(seed, SHAPES["without_l1"])
+            assert report.rule != "erased", report.failure
