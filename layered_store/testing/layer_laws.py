@@ -15,7 +15,15 @@ from layered_store.options import check_seconds
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import children_of, replace, walk
 from layered_store.stores.memory import MemoryStore
-from layered_store.testing.report import Broken, Report, Result, Unneeded, build, run_check
+from layered_store.testing.report import (
+    Broken,
+    Report,
+    Result,
+    Unneeded,
+    build,
+    left_since,
+    run_check,
+)
 from layered_store.testing.store_checks import check_store
 
 if TYPE_CHECKING:
@@ -24,8 +32,6 @@ if TYPE_CHECKING:
     from layered_store.coherence.contract import Versioned
 
 __all__ = ["check_layer"]
-
-_ENDING_SECONDS = 1.0
 
 _LAW_SECONDS: Final = 30.0
 _END_SECONDS: Final = 5.0
@@ -126,10 +132,7 @@ async def _both(
         closed = await run_check("", layer.aclose, limit)
         await run_check("", twin.aclose, limit)
         await _settle()
-        left = asyncio.all_tasks() - before
-        if left:
-            # Other users of this event loop may have tasks as well, which end by themselves.
-            _, left = await asyncio.wait(left, timeout=_ENDING_SECONDS)
+        left = await left_since(before)
         for task in left:
             task.cancel()
         if result.outcome == "passed" and closed.outcome == "failed":

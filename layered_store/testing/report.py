@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["Broken", "Report", "Result", "Unneeded", "build", "run_check"]
+__all__ = ["Broken", "Report", "Result", "Unneeded", "build", "left_since", "run_check"]
 
 T = TypeVar("T")
+
+_GRACE_SECONDS: Final = 0.1
+"""Who else uses this event loop may have begun a task meanwhile, which ends by itself."""
 
 _MARKS: Final = {"passed": "ok  ", "failed": "FAIL", "skipped": "skip"}
 
@@ -104,6 +107,18 @@ async def run_check(name: str, check: Callable[[], Awaitable[None]], limit: floa
     except Exception as exc:  # noqa: BLE001  a broken store may raise anything
         return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
     return Result(name, "passed")
+
+
+async def left_since(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+    """Return the tasks of this event loop that run on and were not there before.
+
+    Not the loop's own end of generators that somebody threw away, such as the store of a test
+    before: it comes whenever they are collected, and runs no coroutine.
+    """
+    left = {task for task in asyncio.all_tasks() - before if inspect.iscoroutine(task.get_coro())}
+    if left:
+        _, left = await asyncio.wait(left, timeout=_GRACE_SECONDS)
+    return left
 
 
 async def build(factory: Callable[..., Any], *args: Any) -> Any:

@@ -25,7 +25,15 @@ from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import StateStore
 from layered_store.options import check_seconds
 from layered_store.snapshot import Source, StateSnapshot
-from layered_store.testing.report import Broken, Report, Result, Unneeded, build, run_check
+from layered_store.testing.report import (
+    Broken,
+    Report,
+    Result,
+    Unneeded,
+    build,
+    left_since,
+    run_check,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -710,7 +718,7 @@ async def _closes(store: StateStore, second: StateStore) -> None:
     await store.aclose()
     for _ in range(20):
         await asyncio.sleep(0)
-    left = asyncio.all_tasks() - before
+    left = await left_since(before)
     _expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
     try:
         await store.get_latest(snapshot.user_id)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import broken
 import pytest
 
-from layered_store import Cached, MemoryStore, Retry, StateSnapshot
+from layered_store import Cached, Compressed, MemoryStore, Retry, StateSnapshot
 from layered_store.coherence import Authority
 from layered_store.interface import StateStore
 from layered_store.testing import Report, check_layer, check_store
@@ -129,6 +130,26 @@ async def test_async_factory() -> None:
 
     assert await check_store(build_store)
     assert await check_layer(build_layer)
+
+
+async def test_what_others_threw_away_is_not_the_layers() -> None:
+    """A generator that is collected while a law runs, and takes its time to end, is nobody's task
+    but the event loop's.
+    """
+
+    async def slow() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0.5)
+
+    async def factory(inner: StateStore) -> StateStore:
+        thrown_away = slow()
+        await anext(thrown_away)
+        return Compressed(inner)
+
+    report = await check_layer(factory)
+    assert report.ok, str(report)
 
 
 async def test_factory_of_something_else() -> None:

@@ -369,10 +369,11 @@ async def test_two_event_loops_at_once_are_refused_with_the_remedy() -> None:
 
 def test_what_a_closed_event_loop_left_inside_holds_no_place() -> None:
     """Calls of a loop that was closed under them count no more, nor when they are thrown away."""
-    inner = Scripted(STATE)
+    other = StateSnapshot("u-2", 1)
+    inner = Scripted(other)
     bulkhead = Bulkhead(Cached(inner), max_in_flight=1, max_waiting=1)
     outer = Retry(bulkhead, attempts=1)
-    assert asyncio.run(outer.get_latest("u-2")) == STATE
+    assert asyncio.run(outer.get_latest("u-2")) == other
     loop = asyncio.new_event_loop()
     # Driven by hand: a task that is thrown away while it waits would complain.
     left = [bulkhead.get_history("u-1", 1), bulkhead.get_history("u-1", 1)]
@@ -386,7 +387,7 @@ def test_what_a_closed_event_loop_left_inside_holds_no_place() -> None:
     loop.close()
 
     async def next_loop() -> None:
-        assert await outer.get_latest("u-2") == STATE  # the hit asks for no place again
+        assert await outer.get_latest("u-2") == other  # the hit asks for no place again
         await bulkhead.get_history("u-1", 1)
         for call in left:
             call.close()
