@@ -116,7 +116,9 @@ class _Batch:
 
     def deliver(self, done: asyncio.Future[Any]) -> None:
         """Hand each read the guard and its copy, or what went wrong with all."""
-        reply: Any = ConnectionLostError() if done.cancelled() else done.result()
+        reply: Any = ConnectionLostError() if done.cancelled() else done.exception()
+        if reply is None:
+            reply = done.result()
         if isinstance(reply, list) and len(reply) == len(self.keys) + 1:
             guard = reply[0]
             results: list[Any] = [(guard, value) for value in reply[1:]]
@@ -178,6 +180,8 @@ class RedisTier(CacheTier):
         try:
             bound = self._bound.get(bucket) or await self._bind(bucket)
             reply = await self._begin(bucket, bound, self._store.key(digest))
+            if isinstance(reply, StoreError):
+                raise reply.fresh()  # each of those who read together has an error of its own
             if isinstance(reply, Exception):
                 raise self._refused(
                     bound, self._store.refusal(reply, "command"), reply

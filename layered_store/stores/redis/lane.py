@@ -159,7 +159,8 @@ class Lane(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait until every call under way has its reply."""
         if self.open and (self.pending or self._keys):
-            self._idle = self._idle or self._loop.create_future()
+            if self._idle is None or self._idle.done():
+                self._idle = self._loop.create_future()
             await asyncio.wait([self._idle])
 
     async def aclose(self) -> None:
