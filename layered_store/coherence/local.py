@@ -8,7 +8,6 @@ and an origin with versions (:mod:`layered_store.coherence.guarded`).
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["NOT_HAPPENED", "QUARANTINE_SECONDS", "LocalCopies"]
 
 _MAX_DOUBTFUL: Final = 100_000
-"""How many users' copies may be doubtful before the whole tier is passed by."""
+"""How many users' doubtful copies are noted; beyond, all but the copies known to be right are."""
 
 QUARANTINE_SECONDS: Final = 5.0
 """How long a write whose outcome is unknown may still take effect: longer than any backend's
@@ -106,7 +105,10 @@ class LocalCopies:
         self._users: dict[str, _User] = {}
         # Doubtful copies, and until when nothing may be stored over them.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
-        self._all_doubtful = False
+        # Once some had to be forgotten: until when nothing may be stored over those, and the users
+        # whose copies were put right since. All others are doubtful.
+        self._forgotten_until: float | None = None
+        self._right: OrderedDict[str, None] = OrderedDict()
         # Steps on the tier that failed and that no caller was told of, by what was tried.
         self.failures: Counter[str] = Counter()
 
@@ -118,16 +120,18 @@ class LocalCopies:
     def usable(self, user_id: str) -> bool:
         """Tell whether the tier may be asked for a user now."""
         user = self._users.get(user_id)
-        return (
-            not self._all_doubtful
-            and user_id not in self._doubtful
-            and (user is None or not user.busy)
-        )
+        return self._doubted_until(user_id) is None and (user is None or not user.busy)
+
+    def _doubted_until(self, user_id: str) -> float | None:
+        """Return until when nothing may be stored over a doubtful copy; None when it is not one."""
+        until = self._doubtful.get(user_id)
+        return self._forgotten_until if until is None and user_id not in self._right else until
 
     async def read(self, user_id: str) -> CopyRead:
         """Return the copy, if there is one that may be believed."""
         if not self.usable(user_id):
-            settled = self._doubtful.get(user_id, math.inf) <= self._clock.monotonic()
+            until = self._doubted_until(user_id)
+            settled = until is not None and until <= self._clock.monotonic()
             return CopyRead(None, fillable=settled)
         try:
             snapshot = await self._tier.get_latest(user_id)
@@ -262,12 +266,14 @@ class LocalCopies:
             quarantine: a write of the origin may still take effect, so for a while (5 s) no reader
                 may store what it finds there.
         """
-        now = self._clock.monotonic()
-        until = now + QUARANTINE_SECONDS if quarantine else self._doubtful.get(user_id, 0.0)
+        until = self._doubted_until(user_id) or 0.0
+        if quarantine:
+            until = self._clock.monotonic() + QUARANTINE_SECONDS
         self._doubtful[user_id] = until
+        self._right.pop(user_id, None)
         if len(self._doubtful) > _MAX_DOUBTFUL:
-            self._doubtful.popitem(last=False)
-            self._all_doubtful = True
+            _, until = self._doubtful.popitem(last=False)
+            self._forgotten_until = max(until, self._forgotten_until or 0.0)
 
     async def _store(self, user_id: str, snapshot: StateSnapshot) -> None:
         self.doubt(user_id)
@@ -285,8 +291,13 @@ class LocalCopies:
 
     def _clear(self, user_id: str) -> None:
         """Believe the copy again, unless an earlier write may still come after it."""
-        if self._doubtful.get(user_id, 0.0) <= self._clock.monotonic():
-            self._doubtful.pop(user_id, None)
+        if (self._doubted_until(user_id) or 0.0) > self._clock.monotonic():
+            return
+        self._doubtful.pop(user_id, None)
+        if self._forgotten_until is not None:
+            self._right[user_id] = None
+            if len(self._right) > _MAX_DOUBTFUL:
+                self._right.popitem(last=False)
 
     def _enter(self, user_id: str) -> _User:
         loop = asyncio.get_running_loop()

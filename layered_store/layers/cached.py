@@ -750,11 +750,9 @@ class Cached(Layer):
             self._leave(user_id)
             if isinstance(exc, NOT_HAPPENED):
                 return
-            now = self._monotonic()
             self._quarantine.pop(user_id, None)
-            self._quarantine[user_id] = now + QUARANTINE_SECONDS
-            while self._quarantine[first := next(iter(self._quarantine))] <= now:
-                del self._quarantine[first]
+            self._quarantine[user_id] = self._monotonic() + QUARANTINE_SECONDS
+            self._end_quarantines()
 
     def _leave(self, user_id: str) -> _Writers:
         writers = self._writing[user_id]
@@ -779,6 +777,8 @@ class Cached(Layer):
         digest: bytes | None = None,
     ) -> None:
         """Store what a load or a lone write found, unless something makes it doubtful."""
+        if self._quarantine:
+            self._end_quarantines()
         lifetime = self._lifetime if value is not None else self._negative_lifetime
         if (
             not lifetime
@@ -827,6 +827,12 @@ class Cached(Layer):
     def _quarantined(self, user_id: str) -> bool:
         until = self._quarantine.get(user_id) if self._quarantine else None
         return until is not None and self._monotonic() < until
+
+    def _end_quarantines(self) -> None:
+        """Forget the users whose time is over; they stand in the order in which it ends."""
+        now = self._monotonic()
+        while self._quarantine and self._quarantine[first := next(iter(self._quarantine))] <= now:
+            del self._quarantine[first]
 
     def _on_evict(self, node: Node) -> None:
         self._unindex(node.key, node.digest)  # type: ignore[attr-defined]

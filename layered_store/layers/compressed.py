@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.errors import CorruptDataError
+from layered_store.interface import is_state_of
 from layered_store.layers.translating import TranslatingLayer
 from layered_store.options import check_count
 from layered_store.sealed import SealedSnapshot
@@ -85,7 +86,12 @@ class Compressed(TranslatingLayer):
 
     def up(self, kept: StateSnapshot, user_id: str) -> StateSnapshot:
         if type(kept) is not SealedSnapshot or kept.sealed[:1] != bytes((_FORM,)):
-            return kept  # stored as it is, or sealed by a layer above
+            # Stored as it is, or sealed by a layer above.
+            if not is_state_of(kept, user_id):
+                raise CorruptDataError(
+                    "the record belongs to another user", layer=self.name, user_id=user_id
+                )
+            return kept
         try:
             unfold = zlib.decompressobj()
             plain = unfold.decompress(memoryview(kept.sealed)[1:], _LONGEST)

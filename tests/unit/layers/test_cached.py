@@ -339,6 +339,9 @@ async def test_nothing_is_kept_per_user_when_nothing_is_in_flight() -> None:
     cache._write_begins("w-1")
     cache._write_failed("w-1", down)
     assert list(cache._quarantine) == ["w-1"]
+    await clock.advance(6)
+    await cache.get_latest("w-2")
+    assert not cache._quarantine
 
 
 async def test_expired_entries_make_room_before_live_ones_are_given_up() -> None:

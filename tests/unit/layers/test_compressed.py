@@ -173,3 +173,14 @@ async def test_errors_from_below_are_as_they_were() -> None:
     with pytest.raises(UnavailableError) as caught:
         await Compressed(Down()).get_latest("user-1")
     assert caught.value.user_id == "user-1"
+
+
+async def test_a_record_of_another_user_is_not_handed_on() -> None:
+    """Also one that was too small to be compressed: the store below may be anybody's."""
+
+    class Mixed(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return StateSnapshot("user-2")
+
+    with pytest.raises(CorruptDataError):
+        await Compressed(Mixed()).get_latest("user-1")
