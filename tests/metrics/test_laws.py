@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -147,15 +147,15 @@ def shapes(schedule: Schedule) -> dict[str, tuple[StateStore, list[Beside]]]:
 
 
 async def one_call(
-    stack: StateStore, random: Random, outcomes: Counter[str], *, batches: bool
+    stack: StateStore, random: Random, outcomes: Counter[str], users: Sequence[str], *, batches: bool
 ) -> None:
     outcomes["begun"] += 1  # a task that is cancelled before its first step makes no call
-    user = random.choice(USERS)
+    user = random.choice(users)
     kind = random.choice((0, 1, 2, 3, 4, 5, 6, 7) if batches else (0, 1, 2, 3, 5, 6, 7))
     if kind < 4:
         await stack.get_latest(user)
     elif kind == 4:
-        await stack.get_latest_many(random.choices(USERS, k=3))
+        await stack.get_latest_many(random.choices(users, k=3))
     elif kind == 5:
         await stack.upsert_latest(StateSnapshot(user, axes={"warmth": 0.5}))
     elif kind == 6:
@@ -165,11 +165,15 @@ async def one_call(
 
 
 async def caller(
-    stack: StateStore, schedule: Schedule, outcomes: Counter[str], cancelled: bool
+    stack: StateStore,
+    schedule: Schedule,
+    outcomes: Counter[str],
+    cancelled: bool,
+    users: Sequence[str] = USERS,
 ) -> None:
     for _ in range(4):
         call = asyncio.ensure_future(
-            one_call(stack, schedule.random, outcomes, batches=not cancelled)
+            one_call(stack, schedule.random, outcomes, users, batches=not cancelled)
         )
         if cancelled and schedule.random.random() < 0.4:
             await schedule.clock.sleep(schedule.random.choice((0.0, 0.01, 0.1)))
