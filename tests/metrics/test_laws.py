@@ -147,7 +147,12 @@ def shapes(schedule: Schedule) -> dict[str, tuple[StateStore, list[Beside]]]:
 
 
 async def one_call(
-    stack: StateStore, random: Random, outcomes: Counter[str], users: Sequence[str], *, batches: bool
+    stack: StateStore,
+    random: Random,
+    outcomes: Counter[str],
+    users: Sequence[str],
+    *,
+    batches: bool,
 ) -> None:
     outcomes["begun"] += 1  # a task that is cancelled before its first step makes no call
     user = random.choice(users)
