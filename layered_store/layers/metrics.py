@@ -39,7 +39,7 @@ T = TypeVar("T")
 _FOLD = 1024
 """How many calls are counted at once."""
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,99}").fullmatch
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}").fullmatch
 
 
 @dataclass(eq=False, repr=False)
@@ -87,7 +87,7 @@ class Metrics(AroundLayer):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME(self.name):
             raise ConfigError(
-                "must be 1 to 100 letters, digits or '_.:-', beginning with a letter or '_'",
+                "must be 1 to 100 of the letters a-z and A-Z, digits and '_.:-'",
                 option="name",
                 layer="Metrics",
             )
