@@ -224,7 +224,11 @@ class Ramp(Layer):
         check_user_id(user_id, Op.GET_LATEST)
         if not self.takes(user_id):
             self._reads["inner"] += 1
-            return await self.inner.get_latest(user_id)
+            found = await self.inner.get_latest(user_id)
+            if self.alternative is None or not self.takes(user_id):
+                return found
+            # The share rose meanwhile: a write under way may stand in inner alone, and the next
+            # read would show what was before it.
         self._reads["other"] += 1
         found = await self._other.get_latest(user_id)
         if found is None and self.alternative is not None:
@@ -253,6 +257,11 @@ class Ramp(Layer):
         if rest:
             self._reads["inner"] += len(wanted) - len(other)
             found.update(await self.inner.get_latest_many(rest))
+        if self.alternative is not None:
+            # As a single read does.
+            again = [user_id for user_id in wanted if user_id not in other and self.takes(user_id)]
+            if again:
+                found.update(await self._other.get_latest_many(again))
         return {user_id: found[user_id] for user_id in wanted if user_id in found}
 
     # Writing

@@ -683,6 +683,48 @@ async def test_while_a_write_is_under_way_reads_stay_on_their_side() -> None:
     assert ramp.takes(LOW)
 
 
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(many: bool) -> None:
+    """It was on its way to inner; what a write put there since is not at the alternative yet."""
+
+    class SlowWrites(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if snapshot.get_axis("a") == 0.2:
+                await gate.wait()
+            await super().upsert_latest(snapshot)
+
+    class SlowReads(Down):
+        async def get_latest_many(self, user_ids: Any) -> Any:
+            await self._enter()
+            return await super().get_latest_many(user_ids)
+
+    async def read() -> float:
+        if many:
+            return (await ramp.get_latest_many([LOW]))[LOW].get_axis("a")
+        found = await ramp.get_latest(LOW)
+        assert found is not None
+        return found.get_axis("a")
+
+    gate, on_its_way = asyncio.Event(), asyncio.Event()
+    inner = SlowReads()
+    ramp = Ramp(inner, alternative=SlowWrites(), share=0.0)
+    await ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.1}))
+    inner.gate = on_its_way
+    reader = asyncio.create_task(read())
+    await settle()
+    inner.gate = None
+    ramp.share = 1.0
+    writer = asyncio.create_task(ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.2})))
+    await settle()
+    on_its_way.set()
+    first = await reader
+    assert await read() >= first
+    gate.set()
+    await writer
+    assert await read() == 0.2
+    await ramp.aclose()
+
+
 async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     """Cancellation passes at once; whoever waited for the same user goes on."""
     inner, other = MemoryStore(), Down()
