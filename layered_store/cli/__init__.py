@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Final
 
 __all__ = ["main"]
+
+_UTF_8: Final = ("utf-8", "utf8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     from layered_store.cli.group import cli
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in _UTF_8:
+            # JSON in a file or pipe is UTF-8; on an old terminal a "?" is better than no answer.
+            stream.reconfigure(errors="replace", encoding=None if stream.isatty() else "utf-8")
     try:
         try:
             cli.main(args=arguments, prog_name="layered-store")

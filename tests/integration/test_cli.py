@@ -214,6 +214,30 @@ def test_output_that_nobody_reads_on(tmp_path: Path) -> None:
         assert "Exception" not in complaints
 
 
+def test_output_of_another_encoding(tmp_path: Path) -> None:
+    """Trees and user ids of all scripts come out where the encoding of the machine has no letters
+    for them: a pipe gets UTF-8.
+    """
+    fill(tmp_path / "a.db", 1, 1)
+    url = "sqlite+aiosqlite:///a.db"
+    for arguments, expected in (
+        (("put", url, "é用", "a=1"), ""),
+        (("get", url, "é用"), "é用"),
+        (("show",), "└── "),
+        (("check", url), "✓ SQLStore healthy"),
+    ):
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "layered_store", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout.decode()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 def test_output_that_finds_no_room(tmp_path: Path) -> None:
     """A full disk below the output is one line and exit code 1, whatever wrote it."""
