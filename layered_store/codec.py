@@ -1,9 +1,10 @@
 """Snapshot <-> bytes, for backends that keep bytes.
 
 The form is MessagePack, and the first byte names it: the one that begins a map (of the fields by
-name), or 2, with user id, time and bytes of a sealed snapshot behind it. Unknown fields are ignored
-and missing ones take their defaults, so that a fleet can be upgraded process by process; a first
-byte from the future is recognised and not misread. Nothing in it can run code.
+name), or 2, with user id, time and bytes of a sealed snapshot behind it. Databases and sealed
+states of earlier versions hold maps behind a 1; those are read, and no longer written. Unknown
+fields are ignored and missing ones take their defaults, so that a fleet can be upgraded process by
+process; a first byte from the future is recognised and not misread. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["FORM_SEALED", "CodecError", "SnapshotCodec"]
+
+_FORM_EARLIER: Final = b"\x01"
+"""First byte of a snapshot in what earlier versions wrote, before the map."""
 
 FORM_SEALED: Final = 2
 """First byte of a snapshot that a layer above sealed."""
@@ -74,16 +78,24 @@ class SnapshotCodec(Generic[S]):
         try:
             snapshot: S = self._decode(data)
         except _UNREADABLE as exc:
-            snapshot = _decode_other(data, exc)
+            snapshot = self._decode_other(data, exc)
         if snapshot.user_id != user_id and user_id is not None:
             raise CodecError("the record belongs to another user")
         return snapshot
+
+    def _decode_other(self, data: bytes, problem: Exception) -> S:
+        if data[:1] != _FORM_EARLIER:
+            return _decode_sealed_form(data, problem)  # type: ignore[no-any-return]
+        try:
+            return self._decode(data[1:])
+        except _UNREADABLE as exc:
+            raise CodecError(f"the record cannot be decoded ({type(exc).__name__})") from None
 
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError)
 
 
-def _decode_other(data: bytes, problem: Exception) -> Any:
+def _decode_sealed_form(data: bytes, problem: Exception) -> Any:
     """Return the sealed snapshot that a record holds, or raise what is wrong with it."""
     if not data:
         raise CodecError("the record is empty") from None

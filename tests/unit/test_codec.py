@@ -43,7 +43,7 @@ def test_classes_read_each_other() -> None:
         (b"\x03\x80", "form 3, which this version does not know"),
         (b"\xff", "form 255"),
         (b'{"user_id":"u-1"}', "form 123"),
-        (b"\x01", "form 1,"),
+        (b"\x01", "DecodeError"),
         (b"\x02\xc1", "cannot be decoded"),
         (b"\x81\xc1", "cannot be decoded"),
         (msgspec.msgpack.encode([1, 2]), "form 146"),
@@ -80,3 +80,16 @@ def test_what_is_read_cannot_be_changed() -> None:
     assert read.tags == ["x"]
     with pytest.raises(TypeError):
         read.axes["a"] = 1.0  # type: ignore[index]
+
+
+def test_records_of_earlier_versions_are_read() -> None:
+    """They hold the same map behind a 1; a damaged one is refused as any other is."""
+    codec = SnapshotCodec(StateSnapshot)
+    snapshot = StateSnapshot("u-1", 5, confidence=0.25, axes={"warmth": 0.7})
+    earlier = b"\x01" + codec.encode(snapshot)
+    assert codec.decode(earlier, "u-1") == snapshot
+    with pytest.raises(CodecError, match="another user"):
+        codec.decode(earlier, "u-2")
+    for damaged in (b"\x01", earlier[:-1], b"\x01" + earlier):
+        with pytest.raises(CodecError, match="cannot be decoded"):
+            codec.decode(damaged, "u-1")
