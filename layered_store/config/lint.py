@@ -96,13 +96,17 @@ class LintPolicy:
                 ConfigError("must be a list of rules, or a table of reasons", path="lint.allow")
             )
             allow = {}
-        for index, rule in enumerate(allow):
+        for index, (rule, reason) in enumerate(allow.items()):
+            if rule in RULES and not isinstance(reason, str):
+                problems.append(
+                    ConfigError("must be text: why it is accepted", path=f"lint.allow.{rule}")
+                )
             if rule not in RULES:
                 known = next((known for known in RULES if known == str(rule).upper()), None)
                 place = rule if re.fullmatch(r"LS\d{1,4}", str(rule), re.IGNORECASE) else index
                 problems.append(
                     ConfigError(
-                        f"there is no rule of this id; known are {', '.join(RULES)}",
+                        f"there is no rule of this id; known are {', '.join(sorted(RULES))}",
                         path=f"lint.allow.{place}",
                         suggestion=known,
                     )
@@ -113,8 +117,17 @@ class LintPolicy:
         except ValueError as exc:
             problems.append(ConfigError(str(exc), path="lint.max_staleness"))
             limit = None
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
-            problems.append(ConfigError("must be a duration", path="lint.max_staleness"))
+        if limit is not None and (
+            isinstance(limit, bool)
+            or not isinstance(limit, int | float)
+            or not 0 <= limit < float("inf")
+        ):
+            problems.append(
+                ConfigError(
+                    'must be a duration of at least 0, such as 300 or "5m"',
+                    path="lint.max_staleness",
+                )
+            )
         if len(problems) == 1:
             raise problems[0]
         if problems:

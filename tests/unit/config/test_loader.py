@@ -196,6 +196,11 @@ BAD: list[tuple[Any, str]] = [
     ({"store": MEMORY, "lint": 5}, "lint"),
     ({"store": MEMORY, "lint": {"allow": 5}}, "lint.allow"),
     ({"store": MEMORY, "lint": {"allow": ["LS999"]}}, "lint.allow.LS999"),
+    ({"store": MEMORY, "lint": {"allow": {"LS022": 5}}}, "lint.allow.LS022"),
+    *[
+        ({"store": MEMORY, "lint": {"max_staleness": value}}, "lint.max_staleness")
+        for value in ("x", -1, True, [], float("nan"), float("inf"), 10**400 * -1)
+    ],
     ({"store": MEMORY, "lint": {"alow": []}}, "lint.alow"),
     ({"store": MEMORY, "lint": {"max_staleness": "soon"}}, "lint.max_staleness"),
     ({"store": MEMORY, "lint": {"max_staleness": True}}, "lint.max_staleness"),
