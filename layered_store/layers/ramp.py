@@ -310,6 +310,8 @@ class Ramp(Layer):
                         await _upsert(self._other, batch, op)
                 except Exception as exc:
                     self._fall_behind(users)
+                    if getattr(exc, "outcome_unknown", True):
+                        self._doubt(users)
                     if in_share:
                         raise self._unknown(exc, op) from exc
                 except BaseException:
@@ -398,7 +400,9 @@ class Ramp(Layer):
 
     def _catch_up(self, users: Iterable[str]) -> None:
         for user_id in users:
-            self._behind.pop(user_id, None)
+            # What an earlier write may still do there would come after this one.
+            if not self._doubted(user_id):
+                self._behind.pop(user_id, None)
 
     # The rest of a layer
 

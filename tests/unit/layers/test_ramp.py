@@ -512,6 +512,26 @@ async def test_a_write_that_lost_in_inner_is_not_stored_at_the_alternative() -> 
     assert await ramp.get_latest(LOW) is None
 
 
+async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_inner() -> None:
+    """A later write may be overtaken there: for 5 s none of them makes the alternative answer."""
+    clock = FakeClock()
+    other = Down()
+    ramp = Ramp(MemoryStore(), alternative=other, share=1.0, clock=clock)
+    other.error = UnavailableError("cut off", outcome_unknown=True)
+    with pytest.raises(UnavailableError):
+        await ramp.upsert_latest(StateSnapshot(LOW, 1))
+    other.error = None
+    await ramp.upsert_latest(StateSnapshot(LOW, 2))
+    assert ramp.behind == 1
+    await other.upsert_latest(StateSnapshot(LOW, 1))  # so late
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 2)
+    await clock.advance(5.1)
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 2)
+    await ramp.upsert_latest(StateSnapshot(LOW, 3))
+    assert ramp.behind == 0
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 3)
+
+
 async def test_a_store_behind_both_sides_takes_a_write_once() -> None:
     """Two ways to one database: the second write is the first, by its id."""
     database = MemoryStore()
