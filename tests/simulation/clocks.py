@@ -14,8 +14,8 @@ __all__ = ["DRIFT", "ProcessClock", "WallClock"]
 
 _TRUE = LoopClock()
 
-DRIFT = 0.0004
-"""How far a clock's rate may be from true time: as far as NTP may bend it."""
+DRIFT = 0.0001
+"""How far a clock's rate may be from true time: a crystal's."""
 
 
 class WallClock:

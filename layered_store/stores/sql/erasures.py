@@ -35,15 +35,15 @@ class Began:
         high: most of them.
         now_us: the database's time in the last answer.
         received: when that answer came.
-        drift: microseconds by which the two clocks run apart in a second: twice what NTP may bend
-            each; 0 for the clocks of one host, which it bends alike.
+        drift: microseconds by which the two clocks run apart in a second: crystals are within 100
+            each; 0 for the clocks of one host.
     """
 
     low: float = field(default=float("-inf"))
     high: float = field(default=float("inf"))
     now_us: int = 0
     received: float = 0.0
-    drift: float = 1_000.0
+    drift: float = 200.0
 
     def learn(self, sent: float, received: float, now_us: int) -> None:
         """Note that the database's clock read ``now_us`` between two of our moments."""
@@ -61,9 +61,9 @@ class Began:
             return True
         return None
 
-    def overlaps(self, started: float, hidden: float) -> bool:
-        """Tell whether a call that :meth:`before` cannot place began within ``hidden`` seconds."""
-        return self.high - self.low + 2 * self._drift(started) <= hidden * 1e6
+    def overlaps(self, started: float, erased_at: int, hidden: float) -> bool:
+        """Tell whether a call began at most ``hidden`` seconds after an erasure, if after it."""
+        return started * 1e6 + self.high + self._drift(started) <= erased_at + hidden * 1e6
 
     def _drift(self, started: float) -> float:
         return max(0.0, self.received - started) * self.drift

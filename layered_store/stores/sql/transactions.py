@@ -375,7 +375,7 @@ async def _late(
     if answer is not None:
         return answer
     hidden = _HOST_SECONDS if session.statements.host_time else _HIDDEN_SECONDS
-    if began.overlaps(item.started, hidden):
+    if began.overlaps(item.started, row.erased_at, hidden):
         return True
     raise UnavailableError(
         "the write and an erasure of its user began too close together to tell their order"

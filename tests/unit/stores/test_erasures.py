@@ -34,8 +34,8 @@ async def test_durations_tell_the_order() -> None:
     assert known.before(start - 5, at(start - 3), began) is True
     assert known.before(start - 2, at(start - 3), began) is False
     assert known.before(start - 3, at(start - 3), began) is None
-    assert began.overlaps(start - 3, 0.01)
-    assert not began.overlaps(start - 8, 0.01)
+    assert began.overlaps(start - 3, at(start - 3), 0.01)
+    assert not began.overlaps(start - 3, at(start - 3.1), 0.01)
 
 
 async def test_rates_of_clocks_make_no_order() -> None:
@@ -44,9 +44,9 @@ async def test_rates_of_clocks_make_no_order() -> None:
     await clock.advance(100)
     now = clock.monotonic()
     began = answer(clock, trip=0.0)
-    assert began.before(now - 60, at(now - 60.05)) is None
-    assert began.before(now - 60, at(now - 60.07)) is False
-    assert began.before(now - 60, at(now - 59.93)) is True
+    assert began.before(now - 60, at(now - 60.01)) is None
+    assert began.before(now - 60, at(now - 60.02)) is False
+    assert began.before(now - 60, at(now - 59.98)) is True
 
 
 async def test_an_erasure_in_the_future_is_refused_once() -> None:
