@@ -158,6 +158,8 @@ class Ramp(Layer):
         self._all_behind = False
         # Writes under way that pass the layer by, and users of whom one may still take effect.
         self._direct: Counter[str] = Counter()
+        # Writes under way through the layer: how many, and whether reads go there meanwhile.
+        self._pins: dict[str, tuple[int, bool]] = {}
         self._doubtful: dict[str, float] = {}
         self._reads: Counter[str] = Counter({"inner": 0, "other": 0})
 
@@ -168,6 +170,8 @@ class Ramp(Layer):
         turn = self._turns.get(user_id)
         if turn is not None:
             return turn.to_other
+        if user_id in self._pins and user_id not in self._direct and not self._doubted(user_id):
+            return self._pins[user_id][1]
         return (
             place_of(user_id, self.salt) < self.share
             and not self._all_behind
@@ -186,12 +190,17 @@ class Ramp(Layer):
         """Give the way of each user's write, where both end in ``inner``.
 
         While a write passes the layer by, so do the user's reads: the layer would not hear of it.
+        While one goes through it, reads stay on their side: inner may have it before the layer.
         """
         ways = {
             user_id: self._other if place_of(user_id, self.salt) < self._reached else self.inner
             for user_id in users
         }
         direct = [user_id for user_id, way in ways.items() if way is self.inner]
+        pinned = [user_id for user_id, way in ways.items() if way is not self.inner]
+        for user_id in pinned:
+            count, through = self._pins.get(user_id) or (0, self.takes(user_id))
+            self._pins[user_id] = (count + 1, through)
         self._direct.update(direct)
         try:
             yield ways
@@ -200,6 +209,10 @@ class Ramp(Layer):
                 self._doubt(direct)
             raise
         finally:
+            for user_id in pinned:
+                count, through = self._pins.pop(user_id)
+                if count > 1:
+                    self._pins[user_id] = (count - 1, through)
             for user_id in direct:
                 self._direct[user_id] -= 1
                 if not self._direct[user_id]:
@@ -225,7 +238,7 @@ class Ramp(Layer):
         if not self.takes(user_id):
             self._reads["inner"] += 1
             found = await self.inner.get_latest(user_id)
-            if self.alternative is None or not self.takes(user_id):
+            if not self.takes(user_id):
                 return found
             # The share rose meanwhile: a write under way may stand in inner alone, and the next
             # read would show what was before it.
@@ -257,11 +270,10 @@ class Ramp(Layer):
         if rest:
             self._reads["inner"] += len(wanted) - len(other)
             found.update(await self.inner.get_latest_many(rest))
-        if self.alternative is not None:
-            # As a single read does.
-            again = [user_id for user_id in wanted if user_id not in other and self.takes(user_id)]
-            if again:
-                found.update(await self._other.get_latest_many(again))
+        # As a single read does.
+        again = [user_id for user_id in rest if user_id not in other and self.takes(user_id)]
+        if again:
+            found.update(await self._other.get_latest_many(again))
         return {user_id: found[user_id] for user_id in wanted if user_id in found}
 
     # Writing

@@ -745,6 +745,41 @@ async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(m
     await ramp.aclose()
 
 
+async def test_while_a_write_goes_through_the_layer_reads_stay_on_their_side() -> None:
+    """Inner has it before the layer: who saw it there must not be sent to the layer meanwhile."""
+
+    class Late(Layer):
+        """Hears of a write once the gate is open."""
+
+        def __post_init__(self) -> None:
+            self.seen: dict[str, StateSnapshot] = {}
+
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return self.seen.get(user_id)
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await self.inner.upsert_latest(snapshot)
+            await gate.wait()
+            self.seen[snapshot.user_id] = snapshot
+
+    gate = asyncio.Event()
+    gate.set()
+    ramp = Ramp(MemoryStore(), layer=Late, share=1.0)
+    await ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.1}))
+    gate.clear()
+    ramp.share = 0.0
+    writer = asyncio.create_task(ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.2})))
+    await settle()
+    assert (await ramp.get_latest(LOW)).get_axis("a") == 0.2  # type: ignore[union-attr]
+    ramp.share = 1.0
+    assert (await ramp.get_latest(LOW)).get_axis("a") == 0.2  # type: ignore[union-attr]
+    gate.set()
+    await writer
+    assert (await ramp.get_latest(LOW)).get_axis("a") == 0.2  # type: ignore[union-attr]
+    assert not ramp._pins
+    await ramp.aclose()
+
+
 async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     """Cancellation passes at once; whoever waited for the same user goes on."""
     inner, other = MemoryStore(), Down()
