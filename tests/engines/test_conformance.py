@@ -60,7 +60,7 @@ async def test_behind_pgbouncer(bouncer: Server, driver: str) -> None:
     """With nothing set, everything that a PostgreSQL of one's own does."""
     url = f"{driver}://tester@127.0.0.1:{bouncer.port}/postgres"
     names = {"latest_table": f"latest_{driver[11:]}", "history_table": f"history_{driver[11:]}"}
-    report = await check_store(lambda: SQLStore(url, **names))
+    report = await check_store(lambda: SQLStore(url, timeout=30, **names))
     assert report.ok, str(report)
     assert {"writes", "history", "delete", "versions", "listing"} <= set(report.abilities)
     assert bouncer.running, "what a store does to stop a query must not end the pooler"
@@ -75,6 +75,6 @@ async def test_other_drivers(
 ) -> None:
     """psycopg and asyncmy do what the default drivers do."""
     url = str(request.getfixturevalue(fixture)).replace(plain, driver)
-    report = await check_store(lambda: SQLStore(url))
+    report = await check_store(lambda: SQLStore(url, timeout=30))
     assert report.ok, str(report)
     assert {"writes", "history", "delete", "versions", "listing"} <= set(report.abilities)

@@ -193,7 +193,8 @@ async def test_tls_and_a_password(
     server, authority = secure_postgres
     monkeypatch.setenv("PGSSLROOTCERT", str(authority))  # where asyncpg looks
     places = {"port": server.port, "authority": authority}
-    report = await check_store(lambda: SQLStore(url.format(password=PASSWORD, **places)))
+    right_url = url.format(password=PASSWORD, **places)
+    report = await check_store(lambda: SQLStore(right_url, timeout=30))
     assert report.ok, str(report)
     assert "versions" in report.abilities
     for right, wrong in ((PASSWORD, "wrong-" + PASSWORD), ("app:", "eve:")):
