@@ -77,7 +77,7 @@ async def test_every_step_of_the_protocol_runs_in_every_bucket(cluster: Cluster)
     begun = await tier.begin("me", await origin.head())
     changes = [Change(store.digest(user), 1, erased=False) for user in USERS]
     await tier.repair(changes)
-    assert await tier.stamp(begun, begun.cursor, 2.0)
+    assert await tier.stamp(begun, begun.cursor, 60.0)
     for user in USERS:
         ticket = await tier.ticket(user)
         record = await origin.write(state(user, 1))
