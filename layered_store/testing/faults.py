@@ -8,9 +8,11 @@ import random as _random
 from collections import Counter, deque
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, ParamSpec, TypeVar
+
+import msgspec
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import CacheTier, Capability, TierRead, Versioned
@@ -321,7 +323,7 @@ class Faults(AroundLayer):
     def _corrupted(self, op: Op, result: Any) -> Any:
         """Return what a damaged record looks like, or raise."""
         if isinstance(result, TierRead):
-            return replace(result, found=None)
+            return msgspec.structs.replace(result, found=None)
         if isinstance(result, Mapping) and any(isinstance(v, TierRead) for v in result.values()):
             return {key: self._corrupted(op, value) for key, value in result.items()}
         if result in (None, [], {}) or (isinstance(result, Versioned) and result.snapshot is None):
