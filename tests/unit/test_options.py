@@ -159,7 +159,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "write_through": {"inner": OF_STORE, "origin": OF_STORE, "clock": CLOCK},
     "metrics": {
         "inner": OF_STORE,
-        "name": ("", "a b", "x" * 101, "1x", None, 7, "näme"),
+        "name": ("", "a b", "x" * 101, "é", None, 7, "näme"),
         "time_hits": ("", "none", None, True),
         "registry": (1, "default", {}),
         "clock": CLOCK,
