@@ -26,6 +26,7 @@ from tests.simulation.shapes import CLOCK
 
 __all__ = [
     "FAULTS",
+    "LATE_BURIALS",
     "LATE_STAMPS",
     "NO_REPAIRS",
     "SILENT_WRITERS",
@@ -188,6 +189,19 @@ LATE_STAMPS = _both(
 )
 """Not a fault: repairers that stop between what they looked at and what they vouch for."""
 
+_bury = RedisTier.bury
+
+
+async def _bury_late(self: RedisTier, user_id: str, version: int, me: str) -> Any:
+    await CLOCK.sleep(0.7)
+    return await _bury(self, user_id, version, me)
+
+
+LATE_BURIALS = _both(
+    _method(RedisTier, "bury", _bury_late), _method(GuardedCopies, "_put", _put_nowhere)
+)
+"""Not a fault: erasures that reach the tier when their users were written again."""
+
 _begin = RedisTier.begin
 
 
@@ -317,37 +331,11 @@ FAULTS = {
             first=16,
         ),
         Fault(
-            "no token and no tombstone",
-            "without_l1",
-            ("stale", "erased", "converged", "monotonic", "own writes"),
-            _both(
-                _script(
-                    "BURY",
-                    (
-                        "redis.call('SET', KEYS[1], ARGV[2]",
-                        "redis.call('DEL', KEYS[1]) local _ = ('' .. ARGV[2]",
-                    ),
-                    ("ARGV[3], 'PX', ARGV[4])", "ARGV[3])"),
-                ),
-                _script("FILL", ("if r ~= ARGV[1] then return 0 end", "")),
-            ),
-            first=832,
-        ),
-        Fault(
             "late burial in empty ground",
-            "three_tiers",
+            "without_l1",
             ("stale", "converged"),
-            _script(
-                "BURY",
-                (
-                    "elseif r then",
-                    "elseif g and not r then "
-                    "redis.call('SET', KEYS[1], "
-                    "ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4]) "
-                    "elseif r then",
-                ),
-            ),
-            first=342,
+            _both(LATE_BURIALS, _script("BURY", ("elseif r then", _BURY_ALWAYS))),
+            first=17,
         ),
         Fault(
             "late writes pass erasures",

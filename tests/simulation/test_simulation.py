@@ -13,6 +13,7 @@ import pytest
 from tests.simulation.__main__ import run_chunk
 from tests.simulation.planted import (
     FAULTS,
+    LATE_BURIALS,
     LATE_STAMPS,
     NO_REPAIRS,
     SILENT_WRITERS,
@@ -88,6 +89,7 @@ def test_each_step_of_the_protocol_is_among_them() -> None:
         pytest.param(NO_REPAIRS, "without_l1", id="no repairs"),
         pytest.param(SILENT_WRITERS, "three_tiers", id="silent writers"),
         pytest.param(LATE_STAMPS, "without_l1", id="late stamps"),
+        pytest.param(LATE_BURIALS, "without_l1", id="late burials"),
     ],
 )
 def test_what_some_faults_are_planted_with_breaks_no_rule(
