@@ -42,7 +42,7 @@ KEPT_WRITE_IDS: Final = 16
 """History rows kept per user however small ``history_limit`` is, so that a retry finds its id."""
 
 _KEPT_US: Final = 60 * 1_000_000
-_PROBES: Final = 5
+_PROBES: Final = 20
 
 _HIDDEN_SECONDS: Final = 0.005
 """How long nobody sees an erasure after the moment that counts as its beginning. A write whose
