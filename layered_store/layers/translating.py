@@ -28,7 +28,7 @@ from layered_store.layer import Layer
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from layered_store.coherence.contract import Holders, Ticket
     from layered_store.snapshot import StateSnapshot
@@ -403,6 +403,19 @@ class _ChannelView(_View):
     @property
     def key_of(self) -> Callable[[str], bytes]:
         return self.digest_from(self.target.key_of)  # type: ignore[no-any-return]
+
+    @property
+    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
+        return self._stale
+
+    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+        below = self.layer.id_below(user_id, Op.GET_LATEST)
+        with _ErrorsOf({below: user_id}):
+            kept: StateSnapshot | None = await self.target.stale(below, seconds)
+        try:
+            return None if kept is None else self.layer.opened(kept, user_id, Op.GET_LATEST)
+        except CorruptDataError:
+            return None  # counted; the cache tells its own error
 
 
 class _ListingView(_View):
