@@ -919,3 +919,141 @@ class Stuck(Gate):
 
     async def pass_through(self) -> Any:
         await asyncio.get_running_loop().create_future()
+
+
+STATE = StateSnapshot("u-1", 1, axes={"warmth": 0.5})
+
+
+class OddError(Exception):
+    """An error of a third party's store."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text, number)
+        self.number = number
+
+
+class StubbornError(Exception):
+    """One that cannot be made again from its arguments."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, "and more")
+
+
+class ForbiddenError(Exception):
+    """One that cannot be copied."""
+
+    def __copy__(self) -> ForbiddenError:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "own"),
+    [
+        (UnavailableError("down"), True),
+        (OddError("odd", 5), True),
+        (StubbornError("no"), False),
+        (ForbiddenError("no"), False),
+    ],
+)
+async def test_each_who_waits_gets_an_error_of_his_own(error: Exception, own: bool) -> None:
+    """Of the same class with the same contents, caused by the first; where that cannot be made,
+    the first one itself."""
+    gate = Gate()
+    cache = Cached(Scripted(gate))
+    tasks = [asyncio.create_task(cache.get_latest("u-1")) for _ in range(3)]
+    await gate.entered.wait()
+    gate.open(error)
+    found = [await _error_of(task) for task in tasks]
+    assert found[0] is error
+    for each in found[1:]:
+        assert type(each) is type(error)
+        assert each.args == error.args
+        assert (each is not error) is own
+        if isinstance(each, OddError):
+            assert each.number == 5
+            assert each.__cause__ is error
+
+
+async def _error_of(task: asyncio.Task[Any]) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011, B017
+        await task
+    return caught.value
+
+
+async def test_cancelled_loads_of_a_batch_leave_nothing_behind() -> None:
+    """Whoever joined one of them loads for himself."""
+    gate = Gate()
+    inner = Scripted(gate, STATE)
+    cache = Cached(inner)
+    batch = asyncio.create_task(cache.get_latest_many(["u-1", "u-2"]))
+    await gate.entered.wait()
+    joined = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    batch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await batch
+    assert await joined == STATE
+    assert cache._flights == {}
+    assert len(inner.calls) == 2
+
+
+async def test_reads_are_counted_whatever_their_form() -> None:
+    """Misses, hits, errors and waits of single reads and of batches."""
+
+    def counted() -> dict[str, float]:
+        named = {"reads": "", "read_waits": "waits"}
+        return {
+            named[s.metric] or s.labels[0]: s.value
+            for s in cache.samples()
+            if s.metric in named and s.value
+        }
+
+    gate = Gate()
+    two = StateSnapshot("u-2", 1)
+    cache = Cached(
+        Scripted(STATE, {"u-2": two}, UnavailableError("down"), gate, UnavailableError("down"))
+    )
+    await cache.get_latest("u-1")
+    assert counted() == {"miss": 1}
+    assert list(await cache.get_latest_many(["u-1", "u-2", "u-2", "u-3"])) == ["u-1", "u-2"]
+    assert counted() == {"miss": 3, "hit": 1}
+    with pytest.raises(UnavailableError):
+        await cache.get_latest_many(["u-4", "u-5"])
+    assert counted() == {"miss": 3, "hit": 1, "error": 2}
+    first = asyncio.create_task(cache.get_latest("u-6"))
+    await gate.entered.wait()
+    batch = asyncio.create_task(cache.get_latest_many(["u-1", "u-6"]))
+    await settle()
+    assert counted() == {"miss": 3, "hit": 2, "error": 2, "waits": 1}
+    gate.open(StateSnapshot("u-6", 1))
+    await first
+    assert set(await batch) == {"u-1", "u-6"}
+    assert counted() == {"miss": 5, "hit": 2, "error": 2, "waits": 1}
+
+
+async def test_of_equal_doubts_the_last_one_counts() -> None:
+    """A write of unknown outcome bars its user for 5 s from the last one on, and is forgotten."""
+    clock = FakeClock()
+    inner = Scripted(
+        UnavailableError("down"),
+        UnavailableError("down"),
+        STATE,
+        STATE,
+        STATE,
+        UnavailableError("down"),
+    )
+    cache = Cached(inner, clock=clock)
+    for seconds in (3, 3):
+        with pytest.raises(UnavailableError):
+            await cache.upsert_latest(STATE)
+        await clock.advance(seconds)
+    await cache.get_latest("u-1")
+    await cache.get_latest("u-1")
+    assert len(inner.calls) == 4  # not kept: 3 s since the second
+    await clock.advance(2)
+    await cache.get_latest("u-1")
+    await cache.get_latest("u-1")
+    assert len(inner.calls) == 5
+    with pytest.raises(UnavailableError):
+        await cache.upsert_latest(StateSnapshot("u-2", 1))
+    assert list(cache._quarantine) == ["u-2"]

@@ -250,3 +250,79 @@ async def test_closing_leaves_the_channel() -> None:
     await cache.get_latest("u-1")
     await cache.aclose()
     assert tier.channel.caches == []
+
+
+async def test_who_comes_late_without_a_lease_gets_no_older_answer() -> None:
+    """A load that began in an earlier turn may have read before a write that the late one knows
+    of: what it found is asked for once more, what it failed with is his too."""
+    for error in (None, UnavailableError("down")):
+        gate = Gate()
+        cache, tier, clock = build(gate, NEW, NEW, ttl=10)
+        await clock.advance(200)  # no lease
+        first = asyncio.create_task(cache.get_latest("u-1"))
+        await gate.entered.wait()
+        late = [asyncio.create_task(cache.get_latest("u-1")) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert len(tier.calls) == 1  # they wait
+        if error is None:
+            gate.open(OLD)
+            assert await first == OLD
+            assert await asyncio.gather(*late) == [NEW, NEW]
+            assert len(tier.calls) == 3  # the first of them was over when the second began
+        else:
+            gate.open(error)
+            for task in (first, *late):
+                with pytest.raises(UnavailableError):
+                    await task
+            assert len(tier.calls) == 1
+        reads = {s.labels[0]: s.value for s in cache.samples() if s.metric == "reads" and s.value}
+        assert reads == ({"miss": 3} if error is None else {"error": 3})
+        waits = [s.value for s in cache.samples() if s.metric == "read_waits"]
+        assert waits == [2]
+        assert cache._flights == {}
+
+
+async def test_who_comes_late_to_a_failure_may_get_an_old_answer() -> None:
+    """By the channel, as the one who loaded: each asks for himself, what he has seen may differ."""
+    gate = Gate()
+    cache, tier, clock = build(gate, ttl=10, stale_if_error=100)
+    await clock.advance(200)
+    tier.channel.old = OLD
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    late = asyncio.create_task(cache.get_latest("u-1"))
+    await asyncio.sleep(0)
+    gate.open(UnavailableError("down"))
+    assert await asyncio.gather(first, late) == [OLD, OLD]
+    reads = {s.labels[0]: s.value for s in cache.samples() if s.metric == "reads" and s.value}
+    assert reads == {"stale": 2}
+    assert set(tier.channel.asked_stale) == {100.0}
+
+
+async def test_a_batch_follows_the_channel_too() -> None:
+    """Else a process that only reads batches would never have a lease."""
+    tier = Tier()
+    cache = Cached(tier, clock=FakeClock())
+    await cache.get_latest_many(["u-1"])
+    assert tier.channel.asked == 1
+    await cache.get_latest_many(["u-1"])
+    assert tier.channel.asked == 1
+    write = Tier()
+    await Cached(write, clock=FakeClock()).upsert_latest(NEW)
+    assert write.channel.asked == 1
+
+
+async def test_without_a_lease_a_batch_answers_nothing_itself() -> None:
+    """As a single read; and what is distrusted is counted and forgotten, its digest too."""
+    cache, tier, clock = build(None, {"u-1": NEW}, {"u-1": NEW}, ttl=600)
+    await cache.upsert_latest(OLD)
+    assert await cache.get_latest_many(["u-1"]) == {"u-1": OLD}
+    await clock.advance(100)
+    assert await cache.get_latest_many(["u-1"]) == {"u-1": NEW}
+    tier.channel.lease(clock.monotonic() + 100)
+    await cache.get_latest_many(["u-1"])
+    held = len(cache._entries)
+    tier.channel.distrust()
+    removed = {s.labels: s.value for s in cache.samples() if s.metric == "invalidations"}
+    assert removed.get(("distrust",), 0) == held
+    assert len(cache._entries) == 0
