@@ -760,3 +760,71 @@ def test_a_loop_that_ended_leaves_no_user_stuck() -> None:
     asyncio.run(go_on())
     assert mirrored(shadow)["ok"] == 1
     assert shadow._pending == 0
+
+
+async def test_an_unfinished_delete_says_all_that_is_left() -> None:
+    """The tiers inside a side by their own names, with the user and the layer as attributes."""
+    inner, candidate = Trial(), Trial()
+    inner.error = ErasureIncompleteError("left", pending=("redis", "l1"))
+    candidate.error = UnavailableError("down")
+    shadow = Shadow(inner, candidate=candidate)
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await shadow.delete("u-1")
+    assert caught.value.pending == ("redis", "l1", "Trial")
+    assert (caught.value.layer, caught.value.user_id) == ("Shadow", "u-1")
+    assert shadow._lanes == {}
+
+
+async def test_both_down_is_down() -> None:
+    """The candidate's own state never makes the report better."""
+
+    class Down(Trial):
+        async def health_check(self) -> bool:
+            return False
+
+    assert (await Shadow(Down(), candidate=Down()).health_report()).status is (
+        HealthStatus.UNHEALTHY
+    )
+
+
+async def test_writes_that_failed_are_copied_later_within_bounds() -> None:
+    """At most ``max_pending`` wait for their time, more are dropped; closing drops those too."""
+    clock = FakeClock()
+    inner, candidate = Trial(), Trial()
+    shadow = Shadow(inner, candidate=candidate, timeout=1, max_pending=2, clock=clock)
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+    for number in range(3):
+        with pytest.raises(UnavailableError):
+            await shadow.upsert_latest(state(f"u-{number}"))
+    assert mirrored(shadow) == {"dropped": 1}
+    inner.error = None
+    await MemoryStore.upsert_latest(inner, state("u-0"))
+    await clock.advance(1)
+    await settle()
+    assert shadow._timers == set()
+    assert await MemoryStore.get_latest(candidate, "u-0") == state("u-0")
+    assert await MemoryStore.get_latest(candidate, "u-1") is None
+    assert mirrored(shadow) == {"dropped": 1, "ok": 2}
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+    with pytest.raises(UnavailableError):
+        await shadow.upsert_latest(state("u-3"))
+    await shadow.aclose()
+    assert mirrored(shadow) == {"dropped": 2, "ok": 2}
+    assert clock.pending == 0
+
+
+async def test_an_empty_history_is_compared_with_nothing() -> None:
+    """The candidate may know only of what was written since; nor is it asked outside the share."""
+    candidate = Trial()
+    shadow = Shadow(MemoryStore(), candidate=candidate)
+    assert await shadow.get_history("u-1", 5) == []
+    await settle()
+    assert candidate.calls == []
+    inner = MemoryStore()
+    await inner.upsert_latest(state())
+    outside = Shadow(inner, candidate=candidate, share=0.0, drain_seconds=0)
+    assert await outside.get_history("u-1", 5) == [state()]
+    await settle()
+    assert candidate.calls == []
+    await outside.delete("u-1")
+    assert candidate.calls == ["delete"]  # erasures reach everybody's copy
