@@ -568,3 +568,36 @@ async def test_a_refusal_says_what_was_refused_and_for_how_long() -> None:
     assert caught.value.retry_after == 0.0
     gate.open()
     await trial
+
+
+async def test_each_failed_trial_in_a_row_may_double_the_wait() -> None:
+    """2, 4 and 8 times, as drawn at the upper end."""
+
+    class Longest(random.Random):
+        def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+            return b
+
+    clock = FakeClock()
+    breaker, _ = await opened(
+        down(), down(), down(), clock=clock, open_for=5, max_open_for=1000, random=Longest()
+    )
+    for wait in (5, 10, 20, 40):
+        with pytest.raises(CircuitOpenError) as caught:
+            await breaker.delete("u-1")
+        assert caught.value.retry_after == wait
+        await clock.advance(wait)
+        if wait < 40:
+            assert await call(breaker) == [UnavailableError]
+
+
+async def test_its_log_lines_name_the_block_of_the_config(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By its id where it has one, else by its class."""
+    breaker, _ = await opened(clock=FakeClock(), open_for=2)
+    breaker.block_id = "guard"  # type: ignore[attr-defined]
+    breaker._tell()
+    assert [record.facts for record in caplog.records] == [  # type: ignore[attr-defined]
+        {"layer": "CircuitBreaker", "retry_after": 2.0},
+        {"layer": "guard", "retry_after": 2.0},
+    ]

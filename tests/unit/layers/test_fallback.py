@@ -193,8 +193,10 @@ async def test_an_erasure_that_is_not_finished_says_where(
 ) -> None:
     """Both are always asked; those that failed are named; repeating is invited."""
     inner, secondary = Left(left), Right(right)
+    fallback = Fallback(inner, secondary=secondary)
     with pytest.raises(ErasureIncompleteError) as caught:
-        await Fallback(inner, secondary=secondary).delete("u-1")
+        await fallback.delete("u-1")
+    assert Sample("erasures_incomplete", 1) in fallback.samples()
     assert caught.value.pending == pending
     assert caught.value.retryable
     assert caught.value.__cause__ is (left or right)
