@@ -341,3 +341,108 @@ def test_rules_for_tests_are_silent_in_tests(monkeypatch: pytest.MonkeyPatch) ->
         load_stack({"use": "memory", "id": "db"}, overrides={"db": MemoryStore()})
     with pytest.warns(LintWarning, match="LS022"):
         load_stack({"use": "memory"})
+
+
+@dataclass(eq=False, repr=False)
+class Chaos(_Around):
+    """A third party's block that says of itself that it injects faults."""
+
+    injects_faults: ClassVar[bool] = True
+
+
+class Pool:
+    """An engine with a pool, as SQLAlchemy's."""
+
+    def __init__(self, size: int, overflow: int) -> None:
+        self.sync_engine = self.pool = self
+        self._size, self._max_overflow = size, overflow
+
+    def size(self) -> int:
+        return self._size
+
+
+def _with_engine(size: int, overflow: int) -> StateStore:
+    store = Sql()
+    store.engine = Pool(size, overflow)  # type: ignore[attr-defined]
+    return store
+
+
+def _reasons(stack: StateStore, **options: Any) -> dict[str, str]:
+    return {finding.rule: finding.reason for finding in lint(stack, **options)}
+
+
+def test_reasons_tell_the_numbers() -> None:
+    """Those of the stack at hand, computed: attempts, seconds, connections."""
+    driver = Sql(timeout=1)
+    driver.driver_retries = 4  # type: ignore[attr-defined]
+    for stack, rule, words in (
+        (Timeout(Retry(Sql()), seconds=2), "LS002", "uses up the 2 s"),
+        (Retry(driver, attempts=5), "LS004", "each call 4 times below Retry, up to 25 attempts"),
+        (Retry(Retry(Sql(timeout=1), attempts=5), attempts=4), "LS005", "up to 20 of one call"),
+        (
+            Timeout(Retry(Timeout(Sql(), seconds=1), attempts=3), seconds=2),
+            "LS007",
+            "3 attempts of 1 s need 3 s, but the Timeout outside ends the call after 2 s",
+        ),
+        (
+            Bulkhead(_with_engine(3, 4), max_in_flight=8),
+            "LS026",
+            "8 calls are let in but Sql has 7",
+        ),
+        (Cached(Redis(ttl=30), ttl=60), "LS009", "lives 60 s here but 30 s in Redis"),
+        (Cached(Redis(), ttl=60), "LS011", "up to 60 s late"),
+        (Cached(Cached(Sql(), ttl=7), ttl=5), "LS040", "may be 12 s old"),
+        (Redis(ttl=30), "LS042", "not written for 30 s"),
+    ):
+        assert words in _reasons(stack).get(rule, f"{rule} is silent"), rule
+
+
+def test_what_is_enough_is_not_complained_about() -> None:
+    """The nearest stack that is right: limits, pools and blocks that only look like others."""
+    for stack, rule in (
+        (Retry(Sql(timeout=1)), "LS004"),
+        (Bulkhead(_with_engine(3, 5), max_in_flight=8), "LS026"),
+        (Bulkhead(_with_engine(3, -1), max_in_flight=8), "LS026"),
+        (Timeout(Retry(Timeout(Sql(), seconds=3), attempts=3), seconds=3), "LS007"),
+        (Retry(Sql(timeout=1), retry_on=(StoreError,)), "LS006"),
+        (Retry(Sql(timeout=1)), "LS007"),
+        (Cached(WriteThrough(MemoryStore(), origin=Sql())), "LS011"),
+        (Cached(Sql()), "LS028"),
+        (Sql(), "LS017"),
+    ):
+        assert rule not in _reasons(stack), rule
+    assert "LS028" in _reasons(Chaos(Sql()))
+    breaker = Breaker(Sql(timeout=1))
+    one = Retry(breaker, retry_on=StoreError)  # type: ignore[arg-type]
+    assert "LS006" in _reasons(one)
+    for name in ("on", "retry_if"):
+        odd = Retry(breaker)
+        odd.retry_on = ()
+        setattr(odd, name, [StoreError])
+        assert "LS006" in _reasons(odd), name
+        setattr(odd, name, ["text"])
+        assert "LS006" not in _reasons(odd), name
+
+
+def test_a_layer_that_hides_several_things_is_told_all() -> None:
+    """By the names of the operations."""
+
+    class Bare(StateStore):
+        def __init__(self, inner: StateStore) -> None:
+            self.inner = inner
+
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return await self.inner.get_latest(user_id)
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await self.inner.upsert_latest(snapshot)
+
+    class Some(Bare):
+        async def delete(self, user_id: str) -> None:
+            await self.inner.delete(user_id)
+
+        async def health_check(self) -> bool:
+            return await self.inner.health_check()
+
+    assert "does not forward delete, get_history, health, so" in _reasons(Bare(Sql()))["LS017"]
+    assert "does not forward get_history, so" in _reasons(Some(Sql()))["LS017"]
