@@ -77,8 +77,10 @@ async def test_every_step_of_the_protocol_runs_in_every_bucket(cluster: Cluster)
     begun = await tier.begin("me", await origin.head())
     changes = [Change(store.digest(user), 1, erased=False) for user in USERS]
     await tier.repair(changes)
-    assert await tier.stamp(begun, begun.cursor, 60.0)
-    for user in USERS:
+    for user in {store.bucket_of(store.digest(user)): user for user in USERS}.values():
+        # Anew for each: trust lasts 2 s, and a busy machine may take longer over all of them.
+        begun = await tier.begin("me", begun.cursor)
+        assert await tier.stamp(begun, begun.cursor, 2.0)
         ticket = await tier.ticket(user)
         record = await origin.write(state(user, 1))
         await tier.put(user, record, ticket)
