@@ -300,7 +300,7 @@ FAULTS = {
             "without_l1",
             ("own writes", "monotonic"),
             _method(GuardedCopies, "_floor", lambda self, user_id: 0),
-            first=14,
+            first=49,
         ),
         Fault(
             "no token",
@@ -308,7 +308,7 @@ FAULTS = {
             ("stale", "erased", "monotonic", "own writes", "converged"),
             # Other nets hold unless the fill is late; being late is no fault in itself.
             _both(SLOW_FILLS, _script("FILL", ("if r ~= ARGV[1] then return 0 end", ""))),
-            first=10,
+            first=24,
         ),
         Fault(
             "no version guard",
@@ -328,7 +328,7 @@ FAULTS = {
                     ("local copy =", "redis.call('DEL', KEYS[1]) r = nil g = nil local copy ="),
                 ),
             ),
-            first=16,
+            first=22,
         ),
         Fault(
             "late burial in empty ground",
@@ -342,7 +342,7 @@ FAULTS = {
             "without_l1",
             ("late",),
             _method(KnownErasures, "before", lambda *_: False),
-            first=0,
+            first=1,
         ),
         Fault(
             "no stamp",
@@ -368,7 +368,7 @@ FAULTS = {
             "three_tiers",
             ("erased",),
             _method(GuardedCopies, "_wait_for_leases", _nothing),
-            first=2,
+            first=4,
         ),
         Fault(
             "L1 set before the record",
@@ -389,14 +389,14 @@ FAULTS = {
             "three_tiers",
             ("stale",),
             _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
-            first=20,
+            first=47,
         ),
         Fault(
             "repair anchored at now",
             "without_l1",
             ("stale", "erased", "converged"),
             _method(RedisTier, "begin", _begin_now),
-            first=12,
+            first=1,
         ),
         Fault(
             "L1 kept after channel loss",
@@ -410,7 +410,7 @@ FAULTS = {
             "resilient",
             ("doubled", "history"),
             _method(MemoryStore, "_write", _write_again),
-            first=2,
+            first=5,
         ),
         Fault(
             "stale served after erasure",
@@ -453,7 +453,7 @@ FAULTS = {
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _both(SILENT_WRITERS, _script("BEGIN", ("tell(ARGV[5], '0', '0', '')", ""))),
-            first=63,
+            first=112,
         ),
         Fault(
             "loads joined without a lease",
