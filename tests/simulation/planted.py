@@ -238,10 +238,10 @@ async def _erase_again(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
 _keep = Cached._keep
 
 
-def _keep_for_ever(self: Cached, user_id: str, value: Any, version: int = 0) -> None:
+def _keep_for_ever(self: Cached, user_id: str, value: Any, *rest: Any) -> None:
     if value is not None:
         self.__dict__.setdefault("graves", {})[user_id] = value
-    _keep(self, user_id, value, version)
+    _keep(self, user_id, value, *rest)
 
 
 async def _from_the_grave(self: Cached, user_id: str, exc: Exception) -> Any:
