@@ -403,7 +403,7 @@ FAULTS = {
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _method(GuardedCopies, "_distrust", _distrust_leases_only),
-            first=4,
+            first=51,
         ),
         Fault(
             "double history append",
@@ -487,7 +487,6 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "monotonic", "converged"),
             _method(redis_tier, "_server", _same_server),
-            first=455,
         ),
         Fault(
             "erasures are filled and not told",
