@@ -280,7 +280,7 @@ async def test_case_48_a_repairer_that_was_stopped_vouches_for_nothing(tmp_path:
 
         store = RedisStore(redis_url(server.port))
         tier = store.capability(CacheTier)
-        begun = await tier.begin("me", await sql.head(), TRUST_SECONDS)
+        begun = await tier.begin("me", await sql.head())
         assert begun is not None
         await tier.stamp(begun, begun.cursor, -0.001)
         assert not (await tier.read("u")).trusted

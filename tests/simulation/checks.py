@@ -122,7 +122,12 @@ def _check_acknowledged(
     if len(values) != len(set(values)):
         twice = next(value for value in values if values.count(value) > 1)
         raise Violation("doubled", f"write {twice} was committed twice")
-    deletes = {call.began: call.ended or 0 for call in calls if call.kind == "delete"}
+    # One whose process died never returned, so it is under way to the end.
+    deletes = {
+        call.began: _NEVER if call.ended is None else call.ended
+        for call in calls
+        if call.kind == "delete"
+    }
     for call in calls:
         if call.kind != "upsert" or not call.ok or call.value in place:
             continue

@@ -32,6 +32,15 @@ def test_a_register_may_overlap_but_not_go_back() -> None:
         check_register([write, call("read", 1, 3, 4), call("read", None, 5, 7)])
 
 
+def test_a_write_beside_an_erasure_that_never_returned_may_be_dropped() -> None:
+    """The deleter died after its commit: it is under way for ever. One that returned is not."""
+    died = Call("P0", "delete", "ann", None, 2, 0.2)
+    write = call("upsert", 1, 5, 8)
+    check_fleet([died, write], [commit(3, None, 2)], 2.0)
+    with pytest.raises(Violation, match="lost"):
+        check_fleet([call("delete", None, 2, 4), write], [commit(3, None, 2)], 2.0)
+
+
 def test_a_write_that_failed_may_happen_later_or_never() -> None:
     """Its outcome is unknown, so both are explained; to be undone is not."""
     failed = call("upsert", 1, 2, 3, outcome="StoreTimeoutError")
