@@ -109,9 +109,7 @@ _current: ContextVar[Call | None] = ContextVar("layered_store_call", default=Non
 
 
 def _new(clock: Clock) -> Call:
-    call = Call(os.urandom(16), clock.monotonic(), clock)
-    call.fresh = True
-    return call
+    return Call(os.urandom(16), clock.monotonic(), clock, fresh=True)
 
 
 class call_begins:  # noqa: N801  used like a function: with call_begins():

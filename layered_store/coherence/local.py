@@ -162,9 +162,10 @@ class LocalCopies:
         return CopiesRead(usable, fillable=True)
 
     def _believed(self, user_id: str, copy: object) -> bool:
-        if copy is not None and not is_state_of(copy, user_id):
+        right = is_state_of(copy, user_id)
+        if copy is not None and not right:
             self.failures["read"] += 1
-        return self.usable(user_id) and is_state_of(copy, user_id)
+        return right and self.usable(user_id)
 
     def watch(self, user_id: str) -> tuple[_User, int]:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""
