@@ -14,7 +14,7 @@ from layered_store.stores.redis.failures import ConnectionLostError, ReplyError,
 from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from layered_store.clock import Clock, TimerHandle
     from layered_store.stores.redis.address import Address
@@ -136,13 +136,16 @@ class LaneLink:
         if self._closed:
             _fail(waiting, ClosedError("this store was closed; build a new one"))
             return futures
-        self._waiting.append(waiting)
-        if self._timer is None:
-            self._timer = limits.clock.call_later(
-                limits.connect_timeout + limits.timeout, self._watch
-            )
-        self._connect()
+        self._queue((waiting,))
         return futures
+
+    def _queue(self, waiting: Iterable[_Waiting]) -> None:
+        limits = self._limits
+        self._waiting.extend(waiting)
+        if self._timer is None:
+            left = self._waiting[0].deadline - limits.clock.monotonic()
+            self._timer = limits.clock.call_later(left, self._watch)
+        self._connect()
 
     def _watch(self) -> None:
         """Give up what waited too long."""
@@ -253,8 +256,23 @@ class LaneLink:
         if failure is None:
             self._advance()
         elif not self._lanes:
+            late = self._came_late() if isinstance(failure, TimeoutError) else deque()
             self._give_up(failure)
+            if late:
+                self._queue(late)
         # Else those who wait get a place as soon as others have their replies.
+
+    def _came_late(self) -> deque[_Waiting]:
+        """Take out those who came in the second half of an attempt: the next one is theirs too.
+
+        The server may well have come back since the attempt began.
+        """
+        limits = self._limits
+        half = limits.clock.monotonic() + limits.timeout + limits.connect_timeout / 2
+        late: deque[_Waiting] = deque()
+        while self._waiting and self._waiting[-1].deadline > half:
+            late.appendleft(self._waiting.pop())
+        return late
 
     async def _open_lane(self) -> Exception | None:
         from layered_store.stores.redis.lane import Lane  # noqa: PLC0415

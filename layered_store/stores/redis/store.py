@@ -109,7 +109,8 @@ class RedisStore(StateStore, Enumerable):
         snapshot_type: the class of the snapshots it keeps.
         digest_key: secret for the users' digests in keys, 0 to 64 bytes; the same for all who share
             data. With none, known user ids can be recognised in a dump.
-        connect_timeout: seconds to establish a connection.
+        connect_timeout: seconds to establish a connection. A call that comes in the second half of
+            an attempt that others wait for has the next one too: 1.5 times this at most.
         timeout: seconds one reply may take.
         max_connections: connections per event loop and server. One carries a thousand calls at
             once; more calls than all can carry wait for a place.

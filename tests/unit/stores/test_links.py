@@ -65,6 +65,40 @@ async def test_whoever_waits_for_a_connection_waits_in_order_and_in_time() -> No
     assert isinstance(link.send_now(b"later").result().__cause__, ClosedError)
 
 
+async def test_who_comes_late_into_an_attempt_has_the_next_one_too() -> None:
+    """A server that came back during a hung attempt is not reported as hung to late comers."""
+    clock = FakeClock()
+    link = LaneLink(Address(), Limits(1.0, 1.0, 1, clock))
+    attempts = 0
+
+    async def open_lane() -> Exception | None:
+        nonlocal attempts
+        attempts += 1
+        try:
+            async with clock.timeout(1.0):
+                await asyncio.Event().wait()
+        except TimeoutError as exc:
+            return exc
+        return None
+
+    link._open_lane = open_lane  # type: ignore[method-assign]
+    first = link.send_now(b"first")
+    await clock.advance(0.4)
+    early = link.send_now(b"early")
+    await clock.advance(0.4)
+    late, later = link.send_now(b"late"), link.read_now(b"later")
+    await clock.advance(0.3)
+    assert attempts == 2
+    for future in (first, early):
+        assert isinstance(future.result().__cause__, TimeoutError)
+    assert not late.done() and not later.done()
+    await clock.advance(1.0)
+    for future in (late, later):
+        assert isinstance(future.result().__cause__, TimeoutError)
+    assert attempts == 2
+    await link.aclose()
+
+
 class Kept:
     """A lane that keeps what it is given."""
 
