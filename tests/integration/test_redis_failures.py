@@ -14,6 +14,7 @@ from redis_servers import BINARY, Server, free_port, running
 from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
+from layered_store.testing.clock import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -139,6 +140,48 @@ async def test_hung_server_costs_the_time_limit(server: Server) -> None:
     await store.get_latest("u-1")
     assert await store.health_check()
     await store.aclose()
+
+
+async def test_a_read_that_comes_late_to_a_hung_connection_has_another() -> None:
+    """A connection is given up for its oldest call; reads that had hardly begun go on elsewhere."""
+    clock = FakeClock()
+    answers: list[bytes] = [b"", b"*2\r\n$-1\r\n$-1\r\n"]
+    asked: list[bytes] = []
+    arrived = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answer = answers.pop(0)
+        while data := await reader.read(1000):
+            asked.append(data)
+            arrived.set()
+            writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        store = RedisStore(url, timeout=1.0, connect_timeout=1.0, clock=clock)
+
+        async def begin(*works: Awaitable[object]) -> list[asyncio.Future[object]]:
+            arrived.clear()
+            tasks = [asyncio.ensure_future(work) for work in works]
+            await arrived.wait()
+            return tasks
+
+        (old,) = await begin(store.get_latest("old"))
+        await clock.advance(0.4)
+        (early,) = await begin(store.get_latest("early"))
+        await clock.advance(0.3)
+        late = await begin(store.get_latest("late"), store.get_latest("later"))
+        (write,) = await begin(store.upsert_latest(StateSnapshot("late")))
+        del asked[:]
+        arrived.clear()
+        await clock.advance(0.4)
+        assert isinstance(await failure(old), StoreTimeoutError)
+        assert isinstance(await failure(early), StoreTimeoutError)
+        assert (await failure(write)).outcome_unknown
+        assert await asyncio.gather(*late) == [None, None]
+        assert len(asked) == 1 and asked[0].startswith(b"*3\r\n$4\r\nMGET")
+        await store.aclose()
 
 
 async def test_busy_process_is_no_timeout(server: Server) -> None:

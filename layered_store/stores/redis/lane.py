@@ -24,7 +24,7 @@ from layered_store.stores.redis.failures import (
 from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from layered_store.clock import Clock, TimerHandle
 
@@ -49,8 +49,14 @@ class _Reads:
 
     def pack(self) -> bytes:
         """Return the command; a key that several wait for is asked for once."""
+        if len(self._keys) == 1:
+            return pack_command(("GET",), self._keys)
         unique = list(dict.fromkeys(self._keys))
         return pack_command(("MGET",), unique)
+
+    def items(self) -> Iterator[tuple[bytes, asyncio.Future[Any]]]:
+        """Yield each key with who waits for it."""
+        return zip(self._keys, self._futures, strict=True)
 
     def done(self) -> bool:
         return False
@@ -80,7 +86,8 @@ class Lane(asyncio.Protocol):
     Args:
         connection: redis-py's connection, established; the lane owns it from now on.
         clock: source of time.
-        limit: seconds that one reply may take; then the connection is given up.
+        limit: seconds that one reply may take; then the connection is given up, and reads that
+            came in the second half of that time are left in ``returned``.
         changed: called when replies have come or the lane has ended.
     """
 
@@ -91,6 +98,8 @@ class Lane(asyncio.Protocol):
         # Whether the server refused in a way that another connection may not.
         self.outdated = False
         self.pending: deque[asyncio.Future[Any] | _Reads] = deque()
+        # Reads that had hardly begun when the lane was given up: another lane may answer them.
+        self.returned: list[tuple[bytes, asyncio.Future[Any]]] = []
         self._clock = clock
         self._limit = limit
         self._changed = changed
@@ -196,11 +205,6 @@ class Lane(asyncio.Protocol):
     def _pack_reads(self) -> None:
         keys, readers = self._keys, self._readers
         self._keys, self._readers = [], []
-        if len(keys) == 1:
-            self.pending.append(readers[0])
-            self._buffer.append(pack_command(("GET",), keys))
-            self._unsent += 1
-            return
         for at in range(0, len(keys), _READS):
             reads = _Reads(keys[at : at + _READS], readers[at : at + _READS])
             self.pending.append(reads)
@@ -256,14 +260,29 @@ class Lane(asyncio.Protocol):
         self._unsent = 0
         pending, self.pending = self.pending, deque()
         self._buffer.clear()
+        young = self._first_young(cause, len(pending))
         for index, future in enumerate(pending):
-            if not future.done():
+            if index >= young and type(future) is _Reads:
+                self.returned += future.items()
+            elif not future.done():
                 future.set_result(cause if index < sent else not_sent(cause))
-        readers, self._readers, self._keys = self._readers, [], []
-        for reader in readers:
-            if not reader.done():
-                reader.set_result(not_sent(cause))
+        keys, self._keys = self._keys, []
+        readers, self._readers = self._readers, []
+        if type(cause) is TimeoutError:
+            self.returned += zip(keys, readers, strict=True)
+        else:
+            for reader in readers:
+                if not reader.done():
+                    reader.set_result(not_sent(cause))
         self._rest()
+
+    def _first_young(self, cause: Exception, count: int) -> int:
+        """Return from which of the pending calls on less than half of the limit is over."""
+        if type(cause) is not TimeoutError:
+            return count
+        half = self._clock.monotonic() + self._limit / 2
+        old = [number for number, deadline in self._deadlines if deadline <= half]
+        return max(0, old[-1] - self._answered) if old else 0
 
     def _rest(self) -> None:
         """Tell whoever waits for it that nothing is under way."""

@@ -185,8 +185,22 @@ class LaneLink:
                 task = self.loop.create_task(_retire(lane))
                 _retiring.add(task)
                 task.add_done_callback(_retiring.discard)
+        if lane.returned:
+            returned, lane.returned = lane.returned, []
+            self._read_again(returned)
         if self._waiting:
             self._advance()
+
+    def _read_again(self, reads: list[tuple[bytes, asyncio.Future[Any]]]) -> None:
+        """Have another lane answer what a hung one had hardly begun."""
+        limits = self._limits
+        deadline = limits.clock.monotonic() + limits.connect_timeout + limits.timeout
+        waiting = [_Waiting([future], b"", deadline, key) for key, future in reads]
+        if not self._closed:
+            self._queue(waiting)
+            return
+        for each in waiting:
+            _fail(each, TimeoutError())
 
     async def connect(self, key: bytes) -> Any:  # noqa: ARG002  one server has all keys
         """Return a connection of the driver to the server that has this key."""

@@ -111,7 +111,8 @@ class RedisStore(StateStore, Enumerable):
             data. With none, known user ids can be recognised in a dump.
         connect_timeout: seconds to establish a connection. A call that comes in the second half of
             an attempt that others wait for has the next one too: 1.5 times this at most.
-        timeout: seconds one reply may take.
+        timeout: seconds one reply may take. Then the connection is given up; reads that came in the
+            second half of that time go out once more over another.
         max_connections: connections per event loop and server. One carries a thousand calls at
             once; more calls than all can carry wait for a place.
         probe_seconds: time limit of a health probe.
