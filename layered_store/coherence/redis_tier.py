@@ -342,7 +342,7 @@ class RedisTier(CacheTier):
 
         async def ask(bucket: str) -> bool:
             keys = (self._guard(bucket), self._repair(bucket), self._lock(bucket))
-            args = (me, head, _LOCK_MS, os.urandom(16), self._channel(bucket))
+            args = (me, head, _LOCK_MS, _new_generation(), self._channel(bucket))
             reply = await self._run(bucket, "BEGIN", keys, *args)
             if reply:
                 began, generation, cursor, number = reply
@@ -368,7 +368,7 @@ class RedisTier(CacheTier):
 
         async def renew(bucket: str, before: bytes) -> None:
             keys = (self._guard(bucket), self._repair(bucket))
-            args = (before, os.urandom(16), head, number, self._channel(bucket))
+            args = (before, _new_generation(), head, number, self._channel(bucket))
             await self._run(bucket, "RENEW", keys, *args)
 
         await _together(map(renew, self._store.buckets, old))
@@ -706,3 +706,8 @@ def _holders(reply: Any, me: str) -> Holders:
         if float(until) / 1000 > now - _STEP_SECONDS:
             others[name.decode()] = (float(until) / 1000, float(seen) / 1000)
     return Holders(now, now - born, others)
+
+
+def _new_generation() -> bytes:
+    # Not two zeros in front: that is how a record tells that no tier wrote it.
+    return b"\x01" + os.urandom(16)[1:]

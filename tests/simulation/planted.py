@@ -19,8 +19,8 @@ from layered_store.coherence.local import LocalCopies
 from layered_store.coherence.redis_tier import RedisTier
 from layered_store.layers import cached
 from layered_store.layers.cached import Cached
+from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.memory import MemoryStore
-from layered_store.stores.sql.erasures import KnownErasures
 from tests.simulation import plan
 from tests.simulation.shapes import CLOCK
 

@@ -14,8 +14,8 @@ from layered_store.layers.cached import Cached
 from layered_store.layers.metrics import Metrics
 from layered_store.layers.retry import Retry
 from layered_store.snapshot import StateSnapshot
+from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.memory import MemoryStore
-from layered_store.stores.sql.erasures import KnownErasures
 from layered_store.testing import Faults
 from layered_store.testing.clock import FakeClock
 

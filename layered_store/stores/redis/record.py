@@ -5,7 +5,8 @@
     bytes 0-2    "LS" and the form of the rest (1)
     byte  3      kind: S state, F state that a reader filled in, D tombstone, T token
     bytes 4-11   version, big-endian, below 2**53 since Lua counts in doubles
-    bytes 12-27  generation of a shared cache tier; zeros when the store is used on its own
+    bytes 12-27  generation of a shared cache tier. When the store is used on its own: of a state
+                 that followed an erasure, the version and the time of that one; else zeros
     byte  28     number of write ids that follow, newest first, 16 bytes each
     then         the snapshot in the form of :mod:`layered_store.codec`; for a tombstone of a store
                  that is used on its own, the time of the erasure (8 bytes, microseconds)
@@ -56,7 +57,7 @@ class Record(NamedTuple):
     Args:
         kind: :data:`STATE`, :data:`FILLED`, :data:`TOMBSTONE` or :data:`TOKEN`.
         version: of the user's state, growing with every write.
-        generation: of the cache tier that the record belongs to; zeros outside of one.
+        generation: of the cache tier that the record belongs to; outside of one see above.
         write_ids: of the latest writes, newest first, so that a repeat is recognised.
         body: the encoded snapshot; of a tombstone, nothing or the time of the erasure.
     """
@@ -66,6 +67,11 @@ class Record(NamedTuple):
     generation: bytes
     write_ids: tuple[bytes, ...]
     body: bytes
+
+    @property
+    def shared(self) -> bool:
+        """Whether a cache tier wrote it: generations do not begin with two zeros."""
+        return not self.generation.startswith(b"\0\0")
 
 
 def pack(

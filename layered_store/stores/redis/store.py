@@ -26,7 +26,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
-from layered_store.call import current_call
+from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.enumerable import Enumerable, UserPage
@@ -53,12 +53,13 @@ from layered_store.running import running_loop
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
+from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.redis.failures import ReplyError, translate
+from layered_store.stores.redis.late import Write, settle
 from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
 from layered_store.stores.redis.record import (
     FILLED,
     MAGIC,
-    NO_GENERATION,
     STATE,
     TOKEN,
     TOMBSTONE,
@@ -70,6 +71,7 @@ from layered_store.stores.redis.wire import pack_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from layered_store.call import Call
     from layered_store.coherence.redis_tier import RedisTier
     from layered_store.stores.redis.address import Address
     from layered_store.stores.redis.wire import Command
@@ -171,6 +173,7 @@ class RedisStore(StateStore, Enumerable):
             for n in range(_CLUSTER_BUCKETS if self._cluster else 1)
         }
         self.buckets = tuple(self._key_heads)
+        self._erasures = {bucket: KnownErasures(self.clock) for bucket in self.buckets}
         self._state_head = self._key_heads["0"] + b"s:"
         self._codec = SnapshotCodec(self.snapshot_type)
         self._link: LaneLink | ClientLink | None = None
@@ -184,9 +187,11 @@ class RedisStore(StateStore, Enumerable):
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
         call = current_call(self.clock)
-        command = self._upsert(snapshot, call.id_of(snapshot), call.began(self.clock))
+        write = self._write(snapshot, call.id_of(snapshot), call, first=call.first_attempt())
+        sent = self.clock.monotonic()
+        command = self._upsert(write)
         reply = await self._call(command, Op.UPSERT_LATEST, write=True, script=UPSERT)
-        if reply == 0:
+        if reply != 1 and not await self._settle(write, reply, sent, Op.UPSERT_LATEST):
             call.superseded = True
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
@@ -222,7 +227,9 @@ class RedisStore(StateStore, Enumerable):
             "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
             current_call(self.clock).write_id,
         )  # fmt: skip
-        await self._call(command, Op.DELETE, write=True, script=ERASE)
+        version = await self._call(command, Op.DELETE, write=True, script=ERASE)
+        if version:
+            self._erasures_of(digest).made(digest, version, next_order())
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY)
@@ -283,10 +290,13 @@ class RedisStore(StateStore, Enumerable):
         if not batch:
             return
         call = current_call(self.clock)
-        commands = [
-            self._upsert(snapshot, call.part(index), call.began(self.clock))
+        first = call.first_attempt()
+        writes = [
+            self._write(snapshot, call.part(index), call, first=first)
             for index, snapshot in enumerate(batch)
         ]
+        sent = self.clock.monotonic()
+        commands = [self._upsert(write) for write in writes]
         # The first goes alone, so that the script is known and the rest keep their order.
         replies = [await self._send(link, commands[0], UPSERT)]
         if not isinstance(replies[0], Exception):
@@ -296,9 +306,13 @@ class RedisStore(StateStore, Enumerable):
                 replies[index] = await self._send(link, commands[index], UPSERT)
         for reply in replies:
             self._checked(reply, Op.UPSERT_LATEST_MANY, write=True)
-        last = {snapshot.user_id: index for index, snapshot in enumerate(batch)}
-        if any(replies[index] == 0 for index in last.values()):
-            call.superseded = True
+        last = {write.digest: write for write in writes}
+        latest = {write.digest: reply for write, reply in zip(writes, replies, strict=True)}
+        for write, reply in zip(writes, replies, strict=True):
+            if latest[write.digest] == 1:
+                continue  # an earlier one that is not stored would come on top of it
+            if not await self._settle(write, reply, sent, Op.UPSERT_LATEST_MANY):
+                call.superseded |= write is last[write.digest]
 
     async def users(self, cursor: str, limit: int) -> UserPage:
         from layered_store.stores.redis.listing import list_users  # noqa: PLC0415
@@ -323,7 +337,7 @@ class RedisStore(StateStore, Enumerable):
             note = "" if value is None else "what stands there is no record"
             return Peek(Held.ABSENT, time_left=time_left, note=note)
         answers = True
-        if record.generation != NO_GENERATION:
+        if record.shared:
             guard = await self.command("GET", guard_key, operation="peek", write=False)
             answers = guard is not None and guard[:16] == record.generation
         note = "" if answers else "not trusted before the next repair pass"
@@ -488,14 +502,39 @@ class RedisStore(StateStore, Enumerable):
 
     # How a call goes out and what its reply means.
 
-    def _upsert(self, snapshot: StateSnapshot, write_id: bytes, started: float) -> Command:
-        digest = self.digest(snapshot.user_id)
-        age = max(0, int((self.clock.monotonic() - started) * 1_000_000))
-        body = self._codec.encode(snapshot)
-        return (
-            "EVALSHA", UPSERT.sha, 2, self.key(digest), self.key(digest, "h"),
-            write_id, age, self._ttl_ms, self.history_limit, body,
+    def _write(
+        self, snapshot: StateSnapshot, write_id: bytes, call: Call, *, first: bool
+    ) -> Write:
+        digest, body = self.digest(snapshot.user_id), self._codec.encode(snapshot)
+        return Write(digest, body, write_id, call.began(self.clock), call.order, first)
+
+    def _upsert(self, write: Write) -> Command:
+        known = self._erasures_of(write.digest).known_before(write.digest, write.order)
+        keys, args = self.upsert_parts(write, follows=known or 0)
+        return ("EVALSHA", UPSERT.sha, len(keys), *keys, *args)
+
+    def upsert_parts(
+        self, write: Write, *, follows: int
+    ) -> tuple[tuple[bytes, bytes], tuple[bytes | int, ...]]:
+        """Return keys and arguments of the script that stores a state.
+
+        Args:
+            write: what to store.
+            follows: version of the last erasure known to come before it; 0: none.
+        """
+        digest = write.digest
+        earliest = self._erasures_of(digest).earliest(write.started)
+        return (self.key(digest), self.key(digest, "h")), (
+            write.write_id, write.body, int(not write.first), earliest, follows,
+            _TOMBSTONE_MS, self._ttl_ms, self.history_limit,
         )  # fmt: skip
+
+    def _erasures_of(self, digest: bytes) -> KnownErasures:
+        # Each node of a cluster has a clock of its own.
+        return self._erasures[self.bucket_of(digest)]
+
+    async def _settle(self, write: Write, reply: Any, sent: float, operation: str) -> bool:
+        return await settle(self, self._erasures_of(write.digest), write, reply, sent, operation)
 
     async def _call(
         self, command: Command, operation: str, *, write: bool, script: RedisScript | None = None

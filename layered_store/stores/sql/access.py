@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from layered_store.clock import Clock
-    from layered_store.stores.sql.erasures import KnownErasures
+    from layered_store.stores.erasures import KnownErasures
     from layered_store.stores.sql.transactions import Rules
 
 __all__ = ["Access"]
@@ -271,7 +271,8 @@ class Access:
             firsts.setdefault(item.digest, item)
 
         async def at_once(desk: Desk) -> dict[bytes, int]:
-            pairs = [(item, self._erasures.known_before(item)) for item in firsts.values()]
+            known = self._erasures.known_before
+            pairs = [(item, known(item.digest, item.order)) for item in firsts.values()]
             session.committing = True
             try:
                 return await postgres.write_rows(desk.driver, texts, pairs, self._rules)

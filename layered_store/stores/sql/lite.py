@@ -241,7 +241,7 @@ def write_rows(
     session: LiteSession,
     writes: Sequence[Write],
     rules: Rules,
-    follows: Callable[[Write, int], bool],
+    follows: Callable[[bytes, int, int], bool],
 ) -> list[int] | None:
     """Store new snapshots in one transaction; return their versions.
 
@@ -288,7 +288,7 @@ def write_rows(
             digest = item.digest
             version, erased, previous = states.get(digest, unknown)
             if erased is not None:
-                if not follows(item, erased):
+                if not follows(item.digest, erased, item.order):
                     execute("ROLLBACK")
                     return None
                 revived.append((digest,))

@@ -45,7 +45,7 @@ from layered_store.options import (
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
-from layered_store.stores.sql.erasures import KnownErasures
+from layered_store.stores.erasures import KnownErasures
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import UnavailableError
-from layered_store.stores.sql.erasures import Began
+from layered_store.stores.erasures import Began
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from layered_store.clock import Clock
+    from layered_store.stores.erasures import KnownErasures
     from layered_store.stores.sql.dialects import Statements
-    from layered_store.stores.sql.erasures import KnownErasures
 
 __all__ = [
     "TOMBSTONE_US",

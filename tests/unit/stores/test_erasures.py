@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layered_store.errors import UnavailableError
-from layered_store.stores.sql.erasures import Began, KnownErasures
+from layered_store.stores.erasures import Began, KnownErasures
 from layered_store.testing.clock import FakeClock
 
 ZERO = 1_700_000_000_000_000
@@ -121,3 +121,30 @@ async def test_slow_answers_are_no_clock_that_was_set() -> None:
         await clock.advance(1)
         known.learn(answer(clock, trip=trip))
     assert known._old is None
+
+
+async def test_the_earliest_beginning_is_never_later_than_the_true_one() -> None:
+    """What is told to the server errs towards earlier, by the way there and the clocks' rates."""
+    clock = FakeClock()
+    await clock.advance(100)
+    known = KnownErasures(clock)
+    assert known.earliest(clock.monotonic()) == 0
+    known.learn(answer(clock, trip=0.01))
+    now = clock.monotonic()
+    assert at(now) - 5_100 < known.earliest(now) <= at(now) - 4_900
+    for apart in (-50.0, 50.0):
+        behind = at(now + apart) - known.earliest(now + apart)
+        assert 10_000 <= behind < 15_100
+
+
+async def test_within_a_short_round_trip_the_order_is_guessed() -> None:
+    """As if both ways took equally long; beyond it there is no guess."""
+    clock = FakeClock()
+    await clock.advance(100)
+    known = KnownErasures(clock)
+    now = clock.monotonic()
+    assert known.guess(now, at(now), 5_000) is None
+    known.learn(answer(clock, trip=0.004))
+    assert known.guess(now, at(now + 0.001), 5_000) is True
+    assert known.guess(now, at(now - 0.001), 5_000) is False
+    assert known.guess(now, at(now + 0.001), 3_000) is None

@@ -2,8 +2,8 @@
 
 A write that began before an erasure must not bring the user back, one that began after it must not
 be lost. Inside one process the order is known. Between processes only durations are compared: how
-long ago the write began, and how long ago the erasure was, on the database's clock. That clock may
-be set meanwhile; what then cannot be told is refused, never guessed.
+long ago the write began, and how long ago the erasure was, on the server's clock. That clock may be
+set meanwhile; what then cannot be told is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from layered_store.errors import UnavailableError
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock
-    from layered_store.stores.sql.transactions import Write
 
 __all__ = ["Began", "KnownErasures"]
 
@@ -112,15 +111,39 @@ class KnownErasures:
             return order < known[2]
         return False if order > known[2] else None
 
-    def follows(self, item: Write, version: int) -> bool:
+    def follows(self, digest: bytes, version: int, order: int) -> bool:
         """Tell whether a write is known to have begun after this erasure."""
-        known = self._known.get(item.digest)
-        return known is not None and known[0] == version and known[2] <= item.order
+        known = self._known.get(digest)
+        return known is not None and known[0] == version and known[2] <= order
 
-    def known_before(self, item: Write) -> int | None:
+    def known_before(self, digest: bytes, order: int) -> int | None:
         """Return the version of the last erasure known to come before a write."""
-        known = self._known.get(item.digest)
-        return known[0] if known is not None and known[2] <= item.order else None
+        known = self._known.get(digest)
+        return known[0] if known is not None and known[2] <= order else None
+
+    def earliest(self, started: float) -> int:
+        """Return the server's time before which a call cannot have begun; 0: not known."""
+        now = self._now
+        if now.low == float("-inf"):
+            return 0
+        apart = abs(now.received - started) * now.drift
+        return max(0, int(started * 1e6 + now.low - apart))
+
+    def guess(self, started: float, erased_at: int, width: float) -> bool | None:
+        """Tell whether a call began before an erasure when only a round trip lies between them.
+
+        Args:
+            started: when it began, on our clock.
+            erased_at: when the user was erased, on the server's.
+            width: microseconds within which to guess, as if both ways took equally long.
+
+        Returns:
+            None when what is known of the server's clock is less exact than that.
+        """
+        now = self._now
+        apart = abs(now.received - started) * now.drift
+        low, high = started * 1e6 + now.low - apart, started * 1e6 + now.high + apart
+        return (low + high) / 2 < erased_at if high - low <= width else None
 
     def learn(self, began: Began) -> None:
         """Compare the database's clock with what it was: it may have been set since."""
@@ -160,7 +183,7 @@ class KnownErasures:
         twice = answer is not False and self._twice[0] <= erased_at <= self._twice[1]
         if erased_at > now_us or set_since or twice:
             raise UnavailableError(
-                "the database's clock was set since the write began, or since its user was erased;"
+                "the server's clock was set since the write began, or since its user was erased;"
                 " nothing was stored, call again",
                 retryable=False,
             )
