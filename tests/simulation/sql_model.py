@@ -18,9 +18,9 @@ from layered_store.errors import StoreTimeoutError, UnavailableError
 from layered_store.identity import digest_function
 from layered_store.interface import StateStore
 from layered_store.snapshot import StateSnapshot
+from layered_store.stores import erasures
 from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.memory import MemoryStore
-from layered_store.stores.sql import erasures
 from layered_store.testing.explore import LoopClock
 from tests.simulation.clocks import WallClock
 from tests.simulation.loop import Process
