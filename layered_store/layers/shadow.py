@@ -268,7 +268,8 @@ class Shadow(Layer):
             user_id = snapshot.user_id
             if user_id not in lanes and self._mirrors(user_id):
                 lane = lanes[user_id] = self._lane(user_id)
-                lane.overlapped = lane.overlapped or lane.writing > 0
+                if lane.writing:
+                    lane.overlapped = True
                 lane.writing += 1
         deletes = {user_id: lane.deletes for user_id, lane in lanes.items()}
         written = False
