@@ -130,9 +130,11 @@ async def test_writes_that_overlap_no_more_are_mirrored_as_they_are() -> None:
     await settle()
     gate.set()
     await asyncio.gather(*both)
+    # What they left waits for the candidate still.
+    candidate.gate = asyncio.Event()
     await settle()
-    assert inner.calls.count("get") == 2
     await shadow.upsert_latest(state(0.3))
+    candidate.gate.set()
     await settle()
     assert inner.calls.count("get") == 2
     assert candidate.kept == inner.kept
@@ -149,6 +151,7 @@ async def test_while_a_user_is_erased_the_candidate_is_left_alone() -> None:
     await shadow.upsert_latest(NEW)
     await settle()
     assert candidate.calls == []
+    assert shadow._lanes["u-1"].task is None
     gate.set()
     await erasing
     await settle()
@@ -459,6 +462,51 @@ async def test_closing_leaves_no_count_of_what_waited() -> None:
     assert mirrored(shadow) == {"dropped": 3}
     assert (shadow._lanes, shadow._pending) == ({}, 0)
     assert asyncio.all_tasks() < before
+
+
+async def test_what_was_done_before_the_end_is_counted_once() -> None:
+    """Of three writes one was made, one is cut off, one is not begun."""
+    clock = FakeClock()
+    candidate = Simple()
+    shadow = Shadow(Simple(), candidate=candidate, timeout=60, drain_seconds=1, clock=clock)
+    first = candidate.gate = asyncio.Event()
+    for value in (0.1, 0.2, 0.3):
+        await shadow.upsert_latest(state(value))
+    await settle()
+    candidate.gate = asyncio.Event()
+    first.set()
+    closing = asyncio.create_task(shadow.aclose())
+    await clock.advance(1)
+    await closing
+    assert mirrored(shadow) == {"ok": 1, "dropped": 2}
+    assert candidate.calls == ["upsert", "upsert"]
+
+
+def test_closing_does_not_wait_for_another_event_loop() -> None:
+    """Nor fail because something runs there; what waits there is not begun."""
+    candidate = Simple()
+    shadow = Shadow(Simple(), candidate=candidate)
+    running, over = threading.Event(), threading.Event()
+
+    async def busy() -> None:
+        candidate.gate = asyncio.Event()
+        await shadow.upsert_latest(OLD)
+        await shadow.upsert_latest(NEW)
+        await settle()
+        running.set()
+        await asyncio.to_thread(over.wait)
+        candidate.gate.set()
+        await settle()
+
+    other = threading.Thread(target=lambda: asyncio.run(busy()))
+    other.start()
+    try:
+        assert running.wait(10)
+        asyncio.run(shadow.aclose())
+    finally:
+        over.set()
+        other.join()
+    assert mirrored(shadow) == {"ok": 1, "dropped": 1}
 
 
 async def test_a_candidate_that_hangs_does_not_keep_the_stack_from_opening() -> None:

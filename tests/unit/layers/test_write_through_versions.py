@@ -201,6 +201,12 @@ async def test_a_write_is_one_call_for_origin_and_tier() -> None:
             begun.append(current_call())
             return await super().write(snapshot)
 
+        async def write_many(
+            self, snapshots: Sequence[StateSnapshot]
+        ) -> Mapping[str, Versioned]:
+            begun.append(current_call())
+            return await super().write_many(snapshots)
+
         async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
             begun.append(current_call())
             return await super().erase(user_id, tiers)
@@ -216,6 +222,10 @@ async def test_a_write_is_one_call_for_origin_and_tier() -> None:
 
     store, _, _, _ = build(Asked(), Noting())
     await store.upsert_latest(OLD)
+    assert len(begun) == 2
+    assert begun[0] is begun[1]
+    begun.clear()
+    await store.upsert_latest_many([NEW])
     assert len(begun) == 2
     assert begun[0] is begun[1]
     begun.clear()
@@ -237,6 +247,29 @@ async def test_opening_has_the_copies_repaired() -> None:
     for call in (store.get_latest("u-1"), store.upsert_latest(OLD), store.delete("u-1")):
         with pytest.raises(ClosedError):
             await call
+
+
+async def test_while_it_closes_nothing_begins() -> None:
+    """The tier is told first that nothing is held here any more, which takes its time."""
+    leaving, gate = asyncio.Event(), asyncio.Event()
+
+    class Slow(Speaking):
+        async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
+            if seconds < 0:
+                leaving.set()
+                await gate.wait()
+            return await super().ping(me, seconds, seen, number)
+
+    store, _, _, clock = build(Slow())
+    cache = Cached(store, clock=clock)
+    await cache.get_latest("u-1")
+    closing = asyncio.create_task(store.aclose())
+    await leaving.wait()
+    with pytest.raises(ClosedError):
+        await store.get_latest("u-1")
+    gate.set()
+    await closing
+    await cache.aclose()
 
 
 async def test_the_channel_of_the_tier_is_offered_to_the_cache_above() -> None:
@@ -347,6 +380,40 @@ async def test_an_origin_with_versions_above_a_plain_tier_says_what_stands() -> 
     assert await tier.get_latest("u-1") == NEW
 
 
+async def test_what_was_written_is_in_the_tier_and_counts_as_found() -> None:
+    """Also above an origin without versions, which says nothing of what it holds."""
+
+    class Record(StateStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            raise AssertionError("the tier has it")
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None: ...
+
+    tier = MemoryStore()
+    store = WriteThrough(tier, origin=Record())
+    await store.upsert_latest(OLD)
+    assert await tier.get_latest("u-1") == OLD
+    await store.upsert_latest_many([NEW, state(0.3, "u-2")])
+    assert await tier.get_latest("u-1") == NEW
+    assert len(await store.get_latest_many(["u-1", "u-2"])) == 2
+    counted = {k[1]: v for k, v in sampled(store).items() if k[0] == "reads" and v}
+    assert counted == {"hit": 2}
+
+
+async def test_all_that_an_erasure_left_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The origin may be a stack of its own, with several tiers."""
+    caplog.set_level(logging.INFO, logger="layered_store")
+
+    class Partly(MemoryStore):
+        async def delete(self, user_id: str) -> None:  # noqa: ARG002
+            raise ErasureIncompleteError("left", pending=["one", "two"])
+
+    store = WriteThrough(MemoryStore(), origin=Partly())
+    with pytest.raises(ErasureIncompleteError):
+        await store.delete("u-1")
+    assert "pending=one,two" in caplog.text
+
+
 async def test_reads_that_failed_are_counted_with_their_kind() -> None:
     """One by one and in a batch; nothing that was not found is a hit."""
 
@@ -414,6 +481,13 @@ def test_what_is_refused_is_refused_by_name() -> None:
         with pytest.raises(ConfigError) as caught:
             WriteThrough(MemoryStore(), **arguments)
         assert caught.value.option == option
+
+    class Mood(StateSnapshot):
+        mood: str = ""
+
+    with pytest.raises(ConfigError) as caught:
+        WriteThrough(MemoryStore(), origin=MemoryStore(snapshot_type=Mood))
+    assert (caught.value.option, caught.value.layer) == ("snapshot_type", "WriteThrough")
 
     class Elsewhere(Shelf):
         digest = digest_function(b"elsewhere")
