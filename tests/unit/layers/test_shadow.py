@@ -610,9 +610,7 @@ async def test_closing_does_not_wait_for_ever() -> None:
     clock = FakeClock()
     candidate = Trial()
     candidate.gate = asyncio.Event()
-    shadow = Shadow(
-        MemoryStore(), candidate=candidate, timeout=60, drain_seconds=1, clock=clock
-    )
+    shadow = Shadow(MemoryStore(), candidate=candidate, timeout=60, drain_seconds=1, clock=clock)
     before = asyncio.all_tasks()
     for value in (0.1, 0.2):
         await shadow.upsert_latest(state(value=value))

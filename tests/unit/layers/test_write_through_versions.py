@@ -201,9 +201,7 @@ async def test_a_write_is_one_call_for_origin_and_tier() -> None:
             begun.append(current_call())
             return await super().write(snapshot)
 
-        async def write_many(
-            self, snapshots: Sequence[StateSnapshot]
-        ) -> Mapping[str, Versioned]:
+        async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
             begun.append(current_call())
             return await super().write_many(snapshots)
 
