@@ -8,10 +8,14 @@ from typing import Final
 __all__ = ["DURATION_PATTERN", "parse_duration"]
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_PART: Final = r"(?:\d+(?:\.\d+)?)\s*(?:ms|s|m|h|d)"
+_NUMBER: Final = r"\d+(?:\.\d+)?\s*"
 
-DURATION_PATTERN: Final = rf"^{_PART}(?:\s*{_PART})*$"
-"""What a duration written as text looks like; also stands in the JSON Schema."""
+DURATION_PATTERN: Final = (
+    rf"^(?=\d)(?:{_NUMBER}d\s*)?(?:{_NUMBER}h\s*)?(?:{_NUMBER}m(?!s)\s*)?(?:{_NUMBER}s\s*)?"
+    rf"(?:{_NUMBER}ms)?$"
+)
+"""What a duration written as text looks like, each unit once and larger ones first; also stands in
+the JSON Schema."""
 
 _whole: Final = re.compile(DURATION_PATTERN).match
 _parts: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
@@ -20,7 +24,8 @@ _parts: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 def parse_duration(text: str) -> float:
     """Return the seconds that a text such as ``"30s"`` or ``"1m 30s"`` stands for.
 
-    Units are ``ms``, ``s``, ``m``, ``h`` and ``d``; a bare number is seconds.
+    Units are ``d``, ``h``, ``m``, ``s`` and ``ms``, each once and in this order; a bare number is
+    seconds.
 
     Raises:
         ValueError: it is no duration; the text of the error does not show it.

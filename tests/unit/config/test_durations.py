@@ -16,6 +16,7 @@ from layered_store.config.durations import parse_duration
         ("2d", 172_800),
         ("7", 7),
         ("1.5s", 1.5),
+        ("1d 2h3m4s5ms", 93_784.005),
     ],
 )
 def test_reads_units(text: str, seconds: float) -> None:
@@ -24,7 +25,7 @@ def test_reads_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "s", "30 parsecs", "-5s", "5s5", "1e3s", "٣s", "30s\n!", "inf", "nan"]
+    "text", ["", "s", "30 parsecs", "-5s", "5s5", "1e3s", "٣s", "30s\n!", "inf", "nan", "5s5s", "30s1m"]
 )
 def test_refuses_the_rest_without_showing_it(text: str) -> None:
     """What is no duration is refused, and the error does not quote it."""
