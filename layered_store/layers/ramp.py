@@ -111,8 +111,8 @@ class Ramp(Layer):
         and processes would not agree.
 
     Cancellation:
-        A cancelled write may have reached ``inner`` and not the alternative; the user is then read
-        from ``inner`` until the next write.
+        A cancelled write may have reached ``inner`` and not the alternative, or reach it late; the
+        user is then read from ``inner`` until a write that comes 5 s later, or more.
     """
 
     alternative: StateStore | None = field(default=None, kw_only=True)
@@ -190,12 +190,10 @@ class Ramp(Layer):
         """Give the way of each user's write, where both end in ``inner``.
 
         While a write passes the layer by, so do the user's reads: the layer would not hear of it.
+        Further writes of the user do too, or the layer could keep what lost against the first.
         While one goes through it, reads stay on their side: inner may have it before the layer.
         """
-        ways = {
-            user_id: self._other if place_of(user_id, self.salt) < self._reached else self.inner
-            for user_id in users
-        }
+        ways = {user_id: self._way(user_id) for user_id in users}
         direct = [user_id for user_id, way in ways.items() if way is self.inner]
         pinned = [user_id for user_id, way in ways.items() if way is not self.inner]
         for user_id in pinned:
@@ -217,6 +215,15 @@ class Ramp(Layer):
                 self._direct[user_id] -= 1
                 if not self._direct[user_id]:
                     del self._direct[user_id]
+
+    def _way(self, user_id: str) -> StateStore:
+        """Return the way of a user's write that begins now, where both end in ``inner``."""
+        passes_by = (
+            place_of(user_id, self.salt) >= self._reached
+            or user_id in self._direct
+            or self._doubted(user_id)
+        )
+        return self.inner if passes_by else self._other
 
     def _doubt(self, users: Iterable[str]) -> None:
         now = self.clock.monotonic()
@@ -328,6 +335,7 @@ class Ramp(Layer):
                         raise self._unknown(exc, op) from exc
                 except BaseException:
                     self._fall_behind(users)
+                    self._doubt(users)  # cut off, it may still take effect
                     raise
                 else:
                     self._catch_up(users)

@@ -222,6 +222,40 @@ async def test_a_write_that_passed_the_layer_by_is_not_missed_by_it() -> None:
     assert ramp._direct == {}
 
 
+async def test_a_write_that_overlaps_one_that_passed_the_layer_by_passes_it_too() -> None:
+    """The layer would keep what lost against the other, and show it when the share comes back."""
+    inner = Down()
+    ramp = Ramp(inner, layer=BEST, share=0.0)
+    inner.gate = first_gate = asyncio.Event()
+    first = asyncio.create_task(ramp.upsert_latest(state(value=0.1)))
+    await settle()
+    ramp.share = 1.0
+    inner.gate = None
+    await ramp.upsert_latest(state(value=0.2))
+    first_gate.set()
+    await first
+    assert await inner.get_latest(LOW) == state(value=0.1)
+    assert await ramp.get_latest(LOW) == state(value=0.1)
+    assert await ramp.get_latest_many([LOW]) == {LOW: state(value=0.1)}
+
+
+async def test_a_write_within_the_doubt_about_another_passes_the_layer_by() -> None:
+    """What was cut off may take effect after it, unseen by the layer."""
+    clock = FakeClock()
+    inner = Down()
+    ramp = Ramp(inner, layer=BEST, share=0.0, clock=clock)
+    inner.error = UnavailableError("cut off", outcome_unknown=True)
+    with pytest.raises(UnavailableError):
+        await ramp.upsert_latest(state(value=0.1))
+    inner.error = None
+    ramp.share = 1.0
+    await ramp.upsert_latest(state(value=0.2))
+    await inner.upsert_latest(state(value=0.1))  # so late
+    await clock.advance(5)
+    assert ramp.takes(LOW)
+    assert await ramp.get_latest(LOW) == state(value=0.1)
+
+
 async def test_a_write_of_unknown_outcome_keeps_its_user_off_the_layer_for_a_while() -> None:
     """It may still take effect behind a cache's back: for 5 s nothing is read through it."""
     clock = FakeClock()
@@ -532,6 +566,26 @@ async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_in
     assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 3)
 
 
+async def test_a_cancelled_write_may_still_reach_the_alternative() -> None:
+    """Cut off on its way there, it is as one whose outcome is unknown."""
+    clock = FakeClock()
+    other = Down()
+    ramp = Ramp(MemoryStore(), alternative=other, share=1.0, clock=clock)
+    other.gate = asyncio.Event()
+    first = asyncio.create_task(ramp.upsert_latest(StateSnapshot(LOW, 1)))
+    await settle()
+    first.cancel()
+    await settle()
+    other.gate.set()
+    await ramp.upsert_latest(StateSnapshot(LOW, 2))
+    await other.upsert_latest(StateSnapshot(LOW, 1))  # so late
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 2)
+    await clock.advance(5.1)
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 2)
+    await ramp.upsert_latest(StateSnapshot(LOW, 3))
+    assert ramp.behind == 0
+
+
 async def test_a_store_behind_both_sides_takes_a_write_once() -> None:
     """Two ways to one database: the second write is the first, by its id."""
     database = MemoryStore()
@@ -782,8 +836,9 @@ async def test_while_a_write_goes_through_the_layer_reads_stay_on_their_side() -
 
 async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     """Cancellation passes at once; whoever waited for the same user goes on."""
+    clock = FakeClock()
     inner, other = MemoryStore(), Down()
-    ramp = Ramp(inner, alternative=other, share=1.0)
+    ramp = Ramp(inner, alternative=other, share=1.0, clock=clock)
     other.gate = asyncio.Event()
     first = asyncio.create_task(ramp.upsert_latest(state(value=0.1)))
     await settle()
@@ -800,6 +855,10 @@ async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     other.gate.set()
     await second
     assert await other.get_latest(LOW) == state(value=0.2)
+    assert not ramp.takes(LOW)
+    await clock.advance(5)
+    await ramp.upsert_latest(state(value=0.4))
+    assert ramp.takes(LOW)
     assert ramp.behind == 0
     assert ramp._turns == {}
 
