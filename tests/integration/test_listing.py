@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from redis_servers import BINARY, Server
+from redis_servers import BINARY, Server, running
 
 from layered_store.copying import Copy
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
+from layered_store.stores.redis.record import STATE, pack
 from layered_store.stores.sql import SQLStore
 
 
@@ -48,3 +49,27 @@ async def test_redis_and_back(tmp_path: Path) -> None:
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.mark.skipif(BINARY is None, reason="no redis-server here")
+async def test_a_listing_names_only_users_that_a_read_would_find() -> None:
+    """Not what cannot be read, what is no record, nor what stands under another user's key."""
+    with running() as server:
+        async with RedisStore(server.url) as redis:
+
+            async def put(user_id: str, value: bytes) -> None:
+                key = redis.key(redis.digest(user_id))
+                await redis.command("SET", key, value, operation="users", write=True)
+
+            await redis.upsert_latest_many([StateSnapshot("u-1"), StateSnapshot("u-2")])
+            key = redis.key(redis.digest("u-2"))
+            record = await redis.command("GET", key, operation="users", write=False)
+            await put("u-3", record)
+            await put("u-4", pack(STATE, 1, b"no snapshot"))
+            await put("u-5", b"no record")
+            listing = enumerable_of(redis)
+            assert listing is not None
+            found = [user async for page in pages(listing, 100) for user in page.user_ids]
+            assert sorted(found) == ["u-1", "u-2"]
+            for user_id in ("u-3", "u-4", "u-5"):
+                assert await redis.get_latest(user_id) is None

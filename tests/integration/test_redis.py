@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis.asyncio
 from redis_servers import BINARY, Sentinel, Server, free_port, running
 
 from layered_store.call import call_begins
@@ -243,8 +244,6 @@ async def test_several_event_loops(server: Server) -> None:
 
 async def test_client_stays_the_callers(server: Server) -> None:
     """A client that was passed in works afterwards; one that decodes is refused by name."""
-    import redis.asyncio
-
     client = redis.asyncio.Redis(port=server.port)
     async with RedisStore(client=client, prefix="client:") as store:
         await store.upsert_latest(state())
@@ -270,8 +269,6 @@ class _Wrapped:
 
 async def test_unknown_client_is_called(server: Server) -> None:
     """A client whose connections are not the driver's is called, with all operations working."""
-    import redis.asyncio
-
     client = redis.asyncio.Redis(port=server.port)
     async with RedisStore(client=_Wrapped(client), prefix="odd:", history_limit=2) as store:
         await store.command("SCRIPT", "FLUSH")
@@ -282,6 +279,30 @@ async def test_unknown_client_is_called(server: Server) -> None:
         assert await store.get_latest("u-9") is None
         assert await store.health_check()
     assert await client.ping()
+    await client.aclose()
+
+
+class _OwnConnection(redis.asyncio.Connection):
+    """A connection of the application's own class."""
+
+
+async def test_a_client_with_connections_of_its_own_class_is_called(server: Server) -> None:
+    """Connections for messages are made as its pool makes them; one server answers for all."""
+    pool = redis.asyncio.ConnectionPool(
+        connection_class=_OwnConnection, host="127.0.0.1", port=server.port
+    )
+    client = redis.asyncio.Redis(connection_pool=pool)
+    async with RedisStore(client=client, prefix="own:") as store:
+        await store.upsert_latest(state())
+        assert await store.get_latest("u-1") is not None
+        assert await store.group_buckets() == [list(store.buckets)]
+        connection = await store.new_connection()
+        assert isinstance(connection, _OwnConnection)
+        await connection.disconnect()
+        pool.connection_kwargs["port"] = free_port()
+        with pytest.raises(UnavailableError) as caught:
+            await store.new_connection()
+        assert (caught.value.operation, caught.value.layer) == ("new_connection", "RedisStore")
     await client.aclose()
 
 

@@ -145,12 +145,8 @@ def _reason(exc: BaseException) -> str:
 
     Their texts are left out, which have the address and may have more.
     """
-    cause: BaseException | None = exc
-    for _ in range(5):
-        if cause is None or isinstance(cause, OSError):
-            break
-        cause = cause.__cause__ or cause.__context__
-    return type(exc if cause is None else cause).__name__
+    system = next((cause for cause in _causes(exc) if isinstance(cause, OSError)), exc)
+    return type(system).__name__
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:

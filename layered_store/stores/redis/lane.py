@@ -321,8 +321,7 @@ class Lane(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc or ConnectionLostError())
-        if not self._gone.done():
-            self._gone.set_result(None)
+        self._gone.set_result(None)
 
     def pause_writing(self) -> None:
         self._paused = True

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -237,12 +238,8 @@ class LaneLink:
     def abandon(self) -> None:
         """Close from another event loop, as far as this one still runs."""
         self._closed = True
-        if self.loop.is_closed():
-            return
-        try:
+        with suppress(RuntimeError):  # it was closed
             self.loop.call_soon_threadsafe(self._close_now)
-        except RuntimeError:  # it was closed just now
-            pass
 
     def _close_now(self) -> None:
         self._give_up(ConnectionLostError())
@@ -469,12 +466,14 @@ class ClientLink:
 
     def abandon(self) -> None:
         """Close from another event loop, as far as this one still runs."""
-        if self._shared or self.loop.is_closed():
-            return
-        try:
-            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self._client.aclose()))
-        except RuntimeError:
-            pass
+        if not self._shared:
+            with suppress(RuntimeError):  # it was closed
+                self.loop.call_soon_threadsafe(self._close_client)
+
+    def _close_client(self) -> None:
+        task = self.loop.create_task(self._client.aclose())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
 
 def _fail(waiting: _Waiting, cause: Exception) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError
 from layered_store.stores.redis.address import Address
-from layered_store.stores.redis.failures import NotSentError
-from layered_store.stores.redis.links import LaneLink, Limits
+from layered_store.stores.redis.failures import ConnectionLostError, NotSentError
+from layered_store.stores.redis.links import _PENDING, ClientLink, LaneLink, Limits
 from layered_store.testing.clock import FakeClock
 
 
@@ -99,14 +103,202 @@ async def test_who_comes_late_into_an_attempt_has_the_next_one_too() -> None:
     await link.aclose()
 
 
+async def test_commands_that_belong_together_go_to_a_lane_with_room() -> None:
+    """A full one is passed over."""
+    link = LaneLink(Address(), Limits(1.0, 1.0, 2, FakeClock()))
+    full, free = Kept(), Kept()
+    full.pending = (None,) * _PENDING
+    link._lanes += [full, free]  # type: ignore[list-item]
+    calls = asyncio.create_task(link.call_all([("PING",), ("PING",)]))
+    await asyncio.sleep(0)
+    assert not full.sent
+    ((data, futures),) = free.sent
+    assert data == b"*1\r\n$4\r\nPING\r\n" * 2
+    for number, future in enumerate(futures):
+        future.set_result(number)
+    assert await calls == [0, 1]
+
+
+async def test_a_further_connection_that_fails_costs_nobody_a_call() -> None:
+    """Those who wait have the lanes that are there, as soon as these have room."""
+    link = LaneLink(Address(), Limits(1.0, 1.0, 2, FakeClock()))
+    lane = Kept()
+    lane.pending = (None,) * _PENDING
+    link._lanes.append(lane)  # type: ignore[arg-type]
+
+    async def open_lane() -> Exception | None:
+        return OSError("refused")
+
+    link._open_lane = open_lane  # type: ignore[method-assign]
+    call = link.send_now(b"call")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not call.done() and link._connecting is None
+    lane.pending = ()
+    link._changed(lane)  # type: ignore[arg-type]
+    assert lane.sent == [(b"call", [call])]
+    link._lanes.clear()
+    await link.aclose()
+
+
+async def test_closing_waits_for_calls_under_way_no_longer_than_for_a_reply() -> None:
+    """A hung server cannot hold a process back that wants to end."""
+    clock = FakeClock()
+    link = LaneLink(Address(), Limits(5.0, 1.0, 1, clock))
+    lane = Kept()
+    link._lanes.append(lane)  # type: ignore[arg-type]
+    closing = asyncio.create_task(link.aclose())
+    await clock.advance(0.9)
+    assert not lane.closed and not closing.done()
+    await clock.advance(0.2)
+    assert lane.closed and closing.done()
+
+
+async def elsewhere(work: Callable[[], None]) -> None:
+    """Run something in a thread that has no event loop."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    await asyncio.to_thread(thread.join)
+
+
+async def test_abandoned_from_another_thread_a_link_ends_on_its_own_loop() -> None:
+    """Its lanes close, who waits is told, and what is just being connected is not kept."""
+    connection = Connection()
+    link = LaneLink(Address(lambda: connection), Limits(5.0, 5.0, 2, FakeClock()))
+    lane = Kept()
+    lane.pending = (None,) * _PENDING
+    link._lanes.append(lane)  # type: ignore[arg-type]
+    waiting = link.send_now(b"waiting")
+    await asyncio.sleep(0)
+    await elsewhere(link.abandon)
+    assert isinstance((await waiting).__cause__, ConnectionLostError)
+    assert lane.closed and not connection.closed
+    connection.gate.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert connection.closed
+    assert link._lanes == [lane]
+    assert isinstance(link.send_now(b"later").result().__cause__, ClosedError)
+
+
+@pytest.mark.parametrize("kind", ["lanes", "client"])
+def test_a_link_of_a_loop_that_is_closed_is_abandoned_in_silence(kind: str) -> None:
+    """Nothing is left to close there."""
+    client = Client()
+
+    async def make() -> LaneLink | ClientLink:
+        limits = Limits(1.0, 1.0, 1, FakeClock())
+        if kind == "lanes":
+            return LaneLink(Address(), limits)
+        return ClientLink(Address(client=lambda: client), limits)
+
+    asyncio.run(make()).abandon()
+    assert not client.closed
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_an_abandoned_client_is_closed_on_its_own_loop_unless_it_is_the_callers(
+    shared: bool,
+) -> None:
+    """The caller may use what was passed in elsewhere."""
+    client = Client()
+    link = ClientLink(
+        Address(client=lambda: client, shared=shared), Limits(1.0, 1.0, 1, FakeClock())
+    )
+    await elsewhere(link.abandon)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert client.closed is not shared
+
+
+async def test_a_client_that_hangs_is_closed_when_its_time_is_up() -> None:
+    """Closing waits for the calls under way first, as long as a reply may take."""
+    clock = FakeClock()
+    client = Client()
+    link = ClientLink(Address(client=lambda: client), Limits(5.0, 1.0, 2, clock))
+    # A driver that swallows the cancellation: its call keeps the place.
+    call = asyncio.create_task(link.call(("PING",)))
+    await clock.advance(0)
+    closing = asyncio.create_task(link.aclose())
+    await clock.advance(0.9)
+    assert not client.closed and not closing.done()
+    await clock.advance(0.2)
+    assert client.closed and closing.done()
+    client.gate.set()
+    assert await call == b"late"
+
+
+async def test_calls_through_a_client_wait_for_a_place_in_time() -> None:
+    """And who found none was not sent."""
+    clock = FakeClock()
+    client = Client()
+    link = ClientLink(Address(client=lambda: client), Limits(0.5, 1.0, 1, clock))
+    first = asyncio.create_task(link.call(("PING",)))
+    await clock.advance(0)
+    second = asyncio.create_task(link.call(("PING",)))
+    await clock.advance(1.6)
+    failure = await second
+    assert isinstance(failure, NotSentError)
+    assert isinstance(failure.__cause__, TimeoutError)
+    assert client.calls == 1
+    client.gate.set()
+    assert await first == b"late"
+
+
+class Client:
+    """A client whose calls go on until the gate opens, also when cancelled once."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.calls = 0
+        self.closed = False
+
+    async def execute_command(self, *_: Any) -> bytes:
+        self.calls += 1
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            await self.gate.wait()
+        return b"late"
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Connection:
+    """A connection of the driver that is made when the gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.closed = False
+
+    async def connect(self) -> None:
+        await self.gate.wait()
+
+    def _close(self) -> None:
+        self.closed = True
+
+
 class Kept:
     """A lane that keeps what it is given."""
 
     open = True
-    pending = ()
+    outdated = False
+    closed = False
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.pending: tuple[Any, ...] = ()
+        self.returned: list[Any] = []
+
+    async def drain(self) -> None:
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
 
     def put(self, futures: Any, data: bytes) -> None:
         self.sent.append((data, futures))

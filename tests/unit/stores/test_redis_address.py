@@ -1,0 +1,92 @@
+"""What a URL or a client that is passed in stands for, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import redis.asyncio
+from redis.asyncio.connection import SSLConnection
+
+from layered_store.errors import ConfigError
+from layered_store.stores.redis.address import Address, address_of_client, address_of_url
+
+
+def address(url: str) -> Address:
+    return address_of_url(url, 0.5, 0.7, 3)()
+
+
+def connection(url: str) -> Any:
+    made = address(url).connection
+    assert made is not None
+    return made()
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("redis://[::1", "cannot be read"),
+        ("redis://[s3cret]:1", "cannot be read"),
+        ("unix://", "cannot be read"),
+        ("ftp+sentinel://a/service", "cannot be read"),
+        ("redis+sentinel://a,/service", "cannot be read"),
+        ("redis+sentinel://a/service/s3cret", "cannot be read"),
+        ("redis+cluster://a,:1", "cannot be read"),
+        ("redis+sentinel://a,b", "write redis+sentinel://host1,host2/service"),
+        ("redis://a/s3cret", "names a database that is no number"),
+        ("redis://a/1x", "names a database that is no number"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_a_mistake_that_is_named(url: str, text: str) -> None:
+    """With what it should look like, and without showing it."""
+    with pytest.raises(ConfigError) as caught:
+        address(url)
+    error = caught.value
+    assert text in error.message
+    assert (error.option, error.layer) == ("url", "RedisStore")
+    assert error.__cause__ is None and error.__context__ is None
+    assert "s3cret" not in str(error)
+
+
+def test_connections_have_the_limits_and_repeat_nothing() -> None:
+    """A repeat belongs to the Retry layer, which a driver's own would multiply."""
+    made = connection("redis://u:p@h:7/3")
+    assert (made.host, made.port, made.db) == ("h", 7, 3)
+    assert (made.username, made.password) == ("u", "p")
+    assert (made.socket_connect_timeout, made.socket_timeout) == (0.5, 0.7)
+    assert made.retry.get_retries() == 0
+    assert not made.encoder.decode_responses
+
+
+def test_options_in_the_url_are_the_drivers_and_win() -> None:
+    """Except for decoding: records are bytes."""
+    made = connection("redis://h?socket_timeout=9&decode_responses=True")
+    assert made.socket_timeout == 9
+    assert not made.encoder.decode_responses
+
+
+def test_a_socket_and_tls_are_told_by_the_scheme() -> None:
+    """As the driver reads them."""
+    assert connection("unix:///run/redis.sock?db=2").path == "/run/redis.sock"
+    assert isinstance(connection("rediss://h"), SSLConnection)
+
+
+def test_a_client_of_the_driver_gives_its_connections_and_any_other_is_called() -> None:
+    """The caller's limits stay; what the driver repeats by itself is turned off."""
+    client = redis.asyncio.Redis(host="h", socket_timeout=4)
+    assert client.connection_pool.make_connection().retry.get_retries() > 0
+    own = address_of_client(client, 0.5)
+    assert own.client is None and own.connection is not None
+    made = own.connection()
+    assert made.socket_timeout == 4
+    assert made.retry.get_retries() == 0
+
+    class Own(redis.asyncio.Connection):
+        """A connection of the application's."""
+
+    other = redis.asyncio.Redis(
+        connection_pool=redis.asyncio.ConnectionPool(connection_class=Own)
+    )
+    called = address_of_client(other, 0.5)
+    assert called.connection is None and called.client is not None
+    assert called.client() is other and called.shared and not called.cluster

@@ -1,0 +1,134 @@
+"""What failures of Redis and of its driver mean to a caller, without a server."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import pytest
+import redis.exceptions as driver
+from redis.asyncio.sentinel import MasterNotFoundError
+
+from layered_store.errors import (
+    OverloadedError,
+    StoreError,
+    StoreTimeoutError,
+    UnavailableError,
+)
+from layered_store.stores.redis.failures import (
+    GarbageError,
+    ReplyError,
+    not_sent,
+    translate,
+)
+
+SECRET = "marked-value"
+
+
+def caused(error: Exception, *causes: BaseException) -> Exception:
+    at: BaseException = error
+    for cause in causes:
+        at.__cause__ = cause
+        at = cause
+    return error
+
+
+ERRORS: list[tuple[Exception, type[StoreError], str, bool, bool]] = [
+    # (the error, our class, a part of the text, whether to repeat, whether the end is unknown)
+    (driver.MaxConnectionsError(SECRET), OverloadedError, "all connections", True, False),
+    (driver.OutOfMemoryError(SECRET), UnavailableError, "out of memory", True, False),
+    (driver.ReadOnlyError(SECRET), UnavailableError, "read-only replica", True, False),
+    (driver.BusyLoadingError(SECRET), UnavailableError, "loading its data", True, False),
+    (driver.AuthenticationError(SECRET), UnavailableError, "refused the login", False, False),
+    (driver.InvalidResponse(SECRET), UnavailableError, "does not answer as Redis", True, True),
+    (GarbageError(SECRET), UnavailableError, "does not answer as Redis", True, True),
+    (driver.TimeoutError(SECRET), StoreTimeoutError, "no answer within", True, True),
+    (TimeoutError(SECRET), StoreTimeoutError, "no answer within", True, True),
+    (driver.ResponseError(SECRET), StoreError, "command (ResponseError)", False, False),
+    (ReplyError(f"WRONGTYPE {SECRET}"), StoreError, "command (WRONGTYPE)", False, False),
+    (ReplyError(SECRET), StoreError, "command (ERR)", False, False),
+    (MasterNotFoundError(SECRET), UnavailableError, "no Sentinel knows", True, False),
+    (
+        driver.ConnectionError(f"SSLError CERTIFICATE_VERIFY_FAILED {SECRET}"),
+        UnavailableError,
+        "certificate was not accepted",
+        False,
+        False,
+    ),
+    (
+        caused(driver.ConnectionError(SECRET), ssl.SSLError("CERTIFICATE_VERIFY_FAILED")),
+        UnavailableError,
+        "certificate was not accepted",
+        False,
+        False,
+    ),
+    (
+        caused(MasterNotFoundError(SECRET), driver.AuthenticationError(SECRET)),
+        UnavailableError,
+        "refused the login",
+        False,
+        False,
+    ),
+    # Named by the system's error below the driver's.
+    (
+        caused(driver.ConnectionError(SECRET), socket.gaierror(SECRET)),
+        UnavailableError,
+        "failed (gaierror)",
+        True,
+        True,
+    ),
+    (
+        caused(driver.ConnectionError(SECRET), *(ValueError() for _ in range(9)), OSError(SECRET)),
+        UnavailableError,
+        "failed (OSError)",
+        True,
+        True,
+    ),
+    (
+        caused(driver.ConnectionError(SECRET), ValueError(SECRET)),
+        UnavailableError,
+        "failed (ConnectionError)",
+        True,
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "text", "retryable", "unknown"), ERRORS)
+@pytest.mark.parametrize("write", [True, False])
+def test_each_failure_has_its_class_its_text_and_says_whether_to_repeat(
+    error: Exception, kind: type[StoreError], text: str, retryable: bool, unknown: bool, write: bool
+) -> None:
+    """Never the driver's text; and of a read no end is unknown."""
+    ours = translate(error, operation="delete", layer="RedisStore", write=write)
+    assert type(ours) is kind
+    assert text in ours.message
+    assert ours.retryable is retryable
+    assert (ours.operation, ours.layer) == ("delete", "RedisStore")
+    assert ours.outcome_unknown is (unknown and write)
+    assert SECRET not in str(ours)
+
+
+def test_what_was_not_sent_has_no_unknown_end() -> None:
+    """Whatever the reason was, whose class stays."""
+    for cause, kind in (
+        (TimeoutError(), StoreTimeoutError),
+        (ConnectionRefusedError(), UnavailableError),
+    ):
+        ours = translate(not_sent(cause), operation="delete", layer="RedisStore", write=True)
+        assert type(ours) is kind
+        assert not ours.outcome_unknown
+
+
+def test_ours_is_returned_as_it_is() -> None:
+    """What a link raised on purpose is not translated again."""
+    error = UnavailableError("mine")
+    assert translate(error, operation="delete", layer="RedisStore", write=True) is error
+
+
+def test_a_circle_of_causes_ends() -> None:
+    """What leads to an error may go round; the error itself is named then."""
+    error = driver.ConnectionError(SECRET)
+    caused(error, ValueError(), error)
+    ours = translate(error, operation="delete", layer="RedisStore", write=True)
+    assert ours.message.endswith("(ConnectionError)")

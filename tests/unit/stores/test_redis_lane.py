@@ -1,0 +1,222 @@
+"""A lane over a pair of sockets whose other end is in the test's hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+from layered_store.stores.redis.failures import (
+    ConnectionLostError,
+    GarbageError,
+    NotSentError,
+    ReplyError,
+)
+from layered_store.stores.redis.lane import Lane
+from layered_store.testing.clock import FakeClock
+
+PING = b"*1\r\n$4\r\nPING\r\n"
+PUSH = b">2\r\n$10\r\ninvalidate\r\n$3\r\nkey\r\n"
+
+
+class Peer:
+    """The server's end, and the connection as redis-py hands it over."""
+
+    def __init__(self, end: socket.socket, connection: Any) -> None:
+        self.end = end
+        self.connection = connection
+        self.clock = FakeClock()
+        self.changes: list[bool] = []
+
+    def lane(self) -> Lane:
+        return Lane(self.connection, self.clock, 1.0, lambda lane: self.changes.append(lane.open))
+
+    async def say(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.end, data)
+
+    async def hear(self, size: int) -> bytes:
+        heard = b""
+        while len(heard) < size:
+            heard += await asyncio.get_running_loop().sock_recv(self.end, size - len(heard))
+        return heard
+
+
+@contextlib.asynccontextmanager
+async def peer() -> AsyncIterator[Peer]:
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=here)
+    try:
+        yield Peer(there, SimpleNamespace(_reader=reader, _writer=writer))
+    finally:
+        writer.transport.abort()
+        there.close()
+        await asyncio.sleep(0)
+
+
+async def test_a_message_between_replies_is_no_reply() -> None:
+    """What the server pushes on its own, also before the lane began, answers nobody."""
+    async with peer() as other:
+        other.connection._reader._buffer += PUSH
+        lane = other.lane()
+        assert lane.open
+        call = lane.send(PING)
+        await other.hear(len(PING))
+        await other.say(PUSH + b"+PONG\r\n")
+        assert await call == b"PONG"
+        await lane.aclose()
+
+
+async def test_what_came_before_any_question_ends_the_lane() -> None:
+    """A reply that nobody asked for would answer the first caller with another's data."""
+    async with peer() as other:
+        other.connection._reader._buffer += b"$5\r\nother\r\n"
+        lane = other.lane()
+        assert not lane.open
+        assert isinstance(await lane.send(PING), NotSentError)
+        assert other.changes == [False]
+
+
+async def test_a_connection_that_was_lost_meanwhile_is_no_lane() -> None:
+    """Calls that came to it were not sent, and say so."""
+    async with peer() as other:
+        other.connection._writer.close()
+        lane = other.lane()
+        assert not lane.open
+        results = await asyncio.gather(lane.send(PING), lane.read(b"key"))
+        for result in results:
+            assert isinstance(result, NotSentError)
+            assert isinstance(result.__cause__, ConnectionLostError)
+
+
+async def test_reads_of_the_turn_in_which_a_lane_ends_were_not_sent() -> None:
+    """What left before has an unknown end; a cancelled reader is left alone."""
+    async with peer() as other:
+        lane = other.lane()
+        sent = lane.send(PING)
+        await other.hear(len(PING))
+        read, gone = lane.read(b"a"), lane.read(b"b")
+        gone.cancel()
+        lane.close()
+        assert isinstance(sent.result(), ConnectionLostError)
+        assert isinstance(read.result(), NotSentError)
+        assert gone.cancelled()
+
+
+async def test_a_full_socket_holds_back_and_keeps_the_order() -> None:
+    """Calls made while the server takes no more leave once it does, in their order."""
+    async with peer() as other:
+        lane = other.lane()
+        big = b"x" * (8 << 20)
+        first = lane.send(big)
+        await asyncio.sleep(0)
+        held = [lane.send(b"second"), lane.read(b"third")]
+        await asyncio.sleep(0)
+        assert not first.done()
+        rest = b"second*2\r\n$3\r\nGET\r\n$5\r\nthird\r\n"
+        assert (await other.hear(len(big) + len(rest))).endswith(rest)
+        await other.say(b"+1\r\n+2\r\n$1\r\n3\r\n")
+        assert await asyncio.gather(first, *held) == [b"1", b"2", b"3"]
+        await lane.aclose()
+
+
+async def test_what_a_full_socket_held_back_was_not_sent() -> None:
+    """When the connection is lost then, only what had begun to leave has an unknown end."""
+    async with peer() as other:
+        lane = other.lane()
+        first = lane.send(b"x" * (8 << 20))
+        await asyncio.sleep(0)
+        held = lane.send(PING)
+        await asyncio.sleep(0)
+        lane.close()
+        assert isinstance(await first, ConnectionLostError)
+        assert isinstance(await held, NotSentError)
+
+
+async def test_a_socket_that_empties_with_nothing_held_back_sends_nothing() -> None:
+    """And the lane goes on to write at once."""
+    async with peer() as other:
+        lane = other.lane()
+        big = b"x" * (8 << 20)
+        first = lane.send(big)
+        await other.hear(len(big))
+        await asyncio.sleep(0)
+        second = lane.send(PING)
+        assert await other.hear(len(PING)) == PING
+        await other.say(b"+1\r\n+2\r\n")
+        assert await asyncio.gather(first, second) == [b"1", b"2"]
+        await lane.aclose()
+
+
+async def test_all_who_wait_for_the_end_of_the_calls_are_told() -> None:
+    """Two that close at once both go on when the last reply is there."""
+    async with peer() as other:
+        lane = other.lane()
+        call = lane.send(PING)
+        waiters = [asyncio.create_task(lane.drain()) for _ in range(2)]
+        await other.hear(len(PING))
+        assert not any(waiter.done() for waiter in waiters)
+        await other.say(b"+PONG\r\n")
+        await asyncio.gather(call, *waiters)
+        again = lane.send(PING)
+        later = asyncio.create_task(lane.drain())
+        await other.hear(len(PING))
+        assert not later.done()
+        await other.say(b"+PONG\r\n")
+        await asyncio.gather(again, later)
+        await lane.aclose()
+
+
+async def test_a_reply_that_lay_unread_when_its_time_was_up_counts() -> None:
+    """And the call after it has its own limit still."""
+    async with peer() as other:
+        lane = other.lane()
+        early = lane.send(PING)
+        await other.hear(len(PING))
+        await other.clock.advance(0.5)
+        late = lane.send(PING)
+        await other.hear(len(PING))
+        other.end.send(b"+PONG\r\n")
+        other.clock.set(other.clock.monotonic() + 0.5)
+        assert lane._timer is not None
+        lane._timer.cancel()
+        lane._watch()  # the timer comes first: this process was too busy to read before
+        assert await early == b"PONG"
+        await other.clock.advance(0.49)
+        assert lane.open and not late.done()
+        await other.clock.advance(0.02)
+        assert isinstance(late.result(), TimeoutError)
+        assert not lane.open
+
+
+async def test_a_refusal_of_the_server_marks_the_lane() -> None:
+    """Only those that another connection may not meet; the call has the code and no text."""
+    async with peer() as other:
+        lane = other.lane()
+        for reply, code, outdated in (
+            (b"-OOM command not allowed\r\n", "OOM", False),
+            (b"-READONLY You can't write\r\n", "READONLY", True),
+        ):
+            call = lane.send(PING)
+            await other.hear(len(PING))
+            await other.say(reply)
+            result = await call
+            assert isinstance(result, ReplyError)
+            assert (result.code, str(result)) == (code, code)
+            assert lane.outdated is outdated
+        await lane.aclose()
+
+
+async def test_bytes_that_are_no_reply_end_the_lane() -> None:
+    """The calls under way fail: nothing tells any more which answer is whose."""
+    async with peer() as other:
+        lane = other.lane()
+        calls = [lane.send(PING), lane.send(PING)]
+        await other.hear(2 * len(PING))
+        await other.say(b"+PONG\r\nHTTP/1.1 200 OK\r\n")
+        assert await calls[0] == b"PONG"
+        assert isinstance(await calls[1], GarbageError)
+        assert not lane.open
