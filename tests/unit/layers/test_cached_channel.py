@@ -15,7 +15,7 @@ from layered_store.identity import digest_function
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
 from layered_store.snapshot import StateSnapshot
-from layered_store.testing.clock import FakeClock
+from layered_store.testing.clock import FakeClock, settle
 from layered_store.testing.scripted import Gate, Scripted
 
 C = TypeVar("C")
@@ -326,3 +326,301 @@ async def test_without_a_lease_a_batch_answers_nothing_itself() -> None:
     removed = {s.labels: s.value for s in cache.samples() if s.metric == "invalidations"}
     assert removed.get(("distrust",), 0) == held
     assert len(cache._entries) == 0
+
+
+# Loads that are shared, with and without a lease
+
+
+def reads_of(cache: Cached) -> dict[str, float]:
+    return {s.labels[0]: s.value for s in cache.samples() if s.metric == "reads" and s.value}
+
+
+async def test_under_a_lease_whoever_comes_shares_the_load_under_way() -> None:
+    """One by one or in a batch: the channel would have taken it away, were it old."""
+    gate = Gate()
+    cache, tier, _ = build(gate)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await settle()
+    second = asyncio.create_task(cache.get_latest("u-1"))
+    batch = asyncio.create_task(cache.get_latest_many(["u-1"]))
+    await settle()
+    gate.open(OLD)
+    assert await asyncio.gather(first, second) == [OLD, OLD]
+    assert await batch == {"u-1": OLD}
+    assert tier.calls == [Op.GET_LATEST]
+    assert reads_of(cache) == {"miss": 3}
+
+
+async def test_without_a_lease_a_load_is_shared_in_the_turn_in_which_it_began() -> None:
+    """Nothing of it can have been read by then."""
+    gate = Gate()
+    cache, tier, clock = build(gate, ttl=10)
+    await clock.advance(200)
+    calls = asyncio.gather(*(cache.get_latest("u-1") for _ in range(5)))
+    await settle()
+    gate.open(OLD)
+    assert await calls == [OLD] * 5
+    assert tier.calls == [Op.GET_LATEST]
+    assert reads_of(cache) == {"miss": 5}
+
+
+async def test_a_lease_that_ends_now_lets_nobody_join() -> None:
+    """At its very end an erasure elsewhere need not wait for this process any more."""
+    gate = Gate()
+    cache, tier, clock = build(gate, NEW)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await clock.advance(100)
+    second = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    gate.open(OLD)
+    assert await asyncio.gather(first, second) == [OLD, NEW]
+    assert len(tier.calls) == 2
+
+
+async def test_without_a_lease_a_batch_loads_for_itself_and_disturbs_nobody() -> None:
+    """The load that is under way goes on, and what it finds is kept as it would have been."""
+    gate = Gate()
+    cache, tier, clock = build(gate, {"u-1": OLD})
+    await clock.advance(200)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await settle()
+    assert await cache.get_latest_many(["u-1"]) == {"u-1": OLD}
+    assert not first.done()
+    gate.open(OLD)
+    assert await first == OLD
+    tier.channel.lease(clock.monotonic() + 100)
+    assert await cache.get_latest("u-1") == OLD
+    assert tier.calls == [Op.GET_LATEST, Op.GET_LATEST_MANY]
+
+
+async def test_of_two_loads_that_found_different_states_neither_is_kept() -> None:
+    """The later answer was seen, and the earlier one must not be seen after it."""
+    first_gate, second_gate = Gate(), Gate()
+    cache, tier, clock = build(first_gate, second_gate, NEW)
+    await clock.advance(200)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await first_gate.entered.wait()
+    batch = asyncio.create_task(cache.get_latest_many(["u-1"]))
+    await second_gate.entered.wait()
+    first_gate.open(OLD)
+    assert await first == OLD
+    second_gate.open({"u-1": NEW})
+    assert await batch == {"u-1": NEW}
+    assert len(cache._entries) == 0
+    assert cache._by_digest == {}
+    tier.channel.lease(clock.monotonic() + 100)
+    assert await cache.get_latest("u-1") == NEW
+    assert len(tier.calls) == 3
+
+
+async def test_a_batch_hears_of_what_changes_meanwhile_like_a_single_read() -> None:
+    """A notice bars what is being loaded; what was loaded has no version to outlive one."""
+    gate = Gate()
+    cache, tier, _ = build(gate, {"u-1": OLD}, NEW)
+    batch = asyncio.create_task(cache.get_latest_many(["u-1"]))
+    await gate.entered.wait()
+    tier.channel.say(1)
+    gate.open({"u-1": OLD})
+    assert await batch == {"u-1": OLD}
+    assert await cache.get_latest_many(["u-1"]) == {"u-1": OLD}
+    assert len(tier.calls) == 2
+    tier.channel.say(1)
+    assert await cache.get_latest("u-1") == NEW
+
+
+async def test_a_load_that_goes_wrong_leaves_no_digest() -> None:
+    """Failed, cancelled, or with another user's state."""
+    stranger = StateSnapshot("somebody-else", 1)
+    cache, _, _ = build(UnavailableError("down"), {"u-1": stranger})
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+    assert cache._by_digest == {}
+    assert await cache.get_latest_many(["u-1"]) == {}
+    assert cache._by_digest == {}
+    gate = Gate()
+    cache, _, _ = build(gate)
+    task = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert cache._by_digest == {}
+
+
+async def test_a_refresh_is_not_due_while_the_user_is_being_loaded() -> None:
+    """Without a lease the entry stays and a read goes below; with a new one it is a hit again."""
+    gate = Gate()
+    cache, tier, clock = build(OLD, gate, refresh_ahead=0.1)
+    await cache.get_latest("u-1")
+    await clock.advance(100)
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    tier.channel.lease(clock.monotonic() + 100)
+    assert await cache.get_latest("u-1") == OLD
+    await settle()
+    assert len(tier.calls) == 2
+    gate.open(NEW)
+    assert await load == NEW
+
+
+# Old answers
+
+
+async def test_the_tier_is_asked_for_an_old_state_only_when_it_may_answer() -> None:
+    """Not when that was not asked for, nor while a write is under way or may still land, nor for a
+    load that was overtaken."""
+    down = UnavailableError("down")
+    gate = Gate()
+    cache, tier, clock = build(gate)
+    tier.channel.old = OLD
+    await clock.advance(200)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    late = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    gate.open(down)
+    for task in (first, late):
+        with pytest.raises(UnavailableError):
+            await task
+    gate, lost = Gate(), UnavailableError("cut off", outcome_unknown=True)
+    cache, asked, clock = build(gate, down, down, down, stale_if_error=100)
+    asked.channel.old = OLD
+    write = asyncio.create_task(cache.upsert_latest(NEW))
+    await gate.entered.wait()
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+    gate.open(lost)
+    with pytest.raises(UnavailableError):
+        await write
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+    assert (tier.channel.asked_stale, asked.channel.asked_stale) == ([], [])
+    await clock.advance(5)
+    assert await cache.get_latest("u-1") == OLD
+    gate = Gate()
+    cache, tier, _ = build(gate, None, stale_if_error=100)
+    tier.channel.old = OLD
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await cache.upsert_latest(NEW)
+    gate.open(down)
+    with pytest.raises(UnavailableError):
+        await load
+    assert tier.channel.asked_stale == []
+
+
+async def test_an_old_entry_answers_only_while_no_erasure_can_have_been_missed() -> None:
+    """Up to the moment until which the channel was heard, and not at it; an absence never does."""
+    down = UnavailableError("down")
+    cache, _, clock = build(OLD, down, down, ttl=10, stale_if_error=1000)
+    await cache.get_latest("u-1")
+    await clock.advance(99.9)
+    assert await cache.get_latest("u-1") == OLD
+    await clock.advance(0.1)
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+    cache, tier, clock = build(None, down, ttl=10, negative_ttl=10, stale_if_error=1000)
+    await cache.get_latest("u-1")
+    await clock.advance(20)
+    tier.channel.old = OLD
+    assert await cache.get_latest("u-1") == OLD
+
+
+class Holding(Channel):
+    """One whose old answers take their time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate: Gate | None = None
+
+    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+        if self.gate is not None:
+            await self.gate.pass_through()
+        return await super()._stale(user_id, seconds)
+
+
+def build_holding(*steps: object, **options: Any) -> tuple[Cached, Tier, Gate]:
+    """Return a cache whose channel holds back the old answer ``OLD``."""
+    tier, clock = Tier(*steps), FakeClock()
+    tier.channel = channel = Holding()
+    gate = channel.gate = Gate()
+    channel.old = OLD
+    cache = Cached(tier, clock=clock, **{"ttl": 600, "stale_if_error": 100, **options})
+    channel.lease(clock.monotonic() + 100)
+    channel.hear(clock.monotonic() + 100)
+    return cache, tier, gate
+
+
+async def test_an_old_state_that_a_write_overtook_is_not_answered() -> None:
+    """The tier gave it while the write was made."""
+    cache, tier, gate = build_holding(UnavailableError("down"), None)
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await cache.upsert_latest(NEW)
+    gate.open()
+    with pytest.raises(UnavailableError):
+        await load
+    assert await cache.get_latest("u-1") == NEW
+    assert tier.calls == [Op.GET_LATEST, Op.UPSERT_LATEST]
+
+
+@pytest.mark.parametrize("form", ["single", "batch", "refresh"])
+async def test_who_is_cancelled_while_an_old_state_is_looked_for_hands_over(form: str) -> None:
+    """The next one loads; nothing of the load is left."""
+    down = UnavailableError("down")
+    steps: list[object] = [down, NEW]
+    options: dict[str, Any] = {}
+    if form == "refresh":
+        steps, options = [OLD, *steps], {"refresh_ahead": 0.1, "ttl": 50}
+    cache, tier, gate = build_holding(*steps, **options)
+    if form == "refresh":
+        clock: Any = cache.clock
+        await cache.get_latest("u-1")
+        await clock.advance(40)
+        tier.channel.hear(clock.monotonic())  # so that its own entry is no old answer
+        await cache.get_latest("u-1")
+        (task,) = cache._refreshes
+        await gate.entered.wait()
+        await clock.advance(20)
+    else:
+        call = cache.get_latest("u-1") if form == "single" else cache.get_latest_many(["u-1"])
+        task = asyncio.ensure_future(call)  # type: ignore[arg-type]
+        await gate.entered.wait()
+    heir = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    task.cancel()
+    assert await heir == NEW
+    assert task.cancelled()
+    assert cache._flights == {}
+    assert tier.calls[-1] is Op.GET_LATEST
+
+
+async def test_after_an_erasure_the_tier_is_asked_again() -> None:
+    """Nobody told its version here, so the absence cannot be kept."""
+    cache, tier, _ = build(None, None, negative_ttl=60)
+    await cache.delete("u-1")
+    assert await cache.get_latest("u-1") is None
+    assert tier.calls == [Op.DELETE, Op.GET_LATEST]
+
+
+async def test_no_digest_outlives_what_it_was_kept_for() -> None:
+    """An absence that is not remembered, and an entry that expired and was swept."""
+    cache, _, clock = build(None, OLD, StateSnapshot("u-2", 1), ttl=10)
+    await cache.get_latest("u-1")
+    assert cache._by_digest == {}
+    await cache.get_latest("u-1")
+    await clock.advance(10)
+    await cache.get_latest("u-2")
+    assert list(cache._by_digest.values()) == ["u-2"]
+
+
+async def test_what_the_channel_takes_away_is_counted_apart() -> None:
+    """From what this process's own writes do."""
+    cache, tier, _ = build(OLD)
+    await cache.get_latest("u-1")
+    tier.channel.say(5)
+    tier.channel.say(6)
+    removed = {s.labels: s.value for s in cache.samples() if s.metric == "invalidations"}
+    assert removed == {("channel",): 1}
