@@ -66,6 +66,8 @@ C = TypeVar("C")
 # Those that were given a cache object: two of them must not share one.
 _GIVEN: Final[weakref.WeakSet[Cached]] = weakref.WeakSet()
 _NEVER: Final = -math.inf
+_LEFT_OUT: Final = -1
+"""In place of a version: of a user whom a batch left out, absent or with an unreadable record."""
 
 
 class _Entry(Node, gc=False):
@@ -74,7 +76,7 @@ class _Entry(Node, gc=False):
     Args:
         expires: until when the hot path may answer with it; minus infinity for an absent user.
         deadline: until when it answers at all.
-        version: of the write that left it; 0 when it was read.
+        version: of the write that left it; 0 when it was read, ``_LEFT_OUT`` when a batch was.
         digest: the user's, under an invalidation channel.
     """
 
@@ -153,6 +155,10 @@ class _Flight(msgspec.Struct, eq=False):
     def close_doors(self) -> None:
         """End the turn in which it began."""
         self.boarding = False
+
+    def any_waits(self) -> bool:
+        """Tell whether a caller waits who could take over."""
+        return any(not future.done() for future in self.waiters or ())
 
     def hand_over(self) -> bool:
         """Make the first caller who can the one that loads; False when none can."""
@@ -337,7 +343,11 @@ class Cached(Layer):
             raise
         if entry is not None:
             now = self._monotonic()
-            if now < entry.deadline and now < self._trust.lease_until:
+            if (
+                now < entry.deadline
+                and now < self._trust.lease_until
+                and entry.version != _LEFT_OUT
+            ):
                 return self._answer(user_id, entry)
         loop = running_loop()
         if loop is not self._following and self._channel is not None:
@@ -552,16 +562,22 @@ class Cached(Layer):
                     self._unindex(user_id)
                 flight.land(_Failure(not_of_user(user_id, Op.GET_LATEST, self.name)))
                 continue
-            self._landed(user_id, flight, value)
+            if value is None and flight.any_waits():
+                # Whoever asked for this user alone is told of a record that cannot be read.
+                flight.hand_over()
+                continue
+            self._landed(user_id, flight, value, 0 if value is not None else _LEFT_OUT)
             flight.land(value)
         return found
 
-    def _landed(self, user_id: str, flight: _Flight, value: StateSnapshot | None) -> None:
+    def _landed(
+        self, user_id: str, flight: _Flight, value: StateSnapshot | None, version: int = 0
+    ) -> None:
         """Keep what a load found, unless a write, an erasure or a notice came in between."""
         with self._lock:
             current = self._flights.pop(user_id, None)
             if current is flight:
-                self._keep(user_id, value, 0, flight.digest)
+                self._keep(user_id, value, version, flight.digest)
             else:
                 self._overtaken(user_id, current, value)
 
@@ -903,13 +919,16 @@ class Cached(Layer):
         note = "" if leased else "no lease: the invalidation channel is away"
         if left <= 0:
             note = "kept for stale_if_error" if self._stale_seconds else "expired"
+        single = entry.version != _LEFT_OUT
+        if not single and not note:
+            note = "left out of a batch: answers batches only"
         state = entry.value
         return Peek(
             Held.ABSENT if state is None else Held.STATE,
             None if state is None else state.updated_at_unix_ms,
             max(0.0, left),
-            entry.version or None,
-            answers=leased and left > 0,
+            entry.version if entry.version > 0 else None,
+            answers=leased and left > 0 and single,
             note=note,
         )
 

@@ -245,6 +245,9 @@ async def test_a_row_that_cannot_be_read_fails_its_reader_alone(url: str) -> Non
         results = await asyncio.gather(*map(store.get_latest, USERS), return_exceptions=True)
         kinds = [type(result).__name__ for result in results]
         assert kinds == ["StateSnapshot", "CorruptDataError", "StateSnapshot", "StateSnapshot"]
+        for users in (USERS, ["bob"]):
+            found = await store.get_latest_many(users)
+            assert list(found) == [user for user in users if user != "bob"]
 
 
 async def test_a_write_too_large_for_the_server_fails_alone(mysql_url: str) -> None:

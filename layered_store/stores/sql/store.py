@@ -346,7 +346,10 @@ class SQLStore(StateStore, Authority, Enumerable):
         for user_id in user_ids:
             check_user_id(user_id, Op.GET_LATEST_MANY)
         if len(user_ids) == 1:
-            return {user_ids[0]: await self._read(user_ids[0], Op.GET_LATEST_MANY)}
+            try:
+                return {user_ids[0]: await self._read(user_ids[0], Op.GET_LATEST_MANY)}
+            except CorruptDataError:
+                return {}
         wanted = list(dict.fromkeys(user_ids))
         try:
             self._check_open(Op.GET_LATEST_MANY)

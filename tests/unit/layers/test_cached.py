@@ -164,6 +164,69 @@ async def test_absent_users_are_remembered_only_when_asked_for() -> None:
     assert await cache.get_latest("u-1") == NEW
 
 
+class Damaged(Minimal):
+    """One user's record cannot be read: a batch leaves the user out, as a backend's does."""
+
+    gate: asyncio.Event | None = None
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        found = await super().get_latest(user_id)
+        if user_id == "u-bad":
+            raise CorruptDataError("damaged")
+        return found
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        self.reads["batch"] += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        return {key: self.states[key] for key in user_ids if key in self.states}
+
+
+async def test_who_was_left_out_of_a_batch_is_not_absent_for_that() -> None:
+    """The mark of a batch answers batches; asked for alone, a damaged record is told of."""
+    inner = Damaged()
+    cache = Cached(inner, negative_ttl=5)
+    for _ in range(2):
+        assert await cache.get_latest_many(["u-bad", "u-none"]) == {}
+    assert inner.reads == {"batch": 1}
+    assert counted(cache) == {"miss": 2, "negative_hit": 2}
+    assert not (await cache.peek("u-bad")).answers
+    for _ in range(2):
+        with pytest.raises(CorruptDataError):
+            await cache.get_latest("u-bad")
+        assert await cache.get_latest("u-none") is None
+    assert inner.reads == {"batch": 1, "u-bad": 2, "u-none": 1}
+    peek = await cache.peek("u-none")
+    assert peek.answers
+    assert peek.version is None
+    assert await cache.get_latest_many(["u-bad", "u-none"]) == {}
+    assert inner.reads["batch"] == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_who_waits_for_a_batch_that_left_the_user_out_asks_alone(cancelled: bool) -> None:
+    """The first asks for all who wait, another batch among them; nothing is left behind."""
+    inner = Damaged()
+    inner.gate = asyncio.Event()
+    cache = Cached(inner)
+    batch = asyncio.create_task(cache.get_latest_many(["u-bad", "u-none"]))
+    await asyncio.sleep(0)
+    alone = [asyncio.create_task(cache.get_latest("u-bad")) for _ in range(3)]
+    other = asyncio.create_task(cache.get_latest_many(["u-bad", "u-1"]))
+    await asyncio.sleep(0)
+    if cancelled:
+        for task in alone:
+            task.cancel()
+    inner.gate.set()
+    results = await asyncio.gather(*alone, return_exceptions=True)
+    wanted = asyncio.CancelledError if cancelled else CorruptDataError
+    assert [type(result) for result in results] == [wanted] * 3
+    assert await batch == {}
+    assert await other == {}
+    assert inner.reads["u-bad"] == (0 if cancelled else 1)
+    assert cache._flights == {}
+
+
 async def test_jitter_spreads_expiry_and_never_lengthens_it() -> None:
     """Entries stored together expire apart, within the share, from the random given."""
     clock = FakeClock()
