@@ -142,7 +142,8 @@ class MultiprocessExporter(Exporter):
 
     def _flush_for_ever(self) -> None:
         pause = threading.Event()
-        while not pause.wait(_FLUSH_SECONDS):
+        while True:
+            pause.wait(_FLUSH_SECONDS)
             try:
                 self.flush()
             except Exception as exc:  # noqa: BLE001  the disk may be full now and not later

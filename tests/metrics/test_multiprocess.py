@@ -234,3 +234,94 @@ def test_a_variable_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
         """,
         None,
     )
+
+
+def test_a_child_begins_where_its_parent_stood(tmp_path: Path) -> None:
+    """What the parent has still to hand over is not handed over by its child as well."""
+    run(
+        """
+        async def main():
+            stack = Metrics(Cached(MemoryStore()), name="s")
+            await use(stack, 100)
+            await stack.health_report()
+            stack._exporter._forked()  # as in the child, whose files are its own
+            assert calls("get_latest") == 0, calls("get_latest")
+            assert one(figures("cache_entries")) == 1, figures("cache_entries")
+            await use(stack, 10)
+            assert calls("get_latest") == 10, calls("get_latest")
+            for part in ("count", "bucket"):
+                counted = figures("operation_duration_seconds_" + part)
+                most = max(v for k, v in counted.items() if "get_latest" in k)
+                assert most == 10, counted
+            seconds = figures("operation_duration_seconds_sum")
+            assert all(0 < v < 5 for k, v in seconds.items() if "get_latest" in k), seconds
+        asyncio.run(main())
+        """,
+        tmp_path,
+    )
+
+
+def test_nobody_needs_to_look_and_a_full_disk_is_waited_for(tmp_path: Path) -> None:
+    """Others see what this process counted within the interval; a failure is logged, no more."""
+    run(
+        """
+        import logging, time
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.multiprocess import MultiProcessCollector
+        multiprocess._FLUSH_SECONDS = 0.01
+        heard = []
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        logging.getLogger("layered_store").addHandler(handler)
+        stack = Metrics(MemoryStore(), name="s")
+        exporter, full = stack._exporter, [True]
+        real = exporter.flush
+        def flush():
+            if full:
+                raise OSError("no space left in /marked-folder")
+            real()
+        exporter.flush = flush
+        asyncio.run(use(stack, 7))
+        def written():
+            files = MultiProcessCollector(CollectorRegistry())
+            return sum(
+                sample.value for family in files.collect() for sample in family.samples
+                if sample.name == "layered_store_operations_total"
+                and sample.labels["operation"] == "get_latest"
+            )
+        end = time.monotonic() + 20
+        while not heard and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(heard) == 1 and "OSError" in heard[0], heard
+        assert "marked-folder" not in heard[0], heard
+        assert written() == 0
+        full.clear()
+        while written() != 7 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert written() == 7
+        assert len(heard) == 1, heard
+        """,
+        tmp_path,
+    )
+
+
+def test_only_gauges_of_processes_that_are_gone_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of this one, of a number that is none, nor counters; files of others stay."""
+    from layered_store.metrics.multiprocess import _forget_dead_processes
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    stays = [
+        f"gauge_livesum_{os.getpid()}.db",
+        "gauge_livesum_other.db",
+        "gauge_livesum_99999999999999999999999.db",
+        f"counter_{gone.pid}.db",
+        f"gauge_all_{gone.pid}.db",
+    ]
+    for name in (*stays, f"gauge_livesum_{gone.pid}.db", f"gauge_livemin_{gone.pid}.db"):
+        (tmp_path / name).touch()
+    _forget_dead_processes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stays)
