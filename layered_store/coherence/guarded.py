@@ -601,6 +601,7 @@ class GuardedCopies(Invalidations):
             pause = min(1.0, pause * 2)
 
     def _receive(self, notice: Notice) -> None:
+        assert self._ping_now is not None
         self._seen = max(self._seen, notice.sent)
         if notice.echo:
             if notice.echo == self._me:
@@ -609,11 +610,10 @@ class GuardedCopies(Invalidations):
         if not notice.digest:
             # A new generation: what changed before it is not told one by one.
             self._distrust()
-            if self._ping_now is not None:
-                self._ping_now.set()
+            self._ping_now.set()
             return
         self._tell(notice)
-        if notice.erased and self._ping_now is not None:
+        if notice.erased:
             # Somebody waits for us to have seen this.
             self._ping_now.set()
 

@@ -253,16 +253,9 @@ class RedisTier(CacheTier):
         record = unpack(value)
         if record is None and value is not None:
             self._store.note_corrupt()
-        if record is None or record.generation != guard[:16] or record.kind == TOKEN:
+        if record is None or record.generation != guard[:16] or record.kind != TOMBSTONE:
             return TierRead(trusted=True)
-        if record.kind == TOMBSTONE:
-            return TierRead(Versioned(record.version, None), trusted=True)
-        try:
-            snapshot = self._store.codec.decode(record.body, user_id)
-        except CodecError:
-            self._store.note_corrupt()
-            return TierRead(trusted=True)
-        return TierRead(Versioned(record.version, snapshot), trusted=True)
+        return TierRead(Versioned(record.version, None), trusted=True)
 
     async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
         digest, bucket = self._place(user_id)
@@ -615,8 +608,6 @@ class RedisTier(CacheTier):
         """Await a step of the driver, turning its errors into ours."""
         try:
             return await work
-        except StoreError:
-            raise
         except Exception as exc:
             raise UnavailableError(
                 "the connection to the cache tier was lost", layer=self._store.name
@@ -671,7 +662,10 @@ def _parse(data: bytes) -> _Message | None:
     if len(parts) != 6 or parts[0] not in (b"i", b"p"):  # noqa: PLR2004
         return None
     kind, sent, number, erased, server, body = parts
-    return _Message(kind == b"p", int(sent), int(number), erased == b"1", server, body)
+    try:
+        return _Message(kind == b"p", int(sent), int(number), erased == b"1", server, body)
+    except ValueError:
+        return None
 
 
 async def _together(work: Iterable[Awaitable[T]]) -> list[T]:

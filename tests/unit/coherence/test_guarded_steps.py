@@ -1,0 +1,407 @@
+"""What a process does when a step on its shared tier fails, and how it begins and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from layered_store.coherence import guarded
+from layered_store.coherence.contract import (
+    CacheTier,
+    Change,
+    Holders,
+    Notice,
+    Pass,
+    Ticket,
+    TierRead,
+    Versioned,
+)
+from layered_store.coherence.guarded import GuardedCopies
+from layered_store.errors import ClosedError, StoreError, UnavailableError
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import FakeClock
+
+TICKET = Ticket(b"t", b"g" * 16)
+SECRET = "marked-value"
+
+
+class Tier(CacheTier):
+    """Copies in a dict; a step named in ``fails`` raises what stands there."""
+
+    digest = MemoryStore.digest
+    tier_name = "tier"
+    has_channel = True
+
+    def __init__(self) -> None:
+        self.copies: dict[str, Versioned] = {}
+        self.fails: dict[str, Exception] = {}
+        self.log: list[str] = []
+        self.tickets_come_with_reads = False
+        self.notices: asyncio.Queue[Notice] = asyncio.Queue()
+
+    def _step(self, name: str) -> None:
+        self.log.append(name)
+        if name in self.fails:
+            raise self.fails[name]
+
+    async def read(self, user_id: str) -> TierRead:
+        self._step("read")
+        found = self.copies.get(user_id)
+        ticket = TICKET if self.tickets_come_with_reads and found is None else None
+        return TierRead(found, ticket, trusted=True)
+
+    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
+        self._step("read_many")
+        return {user_id: await self.read(user_id) for user_id in user_ids}
+
+    async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
+        self._step("read_stale")
+        return self.copies.get(user_id)
+
+    async def ticket(self, user_id: str) -> Ticket | None:
+        self._step("ticket")
+        return TICKET
+
+    async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
+        self._step("fill")
+        self.copies[user_id] = record
+
+    async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
+        self._step("put")
+        self.copies[user_id] = record
+
+    async def bury(self, user_id: str, version: int, me: str) -> Holders:
+        self._step("bury")
+        self.copies[user_id] = Versioned(version, None)
+        return Holders(10.0, 10.0, {})
+
+    async def holders(self, user_id: str, me: str) -> Holders:
+        self._step("holders")
+        return Holders(10.0, 10.0, {})
+
+    async def begin(self, me: str, head: str) -> Pass | None:
+        self._step("begin")
+        return Pass(0.0, b"g" * 16, head, False, me)
+
+    async def renew(self, generation: bytes, head: str) -> None:
+        self._step("renew")
+
+    async def repair(self, changes: Sequence[Change]) -> Sequence[Change]:
+        self._step("repair")
+        return changes
+
+    async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
+        self._step("stamp")
+        return True
+
+    async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
+        self._step("ping")
+        self.notices.put_nowait(Notice(b"", number, echo=me))
+        return 1.0
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[AsyncIterator[Notice]]:
+        self._step("listen")
+
+        async def told() -> AsyncIterator[Notice]:
+            while True:
+                yield await self.notices.get()
+
+        yield told()
+
+
+class Cache:
+    """A cache that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.leased = float("-inf")
+        self.told: list[Notice] = []
+
+    def invalidate(self, notice: Notice) -> None:
+        self.told.append(notice)
+
+    def distrust(self) -> None:
+        pass
+
+    def lease(self, until: float) -> None:
+        self.leased = until
+
+    def hear(self, until: float) -> None:
+        pass
+
+
+class World:
+    """A guard with its tier, its authority and its clock."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.tier = Tier()
+        self.authority = MemoryStore(clock=self.clock)
+        self.guard = GuardedCopies(self.tier, self.authority, self.clock)
+
+    async def begin(self) -> World:
+        await self.guard.upsert_latest(state("first"))
+        self.tier.log.clear()
+        return self
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = await World().begin()
+    yield world
+    world.tier.fails.clear()
+    await world.guard.aclose()
+
+
+def state(user_id: str = "u-1", at: int = 1) -> StateSnapshot:
+    return StateSnapshot(user_id, at)
+
+
+CALLS: dict[str, tuple[str, Callable[[GuardedCopies], Coroutine[Any, Any, object]]]] = {
+    "the read": ("read", lambda guard: guard.get_latest("u-1")),
+    "the ticket of a read": ("ticket", lambda guard: guard.get_latest("u-1")),
+    "the read of several": ("read_many", lambda guard: guard.get_latest_many(["u-1", "u-2"])),
+    "the ticket of a write": ("ticket", lambda guard: guard.upsert_latest(state())),
+    "the write": ("put", lambda guard: guard.upsert_latest(state())),
+    "the write of several": ("put", lambda guard: guard.upsert_latest_many([state()])),
+    "the erasure": ("bury", lambda guard: guard.delete("u-1")),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+async def test_a_closed_tier_is_told_and_is_no_outage(case: str, world: World) -> None:
+    """It is a mistake of the program's, which the system of record must not hide."""
+    step, call = CALLS[case]
+    world.tier.fails[step] = ClosedError("this store was closed")
+    with pytest.raises(ClosedError):
+        await call(world.guard)
+    assert not world.guard.failures
+    del world.tier.fails[step]
+    await call(world.guard)
+
+
+async def test_a_tier_that_was_closed_before_a_fill_is_told(world: World) -> None:
+    """Also when the answer is there already."""
+    await world.authority.upsert_latest(state())
+    world.tier.fails["fill"] = ClosedError("this store was closed")
+    with pytest.raises(ClosedError):
+        await world.guard.get_latest("u-1")
+    assert not world.guard.failures
+
+
+async def test_a_ticket_that_comes_with_a_read_is_the_one_that_fills(world: World) -> None:
+    """No other is asked for, by one read and by a read of several."""
+    await world.authority.upsert_latest_many([state("u-1"), state("u-2"), state("u-3")])
+    world.tier.tickets_come_with_reads = True
+    assert await world.guard.get_latest("u-1") == state("u-1")
+    found = await world.guard.get_latest_many(["u-2", "u-3"])
+    assert found == {user: state(user) for user in ("u-2", "u-3")}
+    assert "ticket" not in world.tier.log
+    assert {"u-1", "u-2", "u-3"} <= world.tier.copies.keys()
+
+
+async def test_an_erasure_that_cannot_be_noted_as_paid_is_done_and_noted_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user is gone everywhere; the next pass pays the debt again and notes it."""
+    await world.guard.upsert_latest(state())
+    real, failing = world.authority.settle, [True]
+
+    async def settle(digest: bytes, version: int, tier: str) -> None:
+        if failing:
+            failing.clear()
+            raise UnavailableError("away")
+        await real(digest, version, tier)
+
+    monkeypatch.setattr(world.authority, "settle", settle)
+    await world.guard.delete("u-1")
+    assert await world.guard.get_latest("u-1") is None
+    assert await world.authority.debts("u-1") == ["tier"]
+    await world.clock.advance(1.0)
+    assert await world.authority.debts("u-1") == []
+
+
+async def test_what_is_noted_as_behind_is_bounded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long outage costs no memory without end; the repair finds the rest in the log."""
+    monkeypatch.setattr(guarded, "MAX_UNREPAIRED", 3)
+    for step in ("put", "begin", "ping"):
+        world.tier.fails[step] = UnavailableError("away")
+    for number in range(10):
+        await world.guard.upsert_latest(state(f"u-{number}"))
+    assert world.guard.pending == 3
+
+
+async def test_a_stale_copy_is_never_older_than_what_was_seen(world: World) -> None:
+    """Nor one of an erased user; and what is given is counted."""
+    guard, tier = world.guard, world.tier
+    await guard.upsert_latest(state())
+    assert await guard.stale("u-1", 60) == state()
+    assert guard.reads.stale == 1
+    seen = tier.copies["u-1"].version
+    tier.copies["u-1"] = Versioned(seen - 1, state())
+    assert await guard.stale("u-1", 60) is None
+    tier.copies["u-1"] = Versioned(seen + 1, None)
+    assert await guard.stale("u-1", 60) is None
+    assert await guard.stale("nobody", 60) is None
+    assert guard.reads.stale == 1
+
+
+async def test_a_stale_copy_that_cannot_be_had_is_no_error(world: World) -> None:
+    """The tier is asked until it is known to be away, and then no more."""
+    for step in ("read_stale", "begin", "ping"):
+        world.tier.fails[step] = UnavailableError("away")
+    for _ in range(3):
+        assert await world.guard.stale("u-1", 60) is None
+    assert world.tier.log.count("read_stale") == 2
+    assert world.guard.failures["read"] == 2
+
+
+async def test_a_third_partys_repair_that_fails_goes_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is no StoreError is counted and logged by its class, without its text."""
+    world.tier.fails["begin"] = KeyError(SECRET)
+    with caplog.at_level(logging.WARNING, "layered_store"):
+        await world.clock.advance(1.0)
+    assert world.guard.failures["repair"] >= 1
+    assert "KeyError" in caplog.text and SECRET not in caplog.text
+    world.tier.log.clear()
+    del world.tier.fails["begin"]
+    await world.clock.advance(1.0)
+    assert "stamp" in world.tier.log
+
+
+async def test_a_third_partys_channel_that_fails_is_listened_to_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No cache answers meanwhile; after that it is given a lease again."""
+    cache = Cache()
+    world.tier.fails["listen"] = KeyError(SECRET)
+    world.guard.attach(cache)
+    with caplog.at_level(logging.WARNING, "layered_store"):
+        await world.guard.get_latest("u-1")
+        await world.clock.advance(1.0)
+    assert "KeyError" in caplog.text and SECRET not in caplog.text
+    assert cache.leased == float("-inf")
+    assert world.guard.channel_up is False
+    del world.tier.fails["listen"]
+    await world.clock.advance(2.0)
+    assert cache.leased > world.clock.monotonic()
+    assert world.guard.channel_up is True
+
+
+async def test_a_cache_that_comes_later_is_followed_from_the_next_call_on(world: World) -> None:
+    """It is told what others write, and once it left, no more."""
+    cache = Cache()
+    world.guard.attach(cache)
+    assert "listen" not in world.tier.log
+    assert world.guard.channel_up is None
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.5)
+    assert cache.leased > world.clock.monotonic()
+    notice = Notice(b"digest", 7)
+    world.tier.notices.put_nowait(notice)
+    await world.clock.advance(0)
+    assert cache.told == [notice]
+    world.guard.detach(cache)
+    world.tier.notices.put_nowait(notice)
+    await world.clock.advance(0)
+    assert cache.told == [notice]
+
+
+async def test_a_tier_without_a_channel_keeps_nobody_waiting() -> None:
+    """A cache above it is never leased; that it is not listened to is no loss."""
+    world = World()
+    world.tier.has_channel = False  # type: ignore[misc]
+    cache = Cache()
+    world.guard.attach(cache)
+    before = world.clock.monotonic()
+    await world.begin()
+    assert world.clock.monotonic() == before
+    await world.clock.advance(2.0)
+    assert "listen" not in world.tier.log and "ping" not in world.tier.log
+    assert cache.leased == float("-inf")
+    assert world.guard.channel_up is None
+    await world.guard.aclose()
+
+
+async def test_after_closing_a_call_starts_nothing() -> None:
+    """Neither tasks nor a pass that nobody would make; the system of record still answers."""
+    world = World()
+    await world.guard.aclose()
+    tasks = asyncio.all_tasks()
+    world.tier.fails["put"] = UnavailableError("away")
+    await world.guard.upsert_latest(state())
+    assert await world.authority.get_latest("u-1") == state()
+    await world.clock.advance(1.0)
+    assert asyncio.all_tasks() == tasks
+    assert "begin" not in world.tier.log
+
+
+async def elsewhere(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run something on an event loop of another thread."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(work())
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    assert not failed, failed
+
+
+async def test_trouble_on_another_loop_is_repaired_by_the_one_that_keeps_watch(
+    world: World,
+) -> None:
+    """At once, not when the next pass is due."""
+    await world.clock.advance(0.1)
+    world.tier.log.clear()
+    world.tier.fails["put"] = UnavailableError("away")
+
+    await elsewhere(lambda: world.guard.upsert_latest(state()))
+    assert await world.authority.get_latest("u-1") == state()
+    del world.tier.fails["put"]
+    await world.clock.advance(0)
+    assert "begin" in world.tier.log
+
+
+async def test_closing_on_another_loop_ends_what_keeps_watch() -> None:
+    """The tasks end on their own loop; none is left."""
+    before = asyncio.all_tasks()
+    world = await World().begin()
+    assert asyncio.all_tasks() != before
+    await elsewhere(world.guard.aclose)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+def test_closing_after_the_loop_is_closed_is_silent() -> None:
+    """Its tasks ended with it."""
+
+    async def begin() -> World:
+        return await World().begin()
+
+    world = asyncio.run(begin())
+    asyncio.run(world.guard.aclose())
+
+
+async def test_one_read_of_several_that_fails_leaves_none_running(world: World) -> None:
+    """The first failure is raised when all have ended."""
+    world.tier.fails["put"] = ClosedError("this store was closed")
+    with pytest.raises(StoreError):
+        await world.guard.upsert_latest_many([state("u-1"), state("u-2")])
+    assert world.tier.log.count("put") == 2
