@@ -11,6 +11,7 @@ import pytest
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, LeasedCache, Notice
 from layered_store.errors import UnavailableError
+from layered_store.explaining import Held
 from layered_store.identity import digest_function
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
@@ -624,3 +625,40 @@ async def test_what_the_channel_takes_away_is_counted_apart() -> None:
     tier.channel.say(6)
     removed = {s.labels: s.value for s in cache.samples() if s.metric == "invalidations"}
     assert removed == {("channel",): 1}
+
+
+async def test_a_cache_above_a_cache_hears_of_the_same() -> None:
+    """A notice takes the user from both."""
+    cache, tier, clock = build(OLD, NEW)
+    outer = Cached(cache, ttl=600, clock=clock)
+    tier.channel.lease(clock.monotonic() + 100)
+    assert len(tier.channel.caches) == 2
+    assert await outer.get_latest("u-1") == OLD
+    tier.channel.say(5)
+    assert await outer.get_latest("u-1") == NEW
+
+
+async def test_it_tells_what_it_holds_and_whether_that_answers() -> None:
+    """With the version of a write, and without a lease that it does not answer."""
+    cache, tier, clock = build(None, OLD, ttl=50)
+    absent = await cache.peek("u-1")
+    assert (absent.held, absent.answers) == (Held.ABSENT, False)
+    await cache.upsert_latest(NEW)
+    found = await cache.peek("u-1")
+    assert (found.held, found.version, found.answers, found.note) == (Held.STATE, 1, True, "")
+    assert found.updated_at_unix_ms == NEW.updated_at_unix_ms
+    await cache.get_latest("u-1")
+    tier.channel.lease(clock.monotonic())
+    found = await cache.peek("u-1")
+    assert not found.answers
+    assert found.note == "no lease: the invalidation channel is away"
+    tier.channel.lease(clock.monotonic() + 100)
+    tier.channel.say(2)
+    await cache.get_latest("u-1")
+    found = await cache.peek("u-1")
+    assert (found.version, found.answers) == (None, True)
+    await clock.advance(50)
+    found = await cache.peek("u-1")
+    assert (found.answers, found.note) == (False, "expired")
+    assert cache.staleness == (0.0, "")
+    assert "show at once" in cache.notes()[0]

@@ -12,6 +12,7 @@ import pytest
 
 from layered_store.call import current_call
 from layered_store.errors import ConfigError, CorruptDataError, UnavailableError
+from layered_store.explaining import Held
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
 from layered_store.layers.write_through import WriteThrough
@@ -414,3 +415,47 @@ async def test_doubts_about_writes_are_forgotten_as_they_end() -> None:
     await clock.advance(1)
     await cache.get_latest("u-1")
     assert cache._quarantine == {}
+
+
+# What it tells of itself
+
+
+async def test_it_tells_how_long_an_entry_answers() -> None:
+    """Up to its very end; afterwards what it is kept for."""
+    clock = FakeClock()
+    for stale, note in ((0, "expired"), (30, "kept for stale_if_error")):
+        cache = Cached(MemoryStore(), ttl=10, negative_ttl=10, stale_if_error=stale, clock=clock)
+        await cache.upsert_latest(OLD)
+        await cache.get_latest("nobody")
+        await clock.advance(9.5)
+        found = await cache.peek("u-1")
+        assert (found.answers, found.note, found.version) == (True, "", None)
+        assert (await cache.peek("nobody")).held is Held.ABSENT
+        await clock.advance(0.5)
+        found = await cache.peek("u-1")
+        assert (found.answers, found.note) == (False, note)
+        assert not [s for s in cache.samples() if s.metric == "cache_evictions"]
+        assert cache.staleness == (10, "")
+
+
+async def test_an_error_whose_copy_is_another_is_shared() -> None:
+    """Of another class, or with other words: who waits must get what was raised."""
+
+    class Changing(Exception):
+        def __reduce__(self) -> Any:
+            return ValueError, self.args
+
+    class Rewording(Exception):
+        def __reduce__(self) -> Any:
+            return Rewording, ("other words",)
+
+    for kind in (Changing, Rewording):
+        gate = Gate()
+        cache = Cached(Scripted(gate))
+        tasks = [asyncio.create_task(cache.get_latest("u-1")) for _ in range(3)]
+        await gate.entered.wait()
+        await settle()
+        error = kind("words")
+        gate.open(error)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(result is error for result in results)

@@ -128,10 +128,9 @@ async def test_writes_that_overlap_no_more_are_mirrored_as_they_are() -> None:
     gate = inner.gate = asyncio.Event()
     both = [asyncio.create_task(shadow.upsert_latest(each)) for each in (OLD, NEW)]
     await settle()
+    candidate.gate = asyncio.Event()  # what they leave for the candidate waits there
     gate.set()
     await asyncio.gather(*both)
-    # What they left waits for the candidate still.
-    candidate.gate = asyncio.Event()
     await settle()
     await shadow.upsert_latest(state(0.3))
     candidate.gate.set()
@@ -350,6 +349,19 @@ async def test_only_an_erasure_that_failed_is_followed_by_a_copy(
     assert mirrored(shadow) == ({"ok": 1} if copied else {})
 
 
+async def test_an_erasure_that_the_candidate_left_unfinished_names_its_tiers() -> None:
+    """The candidate may be a stack of its own."""
+    candidate = Simple()
+    candidate.error = ErasureIncompleteError("left", pending=("new redis",))
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await Shadow(Simple(), candidate=candidate).delete("u-1")
+    assert caught.value.pending == ("new redis",)
+    candidate.error = ErasureIncompleteError("left", pending=())
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await Shadow(Simple(), candidate=candidate).delete("u-1")
+    assert caught.value.pending == ("Simple",)
+
+
 # Whose call it is
 
 
@@ -405,6 +417,35 @@ def test_a_user_whose_calls_run_on_another_event_loop() -> None:
         over.set()
         other.join()
     assert mirrored(shadow)["ok"] == 1
+
+
+def test_what_a_closed_event_loop_left_counts_no_more() -> None:
+    """One that was stopped in the middle: the user is mirrored again from the next loop."""
+    candidate = Simple()
+    shadow = Shadow(Simple(), candidate=candidate)
+
+    async def hang() -> None:
+        candidate.gate = asyncio.Event()
+        for value in (0.1, 0.2):
+            await shadow.upsert_latest(state(value))
+        await settle()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(hang())
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    assert shadow._pending == 2
+
+    async def go_on() -> None:
+        candidate.gate = None
+        await shadow.upsert_latest(state(0.9))
+        await settle()
+
+    asyncio.run(go_on())
+    assert candidate.kept["u-1"] == state(0.9)
+    assert mirrored(shadow) == {"ok": 1}
+    assert shadow._pending == 0
 
 
 # Ends
