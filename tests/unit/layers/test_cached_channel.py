@@ -662,3 +662,35 @@ async def test_it_tells_what_it_holds_and_whether_that_answers() -> None:
     assert (found.answers, found.note) == (False, "expired")
     assert cache.staleness == (0.0, "")
     assert "show at once" in cache.notes()[0]
+
+
+async def test_who_came_late_and_went_away_is_not_in_the_way_of_the_others() -> None:
+    """The load ends for those who are left as if he had never come."""
+    gate = Gate()
+    cache, tier, clock = build(gate, NEW)
+    await clock.advance(200)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    late = [asyncio.create_task(cache.get_latest("u-1")) for _ in range(2)]
+    await settle()
+    late[0].cancel()
+    await settle()
+    gate.open(OLD)
+    assert await first == OLD
+    assert await late[1] == NEW
+    assert late[0].cancelled()
+    assert len(tier.calls) == 2
+
+
+async def test_no_old_state_is_asked_for_when_the_channel_took_the_load_away() -> None:
+    """It could not be answered: something newer is known to be there."""
+    gate = Gate()
+    cache, tier, _ = build(gate, stale_if_error=100)
+    tier.channel.old = OLD
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    tier.channel.say(2)
+    gate.open(UnavailableError("down"))
+    with pytest.raises(UnavailableError):
+        await load
+    assert tier.channel.asked_stale == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cachetools
@@ -189,6 +191,34 @@ def test_a_batch_is_not_kept_waiting_by_an_event_loop_that_was_stopped() -> None
     assert inner.calls == [Op.GET_LATEST, Op.GET_LATEST_MANY]
 
 
+def test_a_batch_on_another_event_loop_loads_for_itself() -> None:
+    """What one thread's loop is loading can be awaited there only."""
+    held, over = threading.Event(), threading.Event()
+    inner = Scripted()
+    cache = Cached(inner)
+
+    async def first() -> StateSnapshot | None:
+        gate = Gate()
+        inner.steps = [gate, {"u-1": OLD}]
+        task = asyncio.create_task(cache.get_latest("u-1"))
+        await gate.entered.wait()
+        held.set()
+        await asyncio.to_thread(over.wait)
+        gate.open(OLD)
+        return await task
+
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(asyncio.run, first())
+        try:
+            assert held.wait(10)
+            found = asyncio.run(asyncio.wait_for(cache.get_latest_many(["u-1"]), 10))
+        finally:
+            over.set()
+        assert found == {"u-1": OLD}
+        assert loading.result(10) == OLD
+    assert cache._flights == {}
+
+
 # Answers that are not the user's
 
 
@@ -206,8 +236,9 @@ async def test_what_is_no_state_of_the_user_is_never_kept() -> None:
     await settle()
     gate.open({"u-1": OTHER, "u-2": state(0.2, "u-2")})
     assert await batch == {"u-2": state(0.2, "u-2")}
-    with pytest.raises(CorruptDataError):
+    with pytest.raises(CorruptDataError) as caught:
         await single
+    assert (caught.value.user_id, caught.value.operation) == ("u-1", Op.GET_LATEST)
     assert cache._flights == {}
     assert await cache.get_latest("u-1") == NEW
 
