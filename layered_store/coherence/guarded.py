@@ -595,8 +595,8 @@ class GuardedCopies(Invalidations):
                     log_event("channel_lost", tier=self._tier.tier_name)
                 if pings is not None:
                     pings.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, StoreError):
-                        await pings
+                    # Not awaited itself: its cancellation would look like our own, or hide it.
+                    await asyncio.gather(pings, return_exceptions=True)
             await self._clock.sleep(pause)
             pause = min(1.0, pause * 2)
 

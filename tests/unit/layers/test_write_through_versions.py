@@ -270,6 +270,36 @@ async def test_while_it_closes_nothing_begins() -> None:
     await cache.aclose()
 
 
+async def test_it_closes_at_the_very_moment_when_the_channel_breaks() -> None:
+    """The listener that tidies up after a loss is cancelled, and does not begin again."""
+    tidying, gate = asyncio.Event(), asyncio.Event()
+
+    class Hanging(Speaking):
+        async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
+            if number > 1:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    tidying.set()
+                    await gate.wait()
+                    raise
+            return await super().ping(me, seconds, seen, number)
+
+    store, tier, _, clock = build(Hanging())
+    cache = Cached(store, clock=clock)
+    await cache.get_latest("u-1")
+    await clock.advance(1)
+    tier.messages.put_nowait(Notice(b"", -1))
+    await tidying.wait()
+    closing = asyncio.create_task(cache.aclose())
+    await settle()
+    gate.set()
+    await settle()
+    await clock.advance(5)
+    assert closing.done()
+    await closing
+
+
 async def test_the_channel_of_the_tier_is_offered_to_the_cache_above() -> None:
     """Where there is one, and nothing else is; a cache without one says for how long it is old."""
     store, tier, _, clock = build(Speaking())
