@@ -58,6 +58,7 @@ class _Lane:
             of them won.
         deletes: deletes of the user that began; one that overlaps a write decides about it.
         held: deletes that wait for their turn; nothing else begins meanwhile.
+        wrote: writes that ended while a delete was held, so that it may not have erased them.
         compares: whether a comparison waits already; one is enough.
     """
 
@@ -70,6 +71,7 @@ class _Lane:
         "overlapped",
         "task",
         "writing",
+        "wrote",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -80,6 +82,7 @@ class _Lane:
         self.overlapped = False
         self.deletes = 0
         self.held = 0
+        self.wrote = 0
         self.compares = False
 
     @property
@@ -291,6 +294,7 @@ class Shadow(Layer):
                     self._copy_later(user_id)
                 elif erased or call.superseded or lane.overlapped:
                     # What inner holds for the user may not be what was written.
+                    lane.wrote += lane.held > 0
                     self._add_write(user_id, partial(self._copy, user_id))
             self._left(lanes)
         return result
@@ -346,6 +350,7 @@ class Shadow(Layer):
         lane = self._lane(user_id)
         lane.held += 1
         lane.deletes += 1
+        wrote = lane.wrote
         erased = False
         try:
             first: Exception | None = None
@@ -375,6 +380,8 @@ class Shadow(Layer):
             if not erased and self._mirrors(user_id):
                 # The user may still be there, and the candidate has lost what waited.
                 self._copy_later(user_id)
+            elif lane.wrote != wrote:
+                self._add_write(user_id, partial(self._copy, user_id))
             self._start(user_id, lane)
         return result
 

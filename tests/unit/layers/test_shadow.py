@@ -516,6 +516,33 @@ async def test_a_write_that_an_erasure_overtook_does_not_bring_the_user_back() -
     assert candidate.kept == {}
 
 
+@pytest.mark.parametrize("deletes", [1, 2])
+async def test_a_write_that_stands_behind_an_erasure_under_way_reaches_the_candidate(
+    deletes: int,
+) -> None:
+    """What inner took after the erasure had its effect there is no longer waiting from before."""
+    gate = asyncio.Event()
+
+    class Slow(MemoryStore):
+        async def delete(self, user_id: str) -> None:
+            await super().delete(user_id)
+            await gate.wait()
+
+    inner, candidate = Slow(), MemoryStore()
+    shadow = Shadow(inner, candidate=candidate)
+    tasks = [asyncio.create_task(shadow.delete("u-1")) for _ in range(deletes)]
+    await settle()
+    await shadow.upsert_latest(state())
+    await settle()
+    assert await candidate.get_latest("u-1") is None
+    gate.set()
+    await asyncio.gather(*tasks)
+    await settle()
+    assert await inner.get_latest("u-1") == state()
+    assert await candidate.get_latest("u-1") == state()
+    assert shadow._lanes == {}
+
+
 async def test_comparisons_go_on_after_an_erasure() -> None:
     """One that waited is dropped with all that waited, and the next is made."""
     candidate = Trial()
