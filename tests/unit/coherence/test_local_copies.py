@@ -1,0 +1,91 @@
+"""Copies in a tier without versions: what each step does when the tier or the caller is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from layered_store.coherence.local import LocalCopies
+from layered_store.errors import ClosedError, UnsupportedError
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import FakeClock
+
+STATE = StateSnapshot("u-1", 1)
+
+
+async def fill(copies: LocalCopies) -> None:
+    await copies.fill("u-1", STATE, copies.watch("u-1"))
+
+
+async def write(copies: LocalCopies, state: StateSnapshot | None) -> None:
+    user = await copies.begin("u-1")
+    try:
+        await copies.put("u-1", state)
+    finally:
+        copies.end("u-1", user)
+
+
+STEPS: dict[str, Callable[[LocalCopies], Coroutine[Any, Any, object]]] = {
+    "read": lambda copies: copies.read("u-1"),
+    "read many": lambda copies: copies.read_many(["u-1"]),
+    "fill": fill,
+    "write": lambda copies: write(copies, STATE),
+    "removal": lambda copies: write(copies, None),
+    "erasure": lambda copies: copies.bury("u-1"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_closed_tier_is_told_and_leaves_nothing_under_way(step: str) -> None:
+    """It is a mistake of the program's and no outage of the tier."""
+    tier = MemoryStore()
+    copies = LocalCopies(tier, FakeClock())
+    await tier.aclose()
+    with pytest.raises(ClosedError):
+        await STEPS[step](copies)
+    assert not copies.failures["read"] and not copies.failures["erase"]
+    async with asyncio.timeout(5):
+        copies.end("u-1", await copies.begin("u-1"))  # nobody holds the user's turn
+
+
+async def test_a_write_that_left_nothing_removes_the_copy() -> None:
+    """As when the origin holds an erasure that came later."""
+    tier = MemoryStore()
+    copies = LocalCopies(tier, FakeClock())
+    await write(copies, STATE)
+    assert (await copies.read("u-1")).snapshot == STATE
+    await write(copies, None)
+    assert await tier.get_latest("u-1") is None
+    found = await copies.read("u-1")
+    assert found.snapshot is None and found.fillable
+
+
+async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_way() -> None:
+    """Turns are kept by one loop; the error says what to do instead."""
+    copies = LocalCopies(MemoryStore(), FakeClock())
+    user = await copies.begin("u-1")
+    errors: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            asyncio.run(write(copies, STATE))
+        except UnsupportedError as exc:
+            errors.append(exc)
+
+    async def other_thread() -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+
+    await other_thread()
+    (error,) = errors
+    assert "use one stack per loop" in str(error)
+    copies.end("u-1", user)
+    await other_thread()
+    assert len(errors) == 1
+    assert (await copies.read("u-1")).snapshot == STATE

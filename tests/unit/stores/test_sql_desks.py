@@ -1,0 +1,90 @@
+"""Connections of one event loop, handed from one operation to the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from layered_store.stores.sql.desks import Desks
+
+
+@pytest.fixture
+async def engine(sqlite_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(sqlite_url, poolclass=AsyncAdaptedQueuePool)
+    yield engine
+    await engine.dispose()
+
+
+def out(engine: AsyncEngine) -> int:
+    """How many connections the engine has lent."""
+    pool = engine.pool
+    assert isinstance(pool, AsyncAdaptedQueuePool)
+    return pool.checkedout()
+
+
+async def test_who_is_cancelled_when_its_turn_came_passes_it_on(engine: AsyncEngine) -> None:
+    """The next one waits for nobody; who was cancelled before is passed over."""
+    desks = Desks(engine, 1, keep=True)
+    desk = await desks.take()
+    gone, called, last = (asyncio.create_task(desks.take()) for _ in range(3))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0)
+    await desks.give(desk)
+    called.cancel()
+    async with asyncio.timeout(5):
+        assert await last is desk
+    assert called.cancelled() and gone.cancelled()
+    assert desks.busy == 1
+    await desks.give(desk)
+    assert desks.busy == 0
+    await desks.aclose()
+    assert out(engine) == 0
+
+
+async def test_a_connection_that_cannot_be_used_leaves_its_place_and_goes_back(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits has the place at once."""
+    desks = Desks(engine, 1, keep=True)
+    real, failing = AsyncConnection.get_raw_connection, [True]
+
+    async def raw(connection: AsyncConnection) -> object:
+        if failing:
+            failing.clear()
+            await asyncio.sleep(0)
+            raise OSError("lost")
+        return await real(connection)
+
+    monkeypatch.setattr(AsyncConnection, "get_raw_connection", raw)
+    first, second = (asyncio.create_task(desks.take()) for _ in range(2))
+    with pytest.raises(OSError, match="lost"):
+        await first
+    async with asyncio.timeout(5):
+        desk = await second
+    assert (desks.busy, out(engine)) == (1, 1)
+    await desks.give(desk)
+    await desks.aclose()
+    assert out(engine) == 0
+
+
+@pytest.mark.parametrize("how", ["broken", "closed", "foreign", "not kept"])
+async def test_only_what_can_be_used_again_stays_at_hand(how: str, engine: AsyncEngine) -> None:
+    """The rest goes back to the engine, and the next operation has another."""
+    desks = Desks(engine, 1, keep=how != "not kept")
+    desk = await desks.take()
+    if how == "closed":
+        await desk.connection.close()
+    if how == "foreign":
+        await desks.move(engine.execution_options())
+    await desks.give(desk, broken=how == "broken")
+    assert (desks.busy, out(engine)) == (0, 0)
+    other = await desks.take()
+    assert other is not desk
+    await desks.give(other)
+    await desks.aclose()
+    assert out(engine) == 0
