@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from layered_store import sync
 from layered_store.errors import (
     ClosedError,
     ConfigError,
@@ -259,3 +262,71 @@ def test_a_lone_id_is_no_batch() -> None:
         for bad in ("u-1", None, 7):
             with pytest.raises(ValidationError, match="user_ids must be a list"):
                 store.get_latest_many(bad)  # type: ignore[arg-type]
+
+
+class Reluctant(MemoryStore):
+    """Does not close, by hanging or by failing."""
+
+    fails = False
+
+    async def aclose(self) -> None:
+        import asyncio
+
+        if self.fails:
+            raise OSError("lost")
+        await asyncio.Event().wait()
+
+
+def threads() -> int:
+    return sum(thread.name == "layered_store-sync" for thread in threading.enumerate())
+
+
+def test_a_stack_that_does_not_close_holds_up_the_end_of_the_process_for_a_while_only() -> None:
+    """The thread ends all the same, and closing again finds nothing to do."""
+    before = threads()
+    store = SyncStore(Reluctant())
+    store.upsert_latest(StateSnapshot("u-1"))
+    runner = store._runner
+    assert runner is not None
+    runner.close(0.05)
+    assert threads() == before
+    assert runner.loop.is_closed()
+    runner.close(0.05)
+
+
+def test_a_stack_that_fails_to_close_says_so_and_leaves_no_thread() -> None:
+    """A time limit of its own too, which is none of the caller's."""
+
+    class Late(MemoryStore):
+        async def aclose(self) -> None:
+            raise StoreTimeoutError("late")
+
+    before = threads()
+    store = SyncStore(Late())
+    store.upsert_latest(StateSnapshot("u-1"))
+    with pytest.raises(StoreTimeoutError):
+        store.close()
+    assert threads() == before
+
+
+def test_what_fails_at_the_end_of_the_process_keeps_no_other_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every stack that nobody closed is tried; those of the parent of a fork are left alone."""
+    runners: weakref.WeakSet[Any] = weakref.WeakSet()
+    monkeypatch.setattr(sync, "_runners", runners)
+    stacks = [Reluctant(), MemoryStore(), MemoryStore()]
+    stacks[0].fails = True  # type: ignore[attr-defined]
+    stores = [SyncStore(stack) for stack in stacks]
+    for store in stores:
+        store.upsert_latest(StateSnapshot("u-1"))
+    assert len(runners) == 3
+    parents = stores[2]._runner
+    assert parents is not None
+    parents.pid += 1
+    sync._close_all()
+    assert stacks[1]._closed and not stacks[2]._closed
+    assert list(runners) == [parents]
+    parents.pid -= 1
+    sync._close_all()
+    assert stacks[2]._closed

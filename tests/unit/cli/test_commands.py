@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import socket
 import subprocess
@@ -15,9 +16,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from layered_store.cli.group import cli
+from layered_store.errors import UnavailableError, ValidationError
 from layered_store.health import HealthReport
+from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::layered_store.config.LintWarning")
@@ -280,7 +284,6 @@ async def test_bench_erases_its_users() -> None:
 async def test_zipf() -> None:
     """The first user is asked for as often as the exponent says."""
     from layered_store.cli.workload import Mix, Workload
-    from layered_store.snapshot import StateSnapshot
 
     async def share_of_first(zipf: float) -> float:
         seen = []
@@ -431,3 +434,125 @@ async def test_shell_completion_knows_the_commands() -> None:
     context = click.Context(cli)
     assert set(cli.list_commands(context)) >= {"get", "put", "serve", "bench"}
     assert cli.get_command(context, "shwo") is None
+
+
+def test_bench_tells_whom_a_tier_has_still_to_hear_of(tmp_path: Path) -> None:
+    """Erasures that a tier missed are no failure of the measurement, and are counted at the end."""
+    path = tmp_path / "stack.toml"
+    path.write_text(
+        '[store]\nuse = "write_through"\n'
+        'inner = { use = "redis", url = "redis://127.0.0.1:1/0" }\n'
+        'origin = { use = "memory" }\n'
+    )
+    done = run("bench", str(path), "--seconds", "0.1", "--users", "7", "--callers", "2", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["errors"] == 0
+    assert "7 users are erased in the system of record only" in " ".join(done.stderr.split())
+
+
+def test_bench_keeps_its_users_when_told(tmp_path: Path) -> None:
+    """And says which they are."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'a.db'}"
+    path = tmp_path / "stack.toml"
+    path.write_text(f'[store]\nuse = "sql"\nurl = "{url}"\n')
+    done = run("bench", str(path), "--seconds", "0.1", "--users", "3", "--keep")
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.stderr.split())
+    assert "are left in the store" in told
+    first = told.partition("the users ")[2].partition(" ")[0]
+    assert first.startswith("bench-") and first.endswith("-0")
+    assert first.replace("-0", "-2") in told
+    found = run("get", str(path), first)
+    assert found.exit_code == 0, found.output
+
+
+class Refusing(MemoryStore):
+    """Reads are refused, and so are erasures once told."""
+
+    erasures = True
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        raise UnavailableError("away")
+
+    async def delete(self, user_id: str) -> None:
+        if not self.erasures:
+            raise UnavailableError("away")
+        await super().delete(user_id)
+
+
+async def test_bench_counts_errors_by_their_kind_and_goes_on() -> None:
+    """They count as calls, and the table names them; one that leaves users behind is raised."""
+    from layered_store.cli.bench_command import _Bench, _view
+    from layered_store.cli.workload import Mix, Workload
+
+    store = Refusing()
+    workload = Workload("bench-x-", 5, Mix(writes=0.5), zipf=0.0, axes=1, seed=1)
+    bench = _Bench(workload, 0.1, 2, keep=False)
+    await bench.run(store)
+    result = workload.result()
+    reads = result["operations"]["get_latest"]["calls"]
+    assert reads > 0
+    assert result["errors"] == reads
+    assert result["error_kinds"] == {"UnavailableError": reads}
+    text = io.StringIO()
+    Console(file=text, width=200).print(_view(result, bench.setting))
+    assert f"{reads:,} errors: {reads:,} UnavailableError" in text.getvalue()
+    assert list((await store.users("", 10)).user_ids) == []
+    store.erasures = False
+    again = Workload("bench-x-", 5, Mix(writes=1.0), zipf=0.0, axes=1, seed=1)
+    with pytest.raises(UnavailableError):
+        await _Bench(again, 0.1, 1, keep=False).run(store)
+
+
+def test_percentiles_of_a_long_run_are_of_all_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many times are kept and no more, each call as likely as any other."""
+    from layered_store.cli import workload as module
+
+    monkeypatch.setattr(module, "_KEPT", 1_000)
+    load = module.Workload("u-", 1, module.Mix(), zipf=0.0, axes=0, seed=1)
+    for number in range(20_000):
+        load._note("get_latest", number / 1000)
+    assert len(load._times["get_latest"]) == 1_000
+    figures = load.result()["operations"]["get_latest"]
+    assert figures["calls"] == 20_000
+    assert figures["p50_ms"] == pytest.approx(10_000, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "x.toml"), 1, "x.toml: No such file"),
+        (PermissionError(), 1, "PermissionError"),
+        (ValidationError("axes.a: must be at most 1"), 2, "axes.a: must be at most 1"),
+        (ModuleNotFoundError(name="asyncpg"), 2, "this needs asyncpg"),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a traceback, with a code that scripts can tell apart."""
+    from layered_store.cli.common import guarded
+
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(work)
+    assert caught.value.code == code
+    told = capsys.readouterr().err
+    assert text in told and "Traceback" not in told
+
+
+def test_the_linters_warnings_stand_on_stderr(tmp_path: Path) -> None:
+    """So that what is printed for programs stays whole."""
+    path = tmp_path / "stack.toml"
+    path.write_text(
+        '[store]\nuse = "memory"\n'
+        'layers = [{ use = "cached" }, { use = "retry" }, { use = "cached" }]\n'
+    )
+    done = run("check", str(path))
+    assert done.exit_code == 0
+    for rule in ("LS037", "LS040"):
+        assert f"warning: {rule}" in done.stderr and rule not in done.stdout
+    assert "LS039" not in done.stderr  # a note

@@ -46,11 +46,13 @@ async def test_a_closed_tier_is_told_and_leaves_nothing_under_way(step: str) -> 
     tier = MemoryStore()
     copies = LocalCopies(tier, FakeClock())
     await tier.aclose()
+    other = copies.watch("u-1")  # somebody else reads meanwhile
     with pytest.raises(ClosedError):
         await STEPS[step](copies)
     assert not copies.failures["read"] and not copies.failures["erase"]
     async with asyncio.timeout(5):
         copies.end("u-1", await copies.begin("u-1"))  # nobody holds the user's turn
+    copies.unwatch("u-1", other)
 
 
 async def test_a_write_that_left_nothing_removes_the_copy() -> None:
