@@ -490,3 +490,39 @@ async def test_an_error_whose_copy_is_another_is_shared() -> None:
         gate.open(error)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(result is error for result in results)
+
+
+async def test_what_a_batch_found_is_as_good_as_what_a_single_read_found() -> None:
+    """For who waits with it and for who comes later, by whichever way."""
+    gate = Gate()
+    inner = Scripted(gate)
+    cache = Slow(inner)
+    batch = asyncio.create_task(cache.get_latest_many(["u-1"]))
+    await gate.entered.wait()
+    single = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    gate.open({"u-1": NEW})
+    assert await batch == {"u-1": NEW}
+    assert await single == NEW
+    assert await cache.get_latest("u-1") == NEW
+    assert inner.calls == [Op.GET_LATEST_MANY]
+
+
+async def test_a_user_whom_a_batch_left_out_is_absent_for_batches_only() -> None:
+    """A record that cannot be read is left out too, and who asks for it alone is told."""
+    clock = FakeClock()
+    inner = Scripted({}, CorruptDataError("unreadable"))
+    cache = Cached(inner, negative_ttl=10, clock=clock)
+    for _ in range(2):
+        assert await cache.get_latest_many(["u-1"]) == {}
+    assert inner.calls == [Op.GET_LATEST_MANY]
+    found = await cache.peek("u-1")
+    assert (found.held, found.answers, found.version) == (Held.ABSENT, False, None)
+    assert found.note == "left out of a batch: answers batches only"
+    await clock.advance(10)
+    assert (await cache.peek("u-1")).note == "expired"
+    with pytest.raises(CorruptDataError):
+        await cache.get_latest("u-1")
+    absent = Cached(Scripted(None), negative_ttl=10, clock=clock)
+    await absent.get_latest("u-1")
+    assert (await absent.peek("u-1")).note == ""
