@@ -202,6 +202,15 @@ async def test_a_negative_limit_is_refused_here() -> None:
     assert below.asked == []
 
 
+async def test_a_refused_id_names_the_operation() -> None:
+    """One that is no id, and one that is too long together with the prefix."""
+    authority: Any = Prefixed(Below(Authority), prefix="acme").capability(Authority)
+    for user_id in ("not an id", "u" * 256):
+        with pytest.raises(ValidationError) as caught:
+            await authority.debts(user_id)
+        assert caught.value.operation == "debts"
+
+
 @pytest.mark.parametrize("name", LAYERS)
 async def test_the_record_of_a_write_is_told_by_callers_ids(name: str) -> None:
     """Each user once, with the last of their states; or with the one that won below."""

@@ -381,7 +381,9 @@ async def test_an_erasure_that_misses_the_tier_is_an_event_once_and_its_end_too(
     told = [r.getMessage() for r in caplog.records if "erasure" in r.getMessage()]
     assert len(told) == 2
     assert all("WriteThrough" in line and "u-1" not in line for line in told)
+    assert "erasure_incomplete" in told[0]
     assert "shelf" in told[0]
+    assert "erasure_complete" in told[1]
     assert sampled(store)["erasures_incomplete",] == 2
     await store.aclose()
 
@@ -426,6 +428,26 @@ async def test_what_was_written_is_in_the_tier_and_counts_as_found() -> None:
     assert len(await store.get_latest_many(["u-1", "u-2"])) == 2
     counted = {k[1]: v for k, v in sampled(store).items() if k[0] == "reads" and v}
     assert counted == {"hit": 2}
+
+
+async def test_what_the_origin_gives_is_a_miss_and_must_be_the_users() -> None:
+    """Another user's state is an error, and no copy is made of it."""
+
+    class Mixed(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return OLD if user_id == "u-1" else state(0.3, "somebody-else")
+
+    tier = MemoryStore()
+    store = WriteThrough(tier, origin=Mixed())
+    assert await store.get_latest("u-1") == OLD
+    with pytest.raises(CorruptDataError) as caught:
+        await store.get_latest("u-2")
+    assert (caught.value.user_id, caught.value.layer) == ("u-2", "WriteThrough")
+    assert await tier.get_latest("u-2") is None
+    counted = {k[1]: v for k, v in sampled(store).items() if k[0] == "reads" and v}
+    assert counted.pop("miss") == 1
+    assert sum(counted.values()) == 1
+    assert store._copies._users == {}
 
 
 async def test_all_that_an_erasure_left_is_told(caplog: pytest.LogCaptureFixture) -> None:
