@@ -274,7 +274,8 @@ class Shadow(Layer):
                 if lane.writing:
                     lane.overlapped = True
                 lane.writing += 1
-        deletes = {user_id: lane.deletes for user_id, lane in lanes.items()}
+        # One that is under way already may end before this write does.
+        deletes = {user_id: -1 if lane.held else lane.deletes for user_id, lane in lanes.items()}
         written = False
         try:
             result = await write()

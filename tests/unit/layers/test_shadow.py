@@ -516,6 +516,34 @@ async def test_a_write_that_an_erasure_overtook_does_not_bring_the_user_back() -
     assert candidate.kept == {}
 
 
+async def test_a_write_within_an_erasure_that_ends_first_does_not_bring_the_user_back() -> None:
+    """The write began second and lost in inner; its caller hears of it last."""
+    erasing, writing = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await super().upsert_latest(snapshot)
+            await writing.wait()
+
+        async def delete(self, user_id: str) -> None:
+            await erasing.wait()
+            await super().delete(user_id)
+
+    inner, candidate = Slow(), Plain()
+    shadow = Shadow(inner, candidate=candidate)
+    delete = asyncio.create_task(shadow.delete("u-1"))
+    await settle()
+    write = asyncio.create_task(shadow.upsert_latest(state()))
+    await settle()
+    erasing.set()
+    await delete
+    writing.set()
+    await write
+    await settle()
+    assert await inner.get_latest("u-1") is None
+    assert candidate.kept == {}
+
+
 @pytest.mark.parametrize("deletes", [1, 2])
 async def test_a_write_that_stands_behind_an_erasure_under_way_reaches_the_candidate(
     deletes: int,
