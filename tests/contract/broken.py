@@ -144,6 +144,70 @@ class ForgetsClose(Layer):
         self._refuse_operations()
 
 
+class FailsToClose(Layer):
+    """Closes the store inside and then stumbles over itself."""
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        raise KeyError("connection")
+
+
+class LayerLeavesTask(Layer):
+    """Starts a loop of its own with the first write and forgets it when closed."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        if "task" not in self.__dict__:
+            self.__dict__["task"] = asyncio.ensure_future(asyncio.sleep(60))
+        await super().upsert_latest(snapshot)
+
+
+class AnswersWhenClosed(Layer):
+    """Keeps what it read last, for ever."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if self.__dict__.get("closed"):
+            return None
+        return await super().get_latest(user_id)
+
+    async def aclose(self) -> None:
+        self.__dict__["closed"] = True
+        await self._close_children()
+
+
+class StumblesWhenClosed(Layer):
+    """Throws away what it needs, and is called once more."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if self.__dict__.get("closed"):
+            raise AttributeError("no connection")
+        return await super().get_latest(user_id)
+
+    async def aclose(self) -> None:
+        self.__dict__["closed"] = True
+        await self._close_children()
+
+
+class NoLayer(StateStore):
+    """Wraps a store without being a layer: only what must be written is."""
+
+    def __init__(self, inner: StateStore) -> None:
+        self.inner = inner
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.inner.upsert_latest(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await self.inner.get_latest(user_id)
+
+
+class HidesTheClass(Layer):
+    """Says that it keeps plain snapshots, whatever is inside."""
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        return StateSnapshot
+
+
 class LeavesTask(MemoryStore):
     """Starts a loop of its own and forgets it when closed."""
 

@@ -268,13 +268,18 @@ class Reluctant(MemoryStore):
     """Does not close, by hanging or by failing."""
 
     fails = False
+    cancelled = False
 
     async def aclose(self) -> None:
         import asyncio
 
         if self.fails:
             raise OSError("lost")
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
 
 
 def threads() -> int:
@@ -284,13 +289,14 @@ def threads() -> int:
 def test_a_stack_that_does_not_close_holds_up_the_end_of_the_process_for_a_while_only() -> None:
     """The thread ends all the same, and closing again finds nothing to do."""
     before = threads()
-    store = SyncStore(Reluctant())
+    stack = Reluctant()
+    store = SyncStore(stack)
     store.upsert_latest(StateSnapshot("u-1"))
     runner = store._runner
     assert runner is not None
     runner.close(0.05)
     assert threads() == before
-    assert runner.loop.is_closed()
+    assert runner.loop.is_closed() and stack.cancelled
     runner.close(0.05)
 
 
