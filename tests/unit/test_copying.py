@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from layered_store.copying import CopiedUsers, Copy, Progress
-from layered_store.enumerable import enumerable_of, pages
+from layered_store.enumerable import UserPage, enumerable_of, pages
+from layered_store.errors import UnsupportedError
 from layered_store.identity import digest_function
 from layered_store.interface import StateStore
 from layered_store.layer import Layer
@@ -175,11 +176,6 @@ async def test_written_to_during_the_copy() -> None:
 
 async def test_a_target_that_cannot_list() -> None:
     """It is copied to all the same; who would have to be erased there is counted."""
-
-    class Silent(MemoryStore):
-        def capability(self, kind: type[Any]) -> Any:
-            return None
-
     source = await _filled(3)
     copy = Copy(source, Silent())
     async for _ in copy.run():
@@ -236,3 +232,52 @@ async def test_a_history_that_lags_behind() -> None:
         await source.upsert_latest(StateSnapshot("u-0", axes={"a": value}))
     await _copy(source, target)
     assert [state.axes["a"] for state in await target.get_history("u-0", 9)] == [0.3, 0.2, 0.1]
+
+
+async def test_a_source_that_cannot_list_is_refused() -> None:
+    """Before anything is copied, saying what to name instead."""
+    with pytest.raises(UnsupportedError, match="name its system of record"):
+        Copy(Silent(), MemoryStore())
+
+
+class Silent(MemoryStore):
+    """Cannot tell its users."""
+
+    def capability(self, kind: type[Any]) -> Any:
+        return None
+
+
+class Forgetful(MemoryStore):
+    """Keeps no history; and loses a user between the listing and the read."""
+
+    lost: str | None = None
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return []
+
+    async def users(self, cursor: str, limit: int) -> UserPage:
+        page = await super().users(cursor, limit)
+        if self.lost is not None:
+            await self.delete(self.lost)
+        return page
+
+
+async def test_without_a_history_the_latest_state_is_copied() -> None:
+    """From a source that keeps none."""
+    source, target = Forgetful(), MemoryStore()
+    states = [StateSnapshot(f"u-{user}", 1, axes={"a": user / 10}) for user in range(3)]
+    await source.upsert_latest_many(states)
+    assert (await _copy(source, target)).states == 3
+    for state in states:
+        assert await target.get_history(state.user_id, 9) == [state]
+
+
+async def test_a_user_erased_since_it_was_listed_is_not_copied() -> None:
+    """Nor is it a conflict."""
+    source, target = Forgetful(), MemoryStore()
+    await source.upsert_latest_many([StateSnapshot(f"u-{user}", 1) for user in range(3)])
+    source.lost = "u-1"
+    progress = await _copy(source, target)
+    assert (progress.states, progress.conflicts) == (2, 0)
+    assert await target.get_latest("u-1") is None
+    assert await target.get_latest("u-2") is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -61,7 +62,7 @@ class Batch:
         return any(not future.done() for _, future in self.entries)
 
 
-class Batcher:
+class Batcher(ABC):
     """The calls of one kind in one event loop.
 
     Args:
@@ -156,9 +157,9 @@ class Batcher:
             batch.task = self.loop.create_task(self._do(batch), context=contextvars.Context())
             batch.task.add_done_callback(partial(self._ended, batch))
 
+    @abstractmethod
     def _take(self) -> list[Entry]:
         """Take the next batch off the queue."""
-        raise NotImplementedError
 
     async def _do(self, batch: Batch) -> None:
         results: Sequence[Any]

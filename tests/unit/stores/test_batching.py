@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError, UnavailableError
-from layered_store.stores.sql.batching import MAX_BATCH, Batch, Reads, Writes
+from layered_store.stores.sql.batching import MAX_BATCH, Batch, Reads, Writes, own_error
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.explore import explore
 
@@ -344,3 +344,61 @@ async def test_only_a_few_batches_are_out(out: int) -> None:
     for future in futures:
         await future
     assert sizes == [1] * out + [10 - out]
+
+
+async def test_closing_waits_for_what_was_queued_in_the_same_turn() -> None:
+    """It has not left yet, and is done all the same."""
+    backend = Backend()
+    batcher = writes(backend, FakeClock())
+    call = batcher.submit(Put(b"u", 1))
+    await batcher.drain()
+    assert call.result() == 10
+    await batcher.drain()
+
+
+async def test_of_many_reads_those_whose_caller_left_are_not_done() -> None:
+    """Their places in the batch go to others."""
+    seen: list[list[Any]] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        seen.append([what for what, _ in batch.entries])
+        return [what for what, _ in batch.entries]
+
+    reads = Reads(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+    futures = [reads.submit(n) for n in range(MAX_BATCH + 2)]
+    futures[0].cancel()
+    futures[MAX_BATCH].cancel()
+    await reads.drain()
+    assert seen == [[*range(1, MAX_BATCH), MAX_BATCH + 1]]
+
+
+async def test_a_batch_that_the_end_of_the_loop_cuts_off_leaves_nobody_waiting() -> None:
+    """Its callers are cancelled as well, and its place is free."""
+    gate = asyncio.Event()
+
+    async def run(batch: Batch) -> list[Any]:
+        await gate.wait()
+        return [None for _ in batch.entries]
+
+    reads = Reads(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+    first = reads.submit(1)
+    await asyncio.sleep(0)
+    second = reads.submit(2)
+    (batch,) = reads.out
+    assert batch.task is not None
+    batch.task.cancel()
+    gate.set()
+    await reads.drain()
+    assert first.cancelled()
+    assert second.result() is None
+
+
+def test_a_shared_error_is_each_callers_own() -> None:
+    """With the caller's operation; what is no StoreError is handed on as it is."""
+    shared = UnavailableError("away", operation="read", layer="x", outcome_unknown=True)
+    mine = own_error(shared, "delete", "SQLStore")
+    assert isinstance(mine, UnavailableError) and mine is not shared
+    assert (mine.operation, mine.layer, mine.outcome_unknown) == ("delete", "SQLStore", True)
+    assert shared.operation == "read"
+    other = KeyError("x")
+    assert own_error(other, "delete", "SQLStore") is other

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from layered_store import (
     Cached,
     ConfigError,
+    Fallback,
     Layer,
     MemoryStore,
     Retry,
@@ -77,3 +81,23 @@ def test_refuses() -> None:
         on_clock(None, FakeClock())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Odd again, which is no dataclass"):
         on_clock(Odd(MemoryStore()), FakeClock())
+
+
+@dataclasses.dataclass
+class Counting(Layer):
+    """A layer with a field that is not an argument."""
+
+    calls: int = dataclasses.field(default=0, init=False)
+    clock: Any = None
+
+
+def test_a_store_that_stands_in_two_places_stays_one() -> None:
+    """It is built again once; and what a layer counts by itself begins anew."""
+    both = MemoryStore()
+    old = Counting(Fallback(both, secondary=both), clock=FakeClock())
+    old.calls = 7
+    clock = FakeClock()
+    new = on_clock(old, clock)
+    assert isinstance(new, Counting) and new.clock is clock and new.calls == 0
+    first, second = find(new, MemoryStore)
+    assert first is second and first is not both
