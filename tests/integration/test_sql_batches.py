@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections import defaultdict
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from layered_store.call import Call, call_continues
 from layered_store.clock import SYSTEM_CLOCK
@@ -264,3 +267,42 @@ async def test_a_write_too_large_for_the_server_fails_alone(mysql_url: str) -> N
         assert isinstance(results[2], UnavailableError)
         assert [result for result in results if result is not results[2]] == [None] * 3
         assert set(await store.get_latest_many(USERS)) == {"ann", "bob", "dan"}
+
+
+async def test_an_erasure_that_is_repeated_counts_once(shared_url: str) -> None:
+    """At the same time and afterwards: one version, and what was written since stays."""
+    async with build(shared_url) as store:
+        await store.upsert_latest_many([state("ann", 1), state("bob", 1)])
+        call = Call(os.urandom(16), SYSTEM_CLOCK.monotonic(), SYSTEM_CLOCK)
+        with call_continues(call):
+            first, same = await asyncio.gather(store.erase("ann"), store.erase("ann"))
+        assert first == same
+        await store.upsert_latest(state("ann", 2))
+        call.ended = False  # its reply was lost, so it comes once more
+        with call_continues(call):
+            again = await store.erase("ann")
+        assert again >= first
+        for user, value in (("ann", 2), ("bob", 1)):
+            found = await store.get_latest(user)
+            assert found is not None and values([found]) == [value]
+        assert values(await store.get_history("ann", 9)) == [2]
+
+
+@pytest.mark.parametrize("fixture", ["sqlite_url", "mysql_url"])
+async def test_a_counter_that_somebody_emptied_is_told(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    """Nothing is written without a number, and the error says how to get one again."""
+    url = request.getfixturevalue(fixture)
+    async with build(url) as store:
+        await store.upsert_latest(state("ann", 1))
+        engine = create_async_engine(url)
+        async with engine.begin() as connection:
+            await connection.execute(text(f"DELETE FROM {store.latest_table}_counter WHERE id = 1"))
+        await engine.dispose()
+        with pytest.raises(UnavailableError, match="create_tables=True") as caught:
+            await store.upsert_latest(state("ann", 2))
+        assert not caught.value.retryable
+        found = await store.get_latest("ann")
+        assert found is not None and values([found]) == [1]
+        assert values(await store.get_history("ann", 9)) == [1]

@@ -25,6 +25,7 @@ from layered_store import (
     Fallback,
     HealthReport,
     HealthStatus,
+    Layer,
     MemoryStore,
     Metrics,
     Retry,
@@ -45,6 +46,7 @@ from layered_store.errors import (
     UnsupportedError,
     ValidationError,
 )
+from layered_store.hotpath import hot_path_of
 from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
 from layered_store.metrics.prometheus import exposition
 from layered_store.metrics.timings import HitTimings
@@ -908,3 +910,31 @@ def test_calls_of_several_threads_are_counted_exactly(registry: CollectorRegistr
     assert figures(registry, "layered_store_operations_in_flight") == {("s",): 0}
     reads = figures(registry, "layered_store_reads_total", result="miss")
     assert reads == {("s", "1.memory"): 20_000}
+
+
+@pytest.mark.parametrize("time_hits", [None, "sampled", "all"])
+async def test_what_is_no_user_id_is_refused_by_the_fast_path_as_by_any_other(
+    registry: CollectorRegistry, time_hits: str | None
+) -> None:
+    """Also what no dict can look up; and a hit after it is still one."""
+    stack: StateStore = Cached(MemoryStore())
+    if time_hits is not None:
+        stack = Metrics(stack, name="s", registry=registry, time_hits=time_hits)
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    wrong: Any
+    for wrong in (["u-1"], {}, None, 5, "", b"u-1"):
+        with pytest.raises(ValidationError):
+            await stack.get_latest(wrong)
+    assert await stack.get_latest("u-1") is not None
+
+
+def test_what_knows_nothing_of_the_fast_path_is_awaited() -> None:
+    """As is a class that changed its reads since the hook was declared."""
+
+    class Changed(Layer):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return None
+
+    assert hot_path_of(object()) is None
+    assert hot_path_of(Changed(Cached(MemoryStore()))) is None
+    assert hot_path_of(Cached(MemoryStore())) is not None
