@@ -694,3 +694,29 @@ async def test_no_old_state_is_asked_for_when_the_channel_took_the_load_away() -
     with pytest.raises(UnavailableError):
         await load
     assert tier.channel.asked_stale == []
+
+
+async def test_before_the_channel_was_heard_no_old_entry_answers() -> None:
+    """An erasure may have been missed since the process began."""
+    clock = FakeClock()
+    tier = Tier(OLD, UnavailableError("down"))
+    cache = Cached(tier, ttl=10, stale_if_error=100, clock=clock)
+    await cache.get_latest("u-1")
+    await clock.advance(11)
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+
+
+async def test_what_was_kept_ends_when_an_overtaken_load_found_something_else() -> None:
+    """Its caller has seen the other state; nobody knows which of the two is newer."""
+    gate = Gate()
+    cache, tier, _ = build(gate, NEW, NEW)
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    tier.channel.say(2)
+    assert await cache.get_latest("u-1") == NEW
+    gate.open(OLD)
+    assert await load == OLD
+    assert len(cache._entries) == 0
+    assert await cache.get_latest("u-1") == NEW
+    assert len(tier.calls) == 3
