@@ -11,6 +11,7 @@ import asyncio
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from layered_store.call import call_continues, current_call
 from layered_store.errors import (
     ClosedError,
     ConfigError,
@@ -278,8 +279,12 @@ class LocalCopies:
 
     async def _store(self, user_id: str, snapshot: StateSnapshot) -> None:
         self.doubt(user_id)
+        call = current_call(self._clock)
+        # Begun when the caller began, so that an erasure elsewhere wins; its outcome is the tier's.
+        own = call.again()
         try:
-            await self._tier.upsert_latest(snapshot)
+            with call_continues(own):
+                await self._tier.upsert_latest(snapshot)
         except BaseException as exc:
             if isinstance(exc, StoreError):
                 self.failures["write"] += 1
@@ -288,6 +293,10 @@ class LocalCopies:
                 # It may still arrive, and would then put what is old over what is new.
                 self.doubt(user_id, quarantine=True)
             raise
+        if own.superseded:
+            # The tier erased after the caller began, and so kept what it had: not what stands.
+            call.superseded = True
+            return
         self._clear(user_id)
 
     def _clear(self, user_id: str) -> None:

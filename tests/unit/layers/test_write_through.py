@@ -395,6 +395,31 @@ async def test_a_cancelled_writer_lets_the_next_one_in() -> None:
     assert not store._copies._users
 
 
+async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:
+    """The tier erased after the write began and holds a later one's state; the origin decides."""
+    gate = asyncio.Event()
+
+    class Slow(MemoryStore):
+        async def write(self, snapshot: StateSnapshot) -> Any:
+            await gate.wait()
+            return await super().write(snapshot)
+
+    tier, origin = MemoryStore(), Slow()
+    cache = Cached(WriteThrough(tier, origin=origin), ttl=60)
+    task = asyncio.create_task(cache.upsert_latest(NEW))
+    await settle()
+    await tier.delete("u-1")
+    await tier.upsert_latest(OLD)
+    gate.set()
+    await task
+    assert await origin.get_latest("u-1") == NEW
+    assert await tier.get_latest("u-1") == OLD
+    for _ in range(2):
+        assert await cache.inner.get_latest("u-1") == NEW
+        assert await cache.get_latest("u-1") == NEW
+        assert await tier.get_latest("u-1") == NEW
+
+
 async def test_doubts_are_bounded() -> None:
     """More doubtful users than can be kept apart: every copy is doubtful until it is put right, so
     that the tier is of use again after a long outage."""
