@@ -287,9 +287,6 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         # A batch of writes touches hundreds of pages: with SQLite's 1000, every fourth commit
         # would pay for a checkpoint. 4000 are 16 MB.
         cursor.execute("PRAGMA wal_autocheckpoint=4000")
-        # At most 32 MB of pages per connection, as they are read. SQLite's 2 MB do not even hold
-        # the branches of a million users.
-        cursor.execute("PRAGMA cache_size=-32768")
     finally:
         cursor.close()
 
