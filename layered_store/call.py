@@ -36,6 +36,8 @@ class Call:
         version: the version the write was given, once known; 0 where nobody numbers writes.
         superseded: set when the write did not become the latest state, since an erasure or a newer
             snapshot won; what it wrote must then not be cached.
+        unsure: set when one attempt to store it went well, and another failed that may take effect
+            later all the same.
         fresh: whether no store was asked for it yet; see :meth:`first_attempt`.
         ended: set when the caller was answered; a task that was left behind begins calls of its
             own.
@@ -48,6 +50,7 @@ class Call:
     system_started: float = field(default_factory=SYSTEM_CLOCK.monotonic)
     version: int = 0
     superseded: bool = False
+    unsure: bool = False
     fresh: bool = False
     ended: bool = False
     _stored: list[StateSnapshot] = field(default_factory=list)

@@ -297,6 +297,9 @@ class LocalCopies:
             # The tier erased after the caller began, and so kept what it had: not what stands.
             call.superseded = True
             return
+        if own.unsure:
+            self.doubt(user_id, quarantine=True)
+            return
         self._clear(user_id)
 
     def _clear(self, user_id: str) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
+from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.local import NOT_HAPPENED
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
@@ -202,6 +203,9 @@ class Retry(AroundLayer):
             finally:
                 self._counts[op, outcome] += 1
             if outcome == "success":
+                if isinstance(doubt, StoreTimeoutError) or (doubt and doubt.outcome_unknown):
+                    # A tier that cannot tell a repeat may show the first attempt late.
+                    current_call(self.clock).unsure = True
                 return result
         raise _told(error, doubt, made)
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from layered_store.coherence.local import LocalCopies
-from layered_store.errors import ClosedError, UnsupportedError
+from layered_store.call import Call, call_continues
+from layered_store.coherence.local import QUARANTINE_SECONDS, LocalCopies
+from layered_store.errors import (
+    ClosedError,
+    StoreError,
+    StoreTimeoutError,
+    UnavailableError,
+    UnsupportedError,
+)
+from layered_store.layers.retry import Retry
+from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock
@@ -91,3 +101,52 @@ async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_w
     await other_thread()
     assert len(errors) == 1
     assert (await copies.read("u-1")).snapshot == STATE
+
+
+class Unsure(MemoryStore):
+    """A tier whose first write fails, and arrives when the test says so."""
+
+    def __init__(self, error: StoreError) -> None:
+        super().__init__()
+        self.error: StoreError | None = error
+        self.late: StateSnapshot | None = None
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        if self.error is not None:
+            error, self.error, self.late = self.error, None, snapshot
+            raise error
+        # Without the write's id: a tier that cannot tell a repeat.
+        with call_continues(Call(os.urandom(16), 0.0)):
+            await super().upsert_latest(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("error", "believed"),
+    [
+        (UnavailableError("cut off", outcome_unknown=True), False),
+        (StoreTimeoutError("too late"), False),
+        (UnavailableError("refused"), True),
+    ],
+    ids=["cut off", "too late", "refused"],
+)
+async def test_what_a_repeat_left_unsure_is_not_believed_for_a_while(
+    error: StoreError, believed: bool
+) -> None:
+    """A first attempt that may arrive late would put what is old over what is new."""
+    clock = FakeClock()
+    tier = Unsure(error)
+    origin = MemoryStore(clock=clock)
+    retrying = Retry(tier, base_delay=0, max_delay=0, clock=clock)
+    stack = WriteThrough(retrying, origin=origin, clock=clock)
+    old, new = StateSnapshot("u-1", 1), StateSnapshot("u-1", 2)
+    await stack.upsert_latest(old)
+    await stack.upsert_latest(new)
+    assert tier.late == old
+    await tier.upsert_latest(tier.late)
+    assert (await stack.get_latest("u-1") == old) is believed
+    if not believed:
+        # What is read after it can no longer arrive is a copy again.
+        await clock.advance(QUARANTINE_SECONDS)
+        assert await stack.get_latest("u-1") == new
+        assert await tier.get_latest("u-1") == new
+    await stack.aclose()
