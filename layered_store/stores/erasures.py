@@ -8,6 +8,7 @@ set meanwhile; what then cannot be told is refused, never guessed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -84,7 +85,7 @@ class KnownErasures:
         self._seconds = seconds
         self._most = most
         # By digest: the tombstone's version, when it was noted, its order, whether it is our own.
-        self._known: dict[bytes, tuple[int, float, int, bool]] = {}
+        self._known: OrderedDict[bytes, tuple[int, float, int, bool]] = OrderedDict()
         # The database's clock against ours, and what it was before somebody set it.
         self._now = Began()
         self._old: Began | None = None
@@ -194,6 +195,7 @@ class KnownErasures:
         erasures = self._known
         erasures.pop(digest, None)
         erasures[digest] = (version, now, order, own)
-        for oldest in list(erasures)[:2]:
-            if len(erasures) > self._most or erasures[oldest][1] < now - self._seconds:
-                del erasures[oldest]
+        for _ in range(2):
+            oldest = next(iter(erasures.values()))
+            if len(erasures) > self._most or oldest[1] < now - self._seconds:
+                erasures.popitem(last=False)
