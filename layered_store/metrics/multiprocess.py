@@ -20,11 +20,11 @@ from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
 from layered_store.metrics.prometheus import Exporter, Key, Labels, combined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from layered_store.layers.metrics import Metrics
 
-__all__ = ["MultiprocessExporter"]
+__all__ = ["AllProcesses", "MultiprocessExporter"]
 
 _FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
@@ -171,6 +171,29 @@ class MultiprocessExporter(Exporter):
         with contextlib.suppress(Exception):  # the folder may be gone already
             self.flush()
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
+
+
+class AllProcesses:
+    """Reads what all processes wrote, as the client's ``MultiProcessCollector`` does.
+
+    A file that is still empty is passed over: its process has begun to make it just now, or died
+    while it did, and the client would fail on it.
+    """
+
+    def collect(self) -> Iterable[Any]:
+        """Return the figures of all processes, those of one series added up."""
+        from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
+
+        files = [str(path) for path in Path(_folder()).glob("*.db") if _size(path)]
+        found: Iterable[Any] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a gauge of a process that was forgotten just now
+        return 0
 
 
 def _folder() -> str:

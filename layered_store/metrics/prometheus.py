@@ -71,13 +71,13 @@ def exposition(registry: Any = None, accept: str = "") -> tuple[bytes, str]:
 
     registry = prometheus_client.REGISTRY if registry is None else registry
     if _several_processes():
-        from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
+        from layered_store.metrics.multiprocess import AllProcesses  # noqa: PLC0415
 
         exporter = _exporters.get(registry)
         if exporter is not None:
             list(exporter.collect())  # hands over what this process counted
         registry = prometheus_client.CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        registry.register(AllProcesses())
     try:
         encode, content_type = choose_encoder(accept)
     except TypeError:  # a version that is no number: the client compares it all the same
