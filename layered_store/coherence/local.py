@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["NOT_HAPPENED", "QUARANTINE_SECONDS", "LocalCopies"]
+__all__ = ["NOT_HAPPENED", "QUARANTINE_SECONDS", "LocalCopies", "may_take_effect"]
 
 _MAX_DOUBTFUL: Final = 100_000
 """How many users' doubtful copies are noted; beyond, all but the copies known to be right are."""
@@ -45,6 +45,12 @@ NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError,
 """Errors after which a write surely did not take effect, now or later."""
 
 _CALLER_ERRORS = (ValidationError, ClosedError)
+
+
+def may_take_effect(exc: BaseException) -> bool:
+    """Tell whether a write that raised this may still take effect, now or later."""
+    late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
+    return late and not isinstance(exc, NOT_HAPPENED)
 
 
 class _User:
@@ -288,8 +294,7 @@ class LocalCopies:
         except BaseException as exc:
             if isinstance(exc, StoreError):
                 self.failures["write"] += 1
-            late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
-            if late and not isinstance(exc, NOT_HAPPENED):
+            if may_take_effect(exc):
                 # It may still arrive, and would then put what is old over what is new.
                 self.doubt(user_id, quarantine=True)
             raise

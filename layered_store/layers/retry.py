@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.local import NOT_HAPPENED
+from layered_store.coherence.local import NOT_HAPPENED, may_take_effect
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.interface import Op
@@ -203,7 +203,7 @@ class Retry(AroundLayer):
             finally:
                 self._counts[op, outcome] += 1
             if outcome == "success":
-                if isinstance(doubt, StoreTimeoutError) or (doubt and doubt.outcome_unknown):
+                if doubt is not None and may_take_effect(doubt):
                     # A tier that cannot tell a repeat may show the first attempt late.
                     current_call(self.clock).unsure = True
                 return result

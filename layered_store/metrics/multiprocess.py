@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -141,9 +142,8 @@ class MultiprocessExporter(Exporter):
         thread.start()
 
     def _flush_for_ever(self) -> None:
-        pause = threading.Event()
         while True:
-            pause.wait(_FLUSH_SECONDS)
+            time.sleep(_FLUSH_SECONDS)
             try:
                 self.flush()
             except Exception as exc:  # noqa: BLE001  the disk may be full now and not later

@@ -10,17 +10,38 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from layered_store.call import next_order
 from layered_store.errors import UnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from layered_store.clock import Clock
 
 __all__ = ["Began", "KnownErasures"]
 
 _SLACK_US: Final = 1_000.0
+
+
+class Write(Protocol):
+    """A write, as far as its order matters."""
+
+    @property
+    def digest(self) -> bytes:
+        """The user's."""
+        ...
+
+    @property
+    def started(self) -> float:
+        """When its caller began, on our clock."""
+        ...
+
+    @property
+    def order(self) -> int:
+        """Place of the beginning among the writes and erasures of this process."""
+        ...
 
 
 @dataclass(slots=True)
@@ -114,8 +135,7 @@ class KnownErasures:
 
     def follows(self, digest: bytes, version: int, order: int) -> bool:
         """Tell whether a write is known to have begun after this erasure."""
-        known = self._known.get(digest)
-        return known is not None and known[0] == version and known[2] <= order
+        return self.known_before(digest, order) == version
 
     def known_before(self, digest: bytes, order: int) -> int | None:
         """Return the version of the last erasure known to come before a write."""
@@ -124,11 +144,7 @@ class KnownErasures:
 
     def earliest(self, started: float) -> int:
         """Return the server's time before which a call cannot have begun; 0: not known."""
-        now = self._now
-        if now.low == float("-inf"):
-            return 0
-        apart = abs(now.received - started) * now.drift
-        return max(0, int(started * 1e6 + now.low - apart))
+        return int(max(0.0, self._between(started)[0]))
 
     def guess(self, started: float, erased_at: int, width: float) -> bool | None:
         """Tell whether a call began before an erasure when only a round trip lies between them.
@@ -141,10 +157,54 @@ class KnownErasures:
         Returns:
             None when what is known of the server's clock is less exact than that.
         """
+        low, high = self._between(started)
+        return (low + high) / 2 < erased_at if high - low <= width else None
+
+    def _between(self, started: float) -> tuple[float, float]:
+        """Return the server's times between which a call began."""
         now = self._now
         apart = abs(now.received - started) * now.drift
-        low, high = started * 1e6 + now.low - apart, started * 1e6 + now.high + apart
-        return (low + high) / 2 < erased_at if high - low <= width else None
+        return started * 1e6 + now.low - apart, started * 1e6 + now.high + apart
+
+    async def began_before(
+        self,
+        write: Write,
+        version: int,
+        erased_at: int,
+        began: Began,
+        ask: Callable[[], Awaitable[int]],
+        probes: int,
+    ) -> bool | None:
+        """Tell whether a write began before an erasure of its user, which it has met.
+
+        Args:
+            write: which.
+            version: the tombstone's.
+            erased_at: when the user was erased, on the server's clock.
+            began: what was measured just now; learns more.
+            ask: returns the server's time in microseconds.
+            probes: how often it may be asked.
+
+        Returns:
+            None when a round trip hides the order.
+
+        Raises:
+            UnavailableError: no answer can tell, since the clock was set.
+        """
+        known = self.knows(write.digest, version, write.order)
+        # Whatever comes of this one, writes that begin from now on come after the erasure.
+        self.saw(write.digest, version)
+        if known is not None:
+            return known
+        answer = self.before(write.started, erased_at, began)
+        for _ in range(probes):
+            if answer is not None:
+                break
+            sent = self._clock.monotonic()
+            now_us = await ask()
+            began.learn(sent, self._clock.monotonic(), now_us)
+            answer = self.before(write.started, erased_at, began)
+        return answer
 
     def learn(self, began: Began) -> None:
         """Compare the database's clock with what it was: it may have been set since."""

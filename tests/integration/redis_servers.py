@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import signal
@@ -12,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 BINARY = shutil.which("redis-server")
 
@@ -104,3 +105,33 @@ def running(*options: str) -> Iterator[Server]:
         yield server
     finally:
         server.remove()
+
+
+@contextlib.asynccontextmanager
+async def relayed(port: int, pause: Callable[[bool], Awaitable[None]]) -> AsyncIterator[str]:
+    """A way to a server on which each piece of data waits for ``pause``; give its URL.
+
+    Args:
+        port: the server's.
+        pause: awaited before data goes on, with whether it is on its way to the server.
+    """
+    ways: set[asyncio.Task[None]] = set()
+
+    async def pump(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, there: bool
+    ) -> None:
+        while data := await reader.read(65536):
+            await pause(there)
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_connection("127.0.0.1", port)
+        ways.add(asyncio.create_task(pump(reader, forth, there=True)))
+        ways.add(asyncio.create_task(pump(back, writer, there=False)))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        yield f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)

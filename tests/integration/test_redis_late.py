@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from redis_servers import BINARY, Server, running
+from redis_servers import BINARY, Server, relayed, running
 
 from layered_store.call import call_begins
 from layered_store.errors import UnavailableError
@@ -60,36 +59,11 @@ class Way:
         self.free = asyncio.Event()
         self.free.set()
         self.waiting = asyncio.Event()
-        self.url = ""
 
-
-@asynccontextmanager
-async def way_to(server: Server) -> AsyncIterator[Way]:
-    way = Way()
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def pump(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, held: bool
-    ) -> None:
-        while data := await reader.read(65536):
-            if held and not way.free.is_set():
-                way.waiting.set()
-                await way.free.wait()
-            writer.write(data)
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection("127.0.0.1", server.port)
-        for work in (pump(reader, forth, held=True), pump(back, writer, held=False)):
-            task = asyncio.create_task(work)
-            tasks.add(task)
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
-        way.url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-        yield way
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def pause(self, there: bool) -> None:
+        if there and not self.free.is_set():
+            self.waiting.set()
+            await self.free.wait()
 
 
 @pytest.mark.parametrize("since", ["erased", "written again"])
@@ -98,7 +72,11 @@ async def test_a_write_that_the_network_held_brings_nobody_back(
     server: Server, here: RedisStore, since: str, many: bool
 ) -> None:
     """What was sent before an erasure and arrives after it shows nowhere, and says so."""
-    async with way_to(server) as way, RedisStore(way.url, history_limit=20, timeout=30) as slow:
+    way = Way()
+    async with (
+        relayed(server.port, way.pause) as url,
+        RedisStore(url, history_limit=20, timeout=30) as slow,
+    ):
         await slow.upsert_latest(state(1))
         way.free.clear()
         late = state(2)

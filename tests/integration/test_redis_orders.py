@@ -9,11 +9,11 @@ import asyncio
 import contextvars
 import random
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from redis_servers import BINARY, Server, running
+from redis_servers import BINARY, Server, relayed, running
 
 from layered_store.call import call_begins
 from layered_store.errors import UnavailableError
@@ -21,7 +21,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="redis-server is not installed")
 
@@ -46,30 +46,14 @@ def server() -> Iterator[Server]:
         yield own
 
 
-@asynccontextmanager
-async def uneven(port: int, chance: random.Random, longest: float) -> AsyncIterator[str]:
-    """A way to the server on which half of what passes, either way, is late."""
-    ways: set[asyncio.Task[None]] = set()
+def uneven(chance: random.Random, longest: float) -> Callable[[bool], Awaitable[None]]:
+    """Make half of what passes a way, to the server or back, late."""
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            if longest and chance.random() < 0.5:
-                await asyncio.sleep(chance.random() * longest)
-            writer.write(data)
-        writer.close()
+    async def pause(_there: bool) -> None:
+        if longest and chance.random() < 0.5:
+            await asyncio.sleep(chance.random() * longest)
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection("127.0.0.1", port)
-        ways.update({
-            asyncio.create_task(pump(reader, forth)),
-            asyncio.create_task(pump(back, writer)),
-        })
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
-        yield f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+    return pause
 
 
 async def history(server: Server, seed: int) -> list[Seen]:
@@ -105,7 +89,7 @@ async def history(server: Server, seed: int) -> list[Seen]:
         callers = []
         loop = asyncio.get_running_loop()
         for longest in (0, 0.001, 0.01, 0.05):
-            url = await open_.enter_async_context(uneven(server.port, chance, longest))
+            url = await open_.enter_async_context(relayed(server.port, uneven(chance, longest)))
             store = RedisStore(url, timeout=5, prefix=f"{seed}:")
             open_.push_async_callback(store.aclose)
             for _ in range(3):

@@ -88,23 +88,15 @@ async def _began_before(
     began: Began,
     op: str,
 ) -> bool:
-    known = erasures.knows(write.digest, version, write.order)
-    # Whatever comes of this one, writes that begin from now on come after the erasure.
-    erasures.saw(write.digest, version)
-    if known is not None:
-        return known
-    clock = store.clock
-    for left in range(_PROBES, -1, -1):
-        answer = erasures.before(write.started, erased_at, began)
-        if answer is None:
-            answer = erasures.guess(write.started, erased_at, 0.0 if left else _GUESS_US)
-        if answer is not None:
-            return answer
-        if left:
-            sent = clock.monotonic()
-            keys = (store.key(write.digest),)
-            now_us = await store.run_script(NOW, keys, operation=op, write=False)
-            began.learn(sent, clock.monotonic(), now_us)
+    async def now_us() -> int:
+        keys = (store.key(write.digest),)
+        return int(await store.run_script(NOW, keys, operation=op, write=False))
+
+    answer = await erasures.began_before(write, version, erased_at, began, now_us, _PROBES)
+    if answer is None:
+        answer = erasures.guess(write.started, erased_at, _GUESS_US)
+    if answer is not None:
+        return answer
     raise UnavailableError(
         "the write and an erasure of its user began too close together to tell their order;"
         " nothing was stored, call again",

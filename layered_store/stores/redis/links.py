@@ -131,14 +131,17 @@ class LaneLink:
     ) -> list[asyncio.Future[Any]]:
         """Queue commands until a lane has a place, connecting when it can be had that way."""
         futures = [self.loop.create_future() for _ in range(count)]
-        limits = self._limits
-        deadline = limits.clock.monotonic() + limits.connect_timeout + limits.timeout
-        waiting = _Waiting(futures, data, deadline, key)
+        waiting = _Waiting(futures, data, self._deadline(), key)
         if self._closed:
             _fail(waiting, ClosedError("this store was closed; build a new one"))
             return futures
         self._queue((waiting,))
         return futures
+
+    def _deadline(self) -> float:
+        """Return until when whoever begins to wait now waits for a place."""
+        limits = self._limits
+        return limits.clock.monotonic() + limits.connect_timeout + limits.timeout
 
     def _queue(self, waiting: Iterable[_Waiting]) -> None:
         limits = self._limits
@@ -194,8 +197,7 @@ class LaneLink:
 
     def _read_again(self, reads: list[tuple[bytes, asyncio.Future[Any]]]) -> None:
         """Have another lane answer what a hung one had hardly begun."""
-        limits = self._limits
-        deadline = limits.clock.monotonic() + limits.connect_timeout + limits.timeout
+        deadline = self._deadline()
         waiting = [_Waiting([future], b"", deadline, key) for key, future in reads]
         if not self._closed:
             self._queue(waiting)

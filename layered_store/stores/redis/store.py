@@ -306,13 +306,13 @@ class RedisStore(StateStore, Enumerable):
                 replies[index] = await self._send(link, commands[index], UPSERT)
         for reply in replies:
             self._checked(reply, Op.UPSERT_LATEST_MANY, write=True)
-        last = {write.digest: write for write in writes}
-        latest = {write.digest: reply for write, reply in zip(writes, replies, strict=True)}
-        for write, reply in zip(writes, replies, strict=True):
-            if latest[write.digest] == 1:
+        last = {write.digest: index for index, write in enumerate(writes)}
+        for index, write in enumerate(writes):
+            latest = last[write.digest]
+            if replies[latest] == 1:
                 continue  # an earlier one that is not stored would come on top of it
-            if not await self._settle(write, reply, sent, Op.UPSERT_LATEST_MANY):
-                call.superseded |= write is last[write.digest]
+            if not await self._settle(write, replies[index], sent, Op.UPSERT_LATEST_MANY):
+                call.superseded |= index == latest
 
     async def users(self, cursor: str, limit: int) -> UserPage:
         from layered_store.stores.redis.listing import list_users  # noqa: PLC0415

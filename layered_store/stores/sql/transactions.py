@@ -356,22 +356,15 @@ async def _late(
     """
     if row.erased_at is None or row.erased_version is None:
         return False
-    known = erasures.knows(item.digest, row.erased_version, item.order)
-    # Whatever comes of this one, writes that begin from now on come after the erasure.
-    erasures.saw(item.digest, row.erased_version)
-    if known is not None:
-        return known
-    for _ in range(_PROBES):
-        answer = erasures.before(item.started, row.erased_at, began)
-        if answer is not None:
-            return answer
-        sent = session.clock.monotonic()
+
+    async def now_us() -> int:
         if session.statements.host_time:
-            now_us = int(session.clock.time() * 1e6)
-        else:
-            now_us = (await session.rows(session.statements.now, {}))[0][0]
-        began.learn(sent, session.clock.monotonic(), now_us)
-    answer = erasures.before(item.started, row.erased_at, began)
+            return int(session.clock.time() * 1e6)
+        return int((await session.rows(session.statements.now, {}))[0][0])
+
+    answer = await erasures.began_before(
+        item, row.erased_version, row.erased_at, began, now_us, _PROBES
+    )
     if answer is not None:
         return answer
     hidden = _HOST_SECONDS if session.statements.host_time else _HIDDEN_SECONDS

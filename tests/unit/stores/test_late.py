@@ -114,3 +114,16 @@ async def test_an_erasure_of_this_process_needs_no_clock() -> None:
         for erased_at in (ZERO, ZERO + 10**9):
             assert await met(store, known, write, erased_at) is stored
     assert store.asked == 0
+
+
+async def test_a_clock_that_was_set_back_hinders_one_write() -> None:
+    """An erasure of the future fails the write that met it; who calls again comes after it."""
+    clock = FakeClock()
+    await clock.advance(100)
+    store, known = Told(clock, 0.001, 0.001), KnownErasures(clock)
+    erased_at = int(ZERO + (clock.monotonic() + 300) * 1e6)
+    with pytest.raises(UnavailableError, match="clock was set"):
+        await met(store, known, begun(clock), erased_at)
+    assert store.stored == []
+    assert await met(store, known, begun(clock), erased_at)
+    assert store.stored == [7]
