@@ -187,6 +187,29 @@ async def test_nobody_sees_an_erasure_within_what_counts_as_its_moment(
         assert SYSTEM_CLOCK.monotonic() - begun > transactions._HIDDEN_SECONDS
 
 
+async def test_plans_made_while_the_tables_are_small_stay_good(postgres_url: str) -> None:
+    """A server keeps a plan while a table grows: none may look through a whole table."""
+    async with build(postgres_url) as store:
+        await store.upsert_latest(state("first", 1))
+        home = store._access.home()
+        texts = store._access._asyncpg
+        assert texts is not None
+        desk = await home.desks.take()
+        try:
+            await desk.driver.execute("SET plan_cache_mode = force_generic_plan")
+            for name in ("read", "read_many", "histories", "write", "write_one"):
+                prepared = await desk.driver.prepare(getattr(texts, name))
+                nulls = ", ".join("NULL" for _ in prepared.get_parameters())
+                plan = await desk.driver.fetch(
+                    f"EXPLAIN EXECUTE {prepared.get_name()}({nulls})"
+                )
+                lines = "\n".join(row[0] for row in plan)
+                assert "Index Scan" in lines
+                assert "Seq Scan" not in lines, f"{name}:\n{lines}"
+        finally:
+            await home.desks.give(desk, broken=True)
+
+
 async def test_connections_that_are_killed_lose_and_double_nothing(postgres_url: str) -> None:
     """Repeated by ``Retry``, each write counts once, whenever its connection went."""
     store = build(postgres_url, history_limit=None)

@@ -39,9 +39,12 @@ class PostgresStatements:
         latest, history = quote(tables.latest.name), quote(tables.history.name)
         columns = "user_id, version, payload"
         self.read = f"SELECT {columns} FROM {latest} WHERE digest = $1"
-        self.read_many = (
-            f"SELECT digest, {columns} FROM {latest} WHERE digest = ANY($1::bytea[])"
-        )
+        # Plans are made while the tables are small and kept while they grow, until they are
+        # analyzed. OFFSET and LIMIT leave the planner no way but one look into an index per user.
+        self.read_many = f"""
+            SELECT l.* FROM unnest($1::bytea[]) AS d (digest), LATERAL (
+                SELECT digest, {columns} FROM {latest} WHERE digest = d.digest OFFSET 0
+            ) l"""
         # One way for any number of users, each with a limit of its own.
         self.histories = f"""
             SELECT d.digest, h.payload
@@ -67,8 +70,9 @@ class PostgresStatements:
                 SELECT digest, user_id, {now_us} / 1000, payload, write_id, updated, {position},
                     after_erasure
                 FROM given
-                WHERE NOT EXISTS (SELECT FROM {history} h
-                    WHERE h.digest = given.digest AND h.write_id = given.write_id)
+                WHERE (SELECT h.version FROM {history} h
+                    WHERE h.digest = given.digest AND h.write_id = given.write_id
+                    LIMIT 1) IS NULL
                 ORDER BY digest
                 ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,
                     version = l.version + 1, payload = excluded.payload,
