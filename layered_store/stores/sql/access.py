@@ -38,8 +38,9 @@ _WRITES_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
 """Batches of writes under way. A commit waits for the disk, and the server flushes several at
 once; SQLite admits one writer."""
 
-_PURGE_EVERY: Final = 64
 _PURGE_ROWS: Final = 128
+_PURGE_SOON, _PURGE_LATER = 64, 1024
+"""After how many writes to look for old tombstones again: while there are more, and when not."""
 
 
 class Access:
@@ -103,7 +104,7 @@ class Access:
         self._name = name
         # Until a pooler in transaction mode shows that prepared statements do not last.
         self._prepares = address.query.get("prepared_statement_cache_size") != "0"
-        self._writes = 0
+        self._until_purge = _PURGE_SOON
         self.too_old = 0
         self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
 
@@ -241,9 +242,11 @@ class Access:
             rows = await self._write_carefully(home, batch, [items[index] for index in left])
             for index, row in zip(left, rows, strict=True):
                 results[index] = row
-        before, self._writes = self._writes, self._writes + len(items)
-        if before // _PURGE_EVERY != self._writes // _PURGE_EVERY:
-            await self._purge(home)
+        self._until_purge -= len(items)
+        if self._until_purge <= 0:
+            self._until_purge = _PURGE_LATER
+            if await self._purge(home) >= _PURGE_ROWS:
+                self._until_purge = _PURGE_SOON
         return results
 
     async def _write_quickly(
@@ -317,23 +320,27 @@ class Access:
             home, session, partial(self._operate, session, lambda s: work(s, *args)), writes=True
         )
 
-    async def _purge(self, home: engines.Home) -> None:
-        """Forget tombstones past their time, a few with every so many writes."""
+    async def _purge(self, home: engines.Home) -> int:
+        """Forget some tombstones past their time; return how many there were."""
 
-        async def work(session: Session) -> None:
+        async def work(session: Session) -> int:
             now_us = (await session.rows(self.statements.now, session.timed({})))[0][0]
             values = {"due": now_us, "max_rows": _PURGE_ROWS}
-            for row in await session.rows(self.statements.purgeable, values):
+            due = await session.rows(self.statements.purgeable, values)
+            for row in due:
                 place = {"at_digest": bytes(row.digest), "due": now_us}
                 steps = [self.statements.purge, self.statements.purge_history]
                 for step in reversed(steps) if self.statements.chained else steps:
                     await session.run(step, [place])
+            return len(due)
 
         session = self._session()
         try:
-            await self._attempt(home, session, partial(self._operate, session, work), writes=True)
+            return await self._attempt(
+                home, session, partial(self._operate, session, work), writes=True
+            )
         except StoreError:
-            return  # the writes it came with are committed; later ones try again
+            return 0  # the writes it came with are committed; later ones try again
 
     def _concerns_one(self, error: Exception) -> bool:
         return concerns_one(error, alone_at_work=self._cannot_stop)
