@@ -33,6 +33,9 @@ MAX_BATCH: Final = 500
 _STRIKES: Final = 2
 """Failures in a row that are not about one call; then the others are not tried any more."""
 
+_WORTH_SPLITTING: Final = 16
+"""Fewer calls than this are never spread over several batches."""
+
 _DOUBLES: Final = 16
 """Further writes of users already in a batch that may wait for the next one."""
 
@@ -147,8 +150,10 @@ class Batcher(ABC):
 
     def _flush(self) -> None:
         self._scheduled = False
-        while self.waiting and len(self.out) < self._most:
-            entries = self._take()
+        while self.waiting and (free := self._most - len(self.out)) > 0:
+            # Split: the server works on one part while this process answers the other.
+            share = max(_WORTH_SPLITTING, -(-len(self.waiting) // free))
+            entries = self._take(min(share, MAX_BATCH))
             if not entries:
                 return
             batch = Batch(entries)
@@ -158,8 +163,8 @@ class Batcher(ABC):
             batch.task.add_done_callback(partial(self._ended, batch))
 
     @abstractmethod
-    def _take(self) -> list[Entry]:
-        """Take the next batch off the queue."""
+    def _take(self, most: int) -> list[Entry]:
+        """Take the next batch off the queue, of at most so many users' calls."""
 
     async def _do(self, batch: Batch) -> None:
         results: Sequence[Any]
@@ -239,14 +244,14 @@ class Batcher(ABC):
 class Reads(Batcher):
     """Reads by digest; the same digest is asked for once per batch."""
 
-    def _take(self) -> list[Entry]:
+    def _take(self, most: int) -> list[Entry]:
         waiting = self.waiting
-        if len(waiting) <= MAX_BATCH:
+        if len(waiting) <= most:
             entries = [entry for entry in waiting if not entry[1].done()]
             waiting.clear()
             return entries
         entries = []
-        while waiting and len(entries) < MAX_BATCH:
+        while waiting and len(entries) < most:
             entry = waiting.popleft()
             if not entry[1].done():
                 entries.append(entry)
@@ -263,14 +268,14 @@ class Writes(Batcher):
     one_each = False
     """Whether a batch holds one write per user while that leaves few behind."""
 
-    def _take(self) -> list[Entry]:
+    def _take(self, most: int) -> list[Entry]:
         barred = {what.digest for batch in self.out for what, _ in batch.entries}
         entries: list[Entry] = []
         doubles: list[Entry] = []
         later: list[Entry] = []
         taken: set[bytes] = set()
         waiting = self.waiting
-        while waiting and len(entries) + len(doubles) < MAX_BATCH:
+        while waiting and len(taken) < most and len(entries) + len(doubles) < MAX_BATCH:
             entry = waiting.popleft()
             what, future = entry
             if future.done():

@@ -104,6 +104,22 @@ async def test_calls_of_one_turn_share_a_batch_of_bounded_size() -> None:
     assert not batcher.out
 
 
+@pytest.mark.parametrize(("out", "sizes"), [(1, [64]), (2, [32, 32]), (3, [22, 21, 21])])
+async def test_a_crowd_is_spread_over_the_batches_that_may_be_out(
+    out: int, sizes: list[int]
+) -> None:
+    """The server works on one part while this process answers another; a few stay together."""
+    backend = Backend()
+    batcher = writes(backend, FakeClock(), out=out)
+    for future in [batcher.submit(Put(str(n).encode(), n)) for n in range(64)]:
+        await future
+    assert [len(items) for items in backend.batches] == sizes
+    await batcher.drain()
+    for future in [batcher.submit(Put(str(n).encode(), n)) for n in range(16)]:
+        await future
+    assert len(backend.batches[-1]) == 16
+
+
 async def test_reads_of_one_user_keep_their_places() -> None:
     """The same user may be asked for many times in a batch; what runs it sees each caller."""
     seen: list[list[Any]] = []
@@ -175,7 +191,7 @@ def test_a_dead_backend_is_not_tried_for_each_call() -> None:
         futures = [batcher.submit(Put(str(n).encode(), n)) for n in range(300)]
         for future in futures:
             assert isinstance(await future, UnavailableError)
-        assert len(backend.batches) == 3
+        assert len(backend.batches) == 6  # two halves, each as a whole and two calls alone
 
     explore(scenario, schedules=5)
 
