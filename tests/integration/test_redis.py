@@ -502,7 +502,8 @@ async def test_a_burst_on_a_fresh_store_is_a_few_reads_over_one_connection(
     found = await asyncio.gather(*map(fresh.get_latest, users))
     assert [state and state.updated_at_unix_ms for state in found] == [*range(500), *[None] * 500]
     assert await counted(store, "get") == gets
-    assert await counted(store, "mget") - mgets == 4
+    # The first few leave before the turn is over, the others as many together as may be.
+    assert await counted(store, "mget") - mgets == 5
     assert int((await info_of(store, "stats"))["total_connections_received"]) - connections == 1
     await fresh.aclose()
 

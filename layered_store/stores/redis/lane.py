@@ -34,6 +34,9 @@ _MORE: Final = object()
 _READS: Final = 256
 """Most keys that one command reads."""
 
+_EARLY: Final = 32
+"""How many reads do not wait for the end of the turn when the server has nothing else to do."""
+
 _OUTDATED: Final = frozenset({"READONLY", "NOAUTH", "MASTERDOWN"})
 """After a failover the old primary is a replica, or wants another login."""
 
@@ -156,6 +159,8 @@ class Lane(asyncio.Protocol):
             self._schedule()
         self._keys.append(key)
         self._readers.append(future)
+        if len(self._keys) == _EARLY and not self.pending:
+            self._leave()  # the server works while the rest of the turn is still running
 
     def put(self, futures: Sequence[asyncio.Future[Any]], data: bytes) -> None:
         """Queue packed commands that leave together, whose replies these futures wait for."""
@@ -187,8 +192,12 @@ class Lane(asyncio.Protocol):
         self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        """End a turn of the event loop: what was queued in it leaves, with one deadline."""
+        """End a turn of the event loop: what was queued in it leaves."""
         self._scheduled = False
+        self._leave()
+
+    def _leave(self) -> None:
+        """Send what is queued, with one deadline."""
         if not self.open:
             self._fail(ConnectionLostError())
             return

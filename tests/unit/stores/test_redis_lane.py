@@ -106,6 +106,30 @@ async def test_reads_of_the_turn_in_which_a_lane_ends_were_not_sent() -> None:
         assert gone.cancelled()
 
 
+async def test_many_reads_of_a_turn_do_not_all_wait_for_its_end() -> None:
+    """A server that has nothing else to do gets the first ones at once, and the others as one."""
+    async with peer() as other:
+        lane = other.lane()
+        keys = [b"k%02d" % number for number in range(100)]
+        reads = [lane.read(key) for key in keys]
+        assert len(lane.pending) == 1, "the turn is not over"
+        first, rest = keys[:32], keys[32:]
+        for some in (first, rest):
+            command = b"*%d\r\n$4\r\nMGET\r\n" % (len(some) + 1)
+            command += b"".join(b"$3\r\n%b\r\n" % key for key in some)
+            assert await other.hear(len(command)) == command
+            await other.say(b"*%d\r\n" % len(some) + b"".join(b"+%b\r\n" % key for key in some))
+        assert await asyncio.gather(*reads) == keys
+        call = lane.send(PING)
+        await asyncio.sleep(0)
+        more = [lane.read(key) for key in keys]
+        assert len(lane.pending) == 1, "it is busy: more reads in one command are cheaper"
+        await asyncio.sleep(0)
+        assert len(lane.pending) == 2
+        lane.close()
+        await asyncio.gather(call, *more)
+
+
 async def test_a_full_socket_holds_back_and_keeps_the_order() -> None:
     """Calls made while the server takes no more leave once it does, in their order."""
     async with peer() as other:
