@@ -197,15 +197,36 @@ def test_axis_names(name: str) -> None:
         StateSnapshot("u-1", axes={name: 0.5}).validate()
 
 
+@pytest.mark.parametrize(
+    "kind", [StrEnum("Axis", {"WARMTH": "warmth"}), type("Text", (str,), {})]
+)
+def test_names_of_a_subclass_of_str(kind: type[str]) -> None:
+    """Applications name their axes by an enum; what is kept is plain text."""
+    state = StateSnapshot("u-1", 1, axes={kind("warmth"): 0.5, "calm": 1})
+    state.validate()
+    assert [*map(type, state.axes)] == [str, str]
+    assert state.get_axis(kind("warmth")) == 0.5
+    assert state == StateSnapshot("u-1", 1, axes={"warmth": 0.5, "calm": 1.0})
+    assert StateSnapshot.from_json(state.to_json()) == state
+    with pytest.raises(ValidationError, match="axes"):
+        StateSnapshot("u-1", axes={kind("warmth"): 0.5, 7: 0.5}).validate()  # type: ignore[dict-item]
+
+
 def test_names_equal_to_a_known_one() -> None:
-    """A name that only compares equal to a valid one is not valid."""
+    """A name that only compares equal to a valid one counts as the text that it holds."""
 
     class Name(str):
         __slots__ = ()
 
+        def __hash__(self) -> int:
+            return hash("warmth")
+
+        def __eq__(self, other: object) -> bool:
+            return other == "warmth"
+
     StateSnapshot("u-1", axes={"warmth": 0.5}).validate()
-    with pytest.raises(ValidationError):
-        StateSnapshot("u-1", axes={Name("warmth"): 0.5}).validate()
+    with pytest.raises(ValidationError, match="axes"):
+        StateSnapshot("u-1", axes={Name("NOT A NAME"): 0.5}).validate()
 
 
 @given(SNAPSHOTS)
