@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from layered_store.clock import SYSTEM_CLOCK
 
@@ -23,8 +24,7 @@ next_order: Final = count(1).__next__
 """The order in which writes begin and erasures end in this process, whatever its clocks say."""
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct, eq=False):
     """One write, as its caller sees it.
 
     Args:
@@ -45,15 +45,15 @@ class Call:
 
     write_id: bytes
     started: float
-    clock: Clock = SYSTEM_CLOCK
-    order: int = field(default_factory=next_order)
-    system_started: float = field(default_factory=SYSTEM_CLOCK.monotonic)
+    clock: Any = SYSTEM_CLOCK
+    order: int = msgspec.field(default_factory=next_order)
+    system_started: float = msgspec.field(default_factory=SYSTEM_CLOCK.monotonic)
     version: int = 0
     superseded: bool = False
     unsure: bool = False
     fresh: bool = False
     ended: bool = False
-    _stored: list[StateSnapshot] = field(default_factory=list)
+    _stored: list[Any] = []
 
     def began(self, clock: Clock) -> float:
         """Return when the caller began, as ``clock`` read then.
@@ -112,7 +112,9 @@ _current: ContextVar[Call | None] = ContextVar("layered_store_call", default=Non
 
 
 def _new(clock: Clock) -> Call:
-    return Call(os.urandom(16), clock.monotonic(), clock, fresh=True)
+    started = clock.monotonic()
+    by_system = started if clock is SYSTEM_CLOCK else SYSTEM_CLOCK.monotonic()
+    return Call(os.urandom(16), started, clock, next_order(), by_system, fresh=True)
 
 
 class call_begins:  # noqa: N801  used like a function: with call_begins():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
+from layered_store.running import running_loop
 from layered_store.stores.sql import engines, lite, postgres, transactions, versions
 from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
@@ -110,7 +111,7 @@ class Access:
 
     def home(self) -> engines.Home:
         """Return what is kept for the running event loop, made on first use."""
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         home = self.homes.get(loop)
         if home is not None:
             return home

@@ -143,6 +143,7 @@ async def write_rows(
             erasure, *rules_of,
         )  # fmt: skip
     else:
+        erasures = [erasure for _, erasure in writes]
         rows = await driver.fetch(
             texts.write,
             [item.digest for item, _ in writes],
@@ -150,7 +151,8 @@ async def write_rows(
             [item.payload for item, _ in writes],
             [item.write_id for item, _ in writes],
             [item.updated for item, _ in writes],
-            [erasure for _, erasure in writes],
+            # What the arrays are short of is NULL; nearly always nobody was erased.
+            erasures if any(erasures) else [],
             *rules_of,
         )
     return dict(map(tuple, rows))

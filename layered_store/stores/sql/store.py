@@ -382,7 +382,12 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
-        row = await self._changed(item)
+        writes = self._access.home().writes
+        try:  # as ``_changed`` does; written out, since each write comes by here
+            row = await writes.submit(item)
+        except asyncio.CancelledError:
+            writes.left()
+            raise
         record = self._after(snapshot, item, row, Op.UPSERT_LATEST)
         call.superseded = record.snapshot is not snapshot
         return record

@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import UnavailableError
 from layered_store.stores.erasures import Began
@@ -53,8 +55,7 @@ _HOST_SECONDS: Final = 20e-6
 """The same where all share the host's clock: an erasure takes longer by itself."""
 
 
-@dataclass(slots=True, repr=False)
-class Write:
+class Write(msgspec.Struct, eq=False, gc=False):
     """One snapshot on its way in."""
 
     digest: bytes
@@ -66,6 +67,8 @@ class Write:
     updated: int
     fresh: bool = False
     """Whether this is the first attempt to store it."""
+
+    __repr__ = object.__repr__
 
 
 @dataclass(slots=True)
