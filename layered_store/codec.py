@@ -57,7 +57,7 @@ class SnapshotCodec(Generic[S]):
 
     def encode(self, snapshot: S) -> bytes:
         """Return the stored form of a validated snapshot, sealed or not."""
-        if isinstance(snapshot, SealedSnapshot):
+        if type(snapshot) is not self.snapshot_type and isinstance(snapshot, SealedSnapshot):
             fields = (snapshot.user_id, snapshot.updated_at_unix_ms, snapshot.sealed)
             return b"\x02" + _encode_sealed(fields)
         return self._encode(snapshot)

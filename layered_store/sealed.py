@@ -2,8 +2,8 @@
 
 It stands in the place of the caller's snapshot below such a layer, so every store keeps it like any
 other: it has the user id and the time, which stores need for keys and for
-    ``order="snapshot_time"``,
-and bytes. Whatever looks for the state in it gets an error, and never an empty state.
+``order="snapshot_time"``, and bytes. Whatever looks for the state in it gets an error, and never an
+empty state.
 """
 
 from __future__ import annotations
