@@ -45,6 +45,8 @@ class PostgresStatements:
             SELECT l.* FROM unnest($1::bytea[]) AS d (digest), LATERAL (
                 SELECT digest, {columns} FROM {latest} WHERE digest = d.digest OFFSET 0
             ) l"""
+        # As a query of its own it is asked once for a statement, not once for a row.
+        now_us, position = f"(SELECT {now_us})", f"(SELECT {position})"
         # One way for any number of users, each with a limit of its own.
         self.histories = f"""
             SELECT d.digest, h.payload
