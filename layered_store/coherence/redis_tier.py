@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import os
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from layered_store.codec import CodecError
@@ -100,6 +101,9 @@ class _Bound:
 _BATCH: Final = 256
 """Most copies that one script reads."""
 
+_EARLY: Final = 32
+"""How many reads do not wait for the end of the turn when no others are under way."""
+
 _STATES: Final = frozenset({STATE, FILLED})
 _NO_IDS: Final = HEADER_BYTES + 1
 """Where the snapshot of a copy begins: copies hold no write ids."""
@@ -155,6 +159,7 @@ class RedisTier(CacheTier):
         self._parts: dict[str, _Part] = {}
         self._began = 0.0
         self._batches: dict[tuple[asyncio.AbstractEventLoop, str, _Bound], _Batch] = {}
+        self._out: set[_Batch] = set()
         # By bucket and server run: up to where its messages were taken in, on that server's clock.
         self._seen: dict[tuple[str, bytes], int] = {}
         # By number of a ping: the buckets whose echo has come.
@@ -218,7 +223,8 @@ class RedisTier(CacheTier):
         future = loop.create_future()
         batch.keys.append(key)
         batch.futures.append(future)
-        if len(batch.keys) >= _BATCH:
+        count = len(batch.keys)
+        if count == _BATCH or (count == _EARLY and not self._out):
             self._send(loop, bucket, bound)
         return future
 
@@ -232,7 +238,12 @@ class RedisTier(CacheTier):
         except StoreError as exc:  # it was closed meanwhile
             reply = loop.create_future()
             reply.set_result(exc)
-        reply.add_done_callback(batch.deliver)
+        self._out.add(batch)
+        reply.add_done_callback(partial(self._arrived, batch))
+
+    def _arrived(self, batch: _Batch, reply: asyncio.Future[Any]) -> None:
+        self._out.discard(batch)
+        batch.deliver(reply)
 
     def _read(self, user_id: str, server: bytes, guard: Any, value: Any) -> TierRead:
         if guard is None or guard[16:] != server:

@@ -37,6 +37,9 @@ _READS: Final = 256
 _EARLY: Final = 32
 """How many reads do not wait for the end of the turn when the server has nothing else to do."""
 
+_EARLY_BYTES: Final = 1024
+"""As long a command does not either."""
+
 _OUTDATED: Final = frozenset({"READONLY", "NOAUTH", "MASTERDOWN"})
 """After a failover the old primary is a replica, or wants another login."""
 
@@ -142,9 +145,12 @@ class Lane(asyncio.Protocol):
         future = self._create_future()
         if not self._scheduled:
             self._schedule()
+        idle = not self.pending
         self.pending.append(future)
         self._buffer.append(data)
         self._unsent += 1
+        if idle and len(data) >= _EARLY_BYTES:
+            self._leave()
         return future
 
     def read(self, key: bytes) -> asyncio.Future[Any]:

@@ -130,6 +130,23 @@ async def test_many_reads_of_a_turn_do_not_all_wait_for_its_end() -> None:
         await asyncio.gather(call, *more)
 
 
+async def test_a_long_command_leaves_at_once_when_the_server_is_idle() -> None:
+    """It is read there while the rest of the turn is still running; later ones go together."""
+    async with peer() as other:
+        lane = other.lane()
+        writes: list[bytes] = []
+        transport = lane._transport
+        lane._transport = SimpleNamespace(write=writes.append)  # type: ignore[assignment]
+        long = b"*2\r\n$3\r\nGET\r\n$1100\r\n" + b"k" * 1100 + b"\r\n"
+        calls = [lane.send(command) for command in (long, PING, long)]
+        assert writes == [long]
+        await asyncio.sleep(0)
+        assert writes == [long, PING + long]
+        lane._transport = transport
+        lane.close()
+        await asyncio.gather(*calls)
+
+
 async def test_a_full_socket_holds_back_and_keeps_the_order() -> None:
     """Calls made while the server takes no more leave once it does, in their order."""
     async with peer() as other:
