@@ -187,6 +187,26 @@ async def test_nobody_sees_an_erasure_within_what_counts_as_its_moment(
         assert SYSTEM_CLOCK.monotonic() - begun > transactions._HIDDEN_SECONDS
 
 
+@pytest.mark.parametrize("together", [1, 2, 4])
+async def test_histories_stay_short_however_writes_come(shared_url: str, together: int) -> None:
+    """Trimming is due with every so many versions, also when a batch goes past that one."""
+    async with build(shared_url, history_limit=20) as store:
+        await store.upsert_latest(state("u", 1))
+        if (await store.read("u")).version % 2 == 0:  # else no batch ends with an even one
+            await store.upsert_latest(state("u", 2))
+        for number in range(150 // together):
+            await asyncio.gather(
+                *(store.upsert_latest(state("u", number * 10 + n)) for n in range(together))
+            )
+        engine = create_async_engine(shared_url)
+        async with engine.connect() as connection:
+            counted = text(f"SELECT count(*) FROM {store.history_table}")  # noqa: S608
+            kept = (await connection.execute(counted)).scalar_one()
+        await engine.dispose()
+        assert 20 <= kept < 20 + 64 + 5
+        assert len(await store.get_history("u", 100)) == 20
+
+
 async def test_plans_made_while_the_tables_are_small_stay_good(postgres_url: str) -> None:
     """A server keeps a plan while a table grows: none may look through a whole table."""
     async with build(postgres_url) as store:

@@ -24,6 +24,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    null,
     or_,
     select,
     text,
@@ -32,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from layered_store.stores.sql.chain import chain_statements
+from layered_store.stores.sql.manyrows import ManyRows
 from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
 from layered_store.stores.sql.versions import is_current, upgrade
 
@@ -108,6 +110,8 @@ class Statements:
     users: Any = field(init=False)
     purgeable: Any = field(init=False)
     purge: Any = field(init=False)
+    many: dict[int, ManyRows] = field(init=False, default_factory=dict)
+    """By statement, how several rows go out as one."""
 
     def __post_init__(self) -> None:
         self.begin = _BEGIN[self.family]
@@ -220,21 +224,31 @@ class Statements:
         self.advance = (
             update(counter)
             .where(counter.c.id == COUNTER_ROW)
-            .values(position=counter.c.position + 1)
+            .values(position=func.last_insert_id(counter.c.position + 1))
         )
-        self.store = (
-            update(latest)
-            .where(latest.c.digest == digest)
-            .values(
-                user_id=bindparam("to_user_id"),
-                version=bindparam("to_version"),
-                payload=bindparam("to_payload", type_=latest.c.payload.type),
-                write_id=bindparam("to_write_id", type_=latest.c.digest.type),
-                updated_at_unix_ms=bindparam("to_updated"),
-                position=position,
-                purge_at=None,
+        values = {
+            "user_id": bindparam("to_user_id"),
+            "version": bindparam("to_version"),
+            "payload": bindparam("to_payload", type_=latest.c.payload.type),
+            "write_id": bindparam("to_write_id", type_=latest.c.digest.type),
+            "updated_at_unix_ms": bindparam("to_updated"),
+            "position": position,
+        }
+        if self.family == "mysql":
+            # The rows are there and locked: an insert, since many of those are one statement.
+            given = mysql.insert(latest).values(digest=digest, **values)
+            self.store = given.on_duplicate_key_update(
+                {**{name: given.inserted[name] for name in values}, "purge_at": null()}
             )
-        )
+            names = [column.name for column in history.c]
+            for statement, columns in (
+                (self.place, None), (self.append, names), (self.store, None)
+            ):  # fmt: skip
+                self.many[id(statement)] = ManyRows(statement, columns)
+        else:
+            self.store = (
+                update(latest).where(latest.c.digest == digest).values(**values, purge_at=None)
+            )
         self.bury = (
             update(latest)
             .where(latest.c.digest == digest)

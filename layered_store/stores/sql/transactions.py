@@ -43,6 +43,9 @@ TOMBSTONE_US: Final = int(TOMBSTONE_SECONDS) * 1_000_000
 KEPT_WRITE_IDS: Final = 16
 """History rows kept per user however small ``history_limit`` is, so that a retry finds its id."""
 
+_TRIM_EVERY: Final = 16
+"""The history is trimmed with every so many versions of a user: reads never show more anyway."""
+
 _KEPT_US: Final = 60 * 1_000_000
 _PROBES: Final = 20
 
@@ -140,6 +143,9 @@ class Session:
         """Run a statement once for each set of values."""
         if len(values) == 1:
             await self.connection.execute(statement, values[0])
+        elif values and (rows := self.statements.many.get(id(statement))) is not None:
+            for text, flat in rows.pack(values):
+                await self.connection.exec_driver_sql(text, flat)
         elif values:
             await self.connection.execute(statement, values)
 
@@ -168,7 +174,10 @@ class Session:
     async def positioned(self, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return ``values`` with this transaction's place in the change log."""
         if self.statements.counted and not self.statements.chained:
-            place = await self._advance({})
+            # The update itself tells the new number, as that of the last insert.
+            place = (await self.connection.execute(self.statements.advance)).lastrowid
+            if not place:
+                raise _no_counter()
             for item in values:
                 item["at_position"] = place
         return values
@@ -180,20 +189,21 @@ class Session:
             entries: in their order.
             heads: by digest, the place of the newest entry; updated.
         """
-        last = await self._advance({"steps": len(entries)})
+        await self.run(self.statements.advance, [{"steps": len(entries)}])
+        found = await self.rows(self.statements.position, {})
+        if not found:
+            raise _no_counter()
+        last = int(found[0][0])
         for place, entry in enumerate(entries, last - len(entries) + 1):
             entry["position"] = place
             entry["previous"] = heads.get(entry["digest"])
             heads[entry["digest"]] = place
 
-    async def _advance(self, values: dict[str, Any]) -> int:
-        await self.run(self.statements.advance, [values])
-        found = await self.rows(self.statements.position, {})
-        if not found:
-            raise UnavailableError(
-                "the counter table is empty; let create_tables=True fill it", retryable=False
-            )
-        return int(found[0][0])
+
+def _no_counter() -> UnavailableError:
+    return UnavailableError(
+        "the counter table is empty; let create_tables=True fill it", retryable=False
+    )
 
 
 def padded(values: Iterable[bytes]) -> list[bytes]:
@@ -325,7 +335,10 @@ async def write(
                 entry["payload"] = changed[entry["digest"]].payload
         await session.run(statements.hide, [{"at_position": place} for place in hidden])
     await session.run(statements.append, entries)
-    await _trim(session, [rows[digest] for digest in changed], rules, now_us)
+    due = set(changed)
+    if rules.max_age_us is None:
+        due = {entry["digest"] for entry in entries if entry["version"] % _TRIM_EVERY == 0}
+    await _trim(session, [rows[digest] for digest in due], rules, now_us)
     updates = [
         {
             "at_digest": digest,
@@ -475,9 +488,10 @@ async def _seen(
     session: Session, items: Sequence[Write] | Sequence[Erasure]
 ) -> set[tuple[bytes, bytes]]:
     """Return the (digest, write id) of those that were stored before."""
-    if session.statements.chained:
-        # All writes of one write id come through one process, and there one after the other, in
-        # SQLite's thread: before its first attempt none can have been stored.
+    if session.statements.counted:
+        # All attempts at a write come through one process: before the first none can have been
+        # stored. One that was given up comes to its end before the next one begins: in SQLite's
+        # thread, or under the lock of its row.
         items = [item for item in items if not item.fresh]  # type: ignore[assignment]
         if not items:
             return set()
