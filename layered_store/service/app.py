@@ -71,16 +71,18 @@ def create_app(
         body_seconds: how long a body may take to arrive, above 0.
 
     Raises:
-        ConfigError: an option is out of range; an empty ``api_key`` is, since it would protect
-            nothing.
+        ConfigError: an option is out of range; an ``api_key`` is when it is empty, since it would
+            protect nothing, or has characters that no header carries.
     """
     check_store(stack, "stack", _OWNER)
     check_count(max_body, "max_body", _OWNER)
     check_count(max_in_flight, "max_in_flight", _OWNER)
     seconds = check_seconds(body_seconds, "body_seconds", _OWNER)
-    if api_key is not None and not (isinstance(api_key, str) and api_key.strip() == api_key != ""):
+    if api_key is not None and not (
+        isinstance(api_key, str) and api_key.strip() == api_key != "" and api_key.isprintable()
+    ):
         raise ConfigError(
-            "must be text without spaces around it, or None for no key",
+            "must be printable text without spaces around it, or None for no key",
             option="api_key",
             layer="create_app",
         )

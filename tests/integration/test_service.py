@@ -509,6 +509,8 @@ async def test_no_more_than_so_many_at_a_time() -> None:
         {"body_seconds": 0},
         {"api_key": ""},
         {"api_key": " a"},
+        {"api_key": "two\nlines"},
+        {"api_key": "\udcff"},
         {"api_key": 5},
     ],
 )

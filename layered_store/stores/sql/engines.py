@@ -44,7 +44,12 @@ _DRIVERS: Final = {
     "mariadb": "mariadb+aiomysql",
 }
 _ASYNC: Final = ("aiosqlite", "asyncpg", "psycopg", "psycopg_async", "aiomysql", "asyncmy")
-_EXTRAS: Final = {"asyncpg": "postgres", "aiomysql": "mysql"}
+_EXTRAS: Final = {
+    "asyncpg": "postgres",
+    "psycopg": "psycopg",
+    "aiomysql": "mysql",
+    "asyncmy": "asyncmy",
+}
 _THREAD_SECONDS: Final = 1.0
 _MAX_PORT: Final = 65_535
 _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql://"
