@@ -14,6 +14,10 @@ _UTF_8: Final = ("utf-8", "utf8")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Closed, as some schedulers start a job: it reads nothing, and its output is unwanted.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     try:
         import click  # noqa: F401  optional
         import rich  # noqa: F401  optional
@@ -33,8 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             cli.main(args=arguments, prog_name="layered-store")
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except OSError as exc:
         # A full disk below our output; whoever closed a pipe has seen enough.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the flush at the end

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from contextlib import nullcontext
+import signal
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 
 import click
@@ -14,7 +15,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from layered_store.cli.common import console, json_option, moving, notices, progress, run
+from layered_store.cli.common import (
+    NumberRange,
+    json_option,
+    moving,
+    notices,
+    progress,
+    run,
+    show_table,
+)
 from layered_store.cli.workload import Mix, Workload
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ErasureIncompleteError
@@ -30,7 +39,7 @@ _REFRESH_SECONDS: Final = 0.25
 @click.argument("stack", required=False)
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.1),
+    type=NumberRange(0.1),
     default=10.0,
     show_default=True,
     help="How long to measure.",
@@ -51,28 +60,28 @@ _REFRESH_SECONDS: Final = 0.25
 )
 @click.option(
     "--writes",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     default=0.1,
     show_default=True,
     help="Share of calls that store a state.",
 )
 @click.option(
     "--histories",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     default=0.0,
     show_default=True,
     help="Share of calls that read the last 10 states.",
 )
 @click.option(
     "--erasures",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     default=0.0,
     show_default=True,
     help="Share of calls that erase a user.",
 )
 @click.option(
     "--zipf",
-    type=click.FloatRange(0),
+    type=NumberRange(0),
     default=0.99,
     show_default=True,
     help="How uneven: the n-th user is asked for 1/n**ZIPF as often; 0 is all alike.",
@@ -119,8 +128,17 @@ def command(
     name = f"bench-{secrets.token_hex(4)}-"
     workload = Workload(name, users, mix, zipf=zipf, axes=axes, seed=seed)
     bench = _Bench(workload, seconds, callers, keep=keep)
+
+    async def work(store: StateStore) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        # Whoever ends it, as timeout(1) does, wants its users gone as well.
+        with suppress(NotImplementedError):  # on Windows
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await bench.run(store)
+
     try:
-        run(stack, bench.run)
+        run(stack, work)
     finally:
         # Also when it was interrupted: what was measured until then.
         if workload.calls:
@@ -128,7 +146,7 @@ def command(
             if as_json:
                 click.echo(json.dumps(result))
             else:
-                console.print(_view(result, bench.setting))
+                show_table(_view(result, bench.setting))
     if bench.owed:
         notices.print(
             f"{bench.owed} users are erased in the system of record only, since a tier could not"
@@ -214,10 +232,17 @@ class _Bench:
 
 
 def _view(result: dict[str, Any], setting: str) -> Group:
-    calls = Table(title=setting, title_justify="left", title_style="bold")
+    calls = Table(
+        title=setting,
+        title_justify="left",
+        title_style="bold",
+        # All figures of a long run fit in 80 columns, and are folded in less: a cut one misleads.
+        pad_edge=False,
+        collapse_padding=True,
+    )
     calls.add_column("operation", no_wrap=True, min_width=len("upsert_latest"))
     for heading in ("calls", "per second", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"):
-        calls.add_column(heading, justify="right")
+        calls.add_column(heading, justify="right", overflow="fold")
     for operation, figures in result["operations"].items():
         times = [figures[f"p{p}_ms"] for p in ("50", "90", "99", "99.9")] + [figures["max_ms"]]
         calls.add_row(

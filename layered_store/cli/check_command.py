@@ -11,7 +11,7 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
-from layered_store.cli.common import build, console, fail, guarded, json_option
+from layered_store.cli.common import NumberRange, build, console, fail, guarded, json_option
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.health import HealthReport, HealthStatus
 
@@ -34,7 +34,7 @@ _CLOSING_SECONDS: Final = 3.0
 @click.argument("stack", required=False)
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=NumberRange(0, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds until a silent stack counts as unhealthy.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import warnings
@@ -18,10 +19,13 @@ from layered_store.errors import ConfigError, StoreError, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from rich.console import RenderableType
+
     from layered_store.interface import StateStore
 
 __all__ = [
     "DEFAULT_STACK",
+    "NumberRange",
     "build",
     "console",
     "fail",
@@ -31,6 +35,7 @@ __all__ = [
     "notices",
     "progress",
     "run",
+    "show_table",
     "source_of",
 ]
 
@@ -51,7 +56,22 @@ _styles: Final[Any] = None if os.environ.get("NO_COLOR") else "auto"
 console = Console(highlight=False, soft_wrap=True, color_system=_styles)
 """Where results go; plain text when it is no terminal, and under NO_COLOR."""
 
+_wide: Final = Console(highlight=False, color_system=_styles, width=10_000)
+
 notices = Console(stderr=True, highlight=False, soft_wrap=True, color_system=_styles)
+
+
+class NumberRange(click.FloatRange):
+    """A number in a range; NaN is in none, though no comparison finds it outside."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -79,6 +99,11 @@ def build(stack: str | None, *, quiet: bool = False) -> StateStore:
     return built
 
 
+def show_table(table: RenderableType) -> None:
+    """Print a table: as wide as a terminal is, but as wide as itself where there is none."""
+    (console if console.is_terminal else _wide).print(table)
+
+
 def guarded(work: Callable[[], T]) -> T:
     """Run ``work``; end the process with one line instead of a traceback when it fails."""
     try:
@@ -89,7 +114,7 @@ def guarded(work: Callable[[], T]) -> T:
         fail(exc.message, code=2)
     except StoreError as exc:
         fail(str(exc))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         fail("interrupted", code=130)
     except (click.ClickException, click.Abort):
         raise

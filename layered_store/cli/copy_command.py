@@ -65,7 +65,7 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
     layered-store copy old.toml new.toml
     """
     # The places themselves may hold passwords, so only a digest is kept.
-    pair = blake2b(f"{source}\0{target}".encode(), digest_size=16).hexdigest()
+    pair = blake2b(os.fsencode(f"{source}\0{target}"), digest_size=16).hexdigest()
     done, counts = guarded(lambda: asyncio.run(_copy(source, target, _Place(state, pair), page)))
     result = {**asdict(done), "users_in_source": counts.source, "users_in_target": counts.target}
     del result["cursor"]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import click
 from rich.table import Table
 
-from layered_store.cli.common import console, json_option, run
+from layered_store.cli.common import json_option, run, show_table
 from layered_store.snapshot import StateSnapshot
 
 __all__ = ["command"]
@@ -24,11 +24,14 @@ def command(stack: str, user: str, limit: int, *, as_json: bool) -> None:
     if as_json:
         click.echo(f"[{','.join(snapshot.to_json().decode() for snapshot in snapshots)}]")
         return
-    table = Table("observed", "source", "confidence", "axes")
+    table = Table()
+    for heading in ("observed", "source", "confidence"):
+        table.add_column(heading, no_wrap=True)  # the axes give way, going on below
+    table.add_column("axes", overflow="fold")
     for snapshot in snapshots:
         axes = ", ".join(f"{name}={value:g}" for name, value in snapshot.axes.items())
         table.add_row(_moment(snapshot), str(snapshot.source), f"{snapshot.confidence:g}", axes)
-    console.print(table)
+    show_table(table)
 
 
 def _moment(snapshot: StateSnapshot) -> str:

@@ -8,7 +8,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from layered_store.cli.common import run
+from layered_store.cli.common import guarded, run
 from layered_store.interface import StateStore
 from layered_store.snapshot import Source
 
@@ -52,7 +52,7 @@ def command(
 
     async def work(store: StateStore) -> None:
         if source_file is not None:
-            snapshot = store.snapshot_type.from_json(source_file.read())
+            snapshot = store.snapshot_type.from_json(text)
             snapshot = msgspec.structs.replace(snapshot, user_id=user)
         else:
             snapshot = store.snapshot_type(
@@ -71,6 +71,8 @@ def command(
     pairs = dict(map(_axis, given))
     if len(pairs) < len(given):
         raise click.UsageError("an axis is given twice")
+    # Before the loop runs, which an interruption would not reach while this waits for input.
+    text = b"" if source_file is None else guarded(source_file.read)
     run(stack, work)
 
 

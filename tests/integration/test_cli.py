@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -168,8 +169,11 @@ def test_copy_of_something_else(tmp_path: Path) -> None:
     assert "belongs to another copy" in done.stderr
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    """Ctrl-C is one line and exit 130; ``bench`` still erases its users and shows its figures."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path: Path, number: int) -> None:
+    """Ctrl-C is one line and exit 130; ``bench`` still erases its users and shows its figures, also
+    when it is told to end.
+    """
     url = "sqlite+aiosqlite:///a.db"
     bench = subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "layered_store", "bench", url, "--seconds", "60", "--users", "50"],
@@ -185,13 +189,32 @@ def test_interrupted(tmp_path: Path) -> None:
         assert time.monotonic() < until
         time.sleep(0.01)
     time.sleep(1.5)
-    bench.send_signal(signal.SIGINT)
+    bench.send_signal(number)
     out, err = bench.communicate(timeout=30)
     assert bench.returncode == 130
     assert "Traceback" not in err
     assert "interrupted" in err
     assert "get_latest" in out
     assert run("export", url, "--all", cwd=tmp_path) == ""
+
+
+def test_started_without_any_stream(tmp_path: Path) -> None:
+    """Schedulers start jobs with their streams closed: an erasure is done, an export is written."""
+    fill(tmp_path / "a.db", 2, 1)
+    url = "sqlite+aiosqlite:///a.db"
+    command = f"{shlex.quote(sys.executable)} -m layered_store"
+    for arguments, code in (
+        (f"erase {url} nobody", 0),
+        (f"export {url} --all", 0),
+        (f"put {url} u-1 --file -", 2),
+        (f"get {url} nobody", 1),
+    ):
+        shell = f"{command} {arguments} <&- >&- 2>error; echo $?"
+        done = subprocess.run(  # noqa: S602
+            shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (tmp_path / "error").read_text().count("\n") == 1
+        assert done.stdout == f"{code}\n"
 
 
 def test_output_that_nobody_reads_on(tmp_path: Path) -> None:

@@ -185,6 +185,11 @@ def test_schema() -> None:
         (("bnch",), 2, "No such command 'bnch'. Did you mean 'bench'?"),
         (("xyz",), 2, "There are show, lint"),
         (("bench", "STACK", "--writes", "0.9", "--erasures", "0.2"), 2, "more than 1"),
+        (("bench", "STACK", "--seconds", "nan"), 2, "'nan' is not a number"),
+        (("bench", "STACK", "--writes", "nan"), 2, "'nan' is not a number"),
+        (("bench", "STACK", "--zipf", "nan"), 2, "'nan' is not a number"),
+        (("check", "STACK", "--timeout", "nan"), 2, "'nan' is not a number"),
+        (("copy", "sqlite:////nowhere/\udcff", "STACK"), 1, "cannot be opened"),
         (("export", "STACK", "--all", "--output", "/nowhere/x"), 1, "/nowhere/x: No such file"),
         (("copy", "STACK", "STACK", "--state", "/nowhere/x"), 1, "cannot write /nowhere/x"),
         (("show", "."), 2, "ends in .toml or .json"),
@@ -216,12 +221,21 @@ def test_what_no_block_should_raise(memory: str, monkeypatch: pytest.MonkeyPatch
     assert isinstance(run("get", memory, "u-1").exception, RuntimeError)
 
 
-def test_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend whose driver is not installed says what to install."""
-    monkeypatch.setitem(sys.modules, "asyncpg", None)
-    done = run("get", "postgresql+asyncpg://u@127.0.0.1:1/x", "u-1")
+@pytest.mark.parametrize(
+    ("scheme", "extra"),
+    [
+        ("postgresql+asyncpg", "postgres"),
+        ("postgresql+psycopg", "psycopg"),
+        ("mysql+aiomysql", "mysql"),
+        ("mysql+asyncmy", "asyncmy"),
+    ],
+)
+def test_missing_driver(monkeypatch: pytest.MonkeyPatch, scheme: str, extra: str) -> None:
+    """A backend whose driver is not installed says which extra to install."""
+    monkeypatch.setitem(sys.modules, scheme.partition("+")[2], None)
+    done = run("get", f"{scheme}://u@127.0.0.1:1/x", "u-1")
     assert done.exit_code == 2
-    assert "layered-store[postgres]" in done.output
+    assert f"pip install 'layered-store[{extra}]'" in done.output
 
 
 def test_bench(memory: str) -> None:
@@ -324,6 +338,19 @@ def test_tells_how_to_install_the_extra() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_service_tells_how_to_install_its_extra() -> None:
+    """Who imports it without starlette is told what to install; other errors pass unchanged."""
+    for missing, told in (("starlette", "layered-store[serve]"), ("msgspec", "msgspec")):
+        code = f"import sys; sys.modules[{missing!r}] = None\nimport layered_store.service"
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError")
+        assert told in last
+
+
 def test_where_the_api_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file when one is named, else from the environment; one set to nothing is none."""
     from layered_store.cli.serve_command import _is_local, _key
@@ -367,6 +394,20 @@ def test_a_state_comes_from_a_file(database: str) -> None:
     assert run("get", database, "other").exit_code == 1
 
 
+def test_input_is_read_where_an_interruption_reaches_it(database: str) -> None:
+    """A loop that waits for a terminal holds the first Ctrl-C back for ever."""
+    loops: list[object] = []
+
+    class Input(io.BytesIO):
+        def read(self, *size: int | None) -> bytes:
+            loops.append(asyncio._get_running_loop())
+            return super().read(*size)
+
+    state = Input(b'{"user_id": "u-1"}')
+    assert CliRunner().invoke(cli, ["put", database, "u-1", "--file", "-"], state).exit_code == 0
+    assert set(loops) == {None}
+
+
 @pytest.mark.parametrize("axis", ["warmth", "warmth=much", "=0.5"])
 def test_an_axis_that_is_none_is_refused(database: str, axis: str) -> None:
     """One line says how an axis is written, or what is wrong with its name."""
@@ -383,7 +424,38 @@ def test_moments_that_no_calendar_has_are_shown_as_numbers(database: str) -> Non
         assert run("put", database, "u-1", "--file", "-", input=state).exit_code == 0
     text = run("history", database, "u-1", "--limit", "9").output
     assert f"{2**62} ms" in text
-    assert "1970-01-01T00:00:01" in text
+    assert "1970-01-01T00:00:01.000+00:00" in text
+
+
+def test_tables_are_whole(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pipe a row is one line, however long; on a terminal nothing is cut off to fit."""
+    axes = [f"axis_{number}=0.25" for number in range(23)]
+    assert run("put", database, "u-1", *axes).exit_code == 0
+    (row,) = [line for line in run("history", database, "u-1").output.splitlines() if "2" in line]
+    assert "+00:00" in row
+    assert ", ".join(axes) in row
+    monkeypatch.setattr("layered_store.cli.common.console._force_terminal", True)
+    monkeypatch.setattr("layered_store.cli.common.console._width", 80)
+    text = run("history", database, "u-1").output
+    assert "…" not in text
+    assert "+00:00" in text
+    assert all(axis in text for axis in axes)
+
+
+def test_figures_of_long_runs_fit_in_a_terminal() -> None:
+    """A figure that is cut off would be read as another."""
+    from layered_store.cli.bench_command import _view
+
+    figures = {"calls": 12_345_678, "per_second": 654_321.4, "max_ms": 9_876.54}
+    figures |= {f"p{p}_ms": value for p, value in (("50", 0.0003), ("90", 0.25), ("99", 2.5))}
+    figures |= {"p99.9_ms": 123.45}
+    result = {"operations": {"get_latest": figures}, "seconds": 10, "errors": 0, "hit_ratio": {}}
+    for width, whole in ((80, True), (50, False)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(_view(result, "a setting"))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in text
+        assert ("12,345,678" in text and "654,321" in text and "9,876.54" in text) is whole
 
 
 def test_on_a_terminal_states_are_laid_out_and_erasures_confirmed(
