@@ -534,3 +534,11 @@ async def test_a_call_cancelled_while_its_connection_opens_leaves_no_message(
     finally:
         loop.set_exception_handler(None)
     assert said == []
+
+
+@pytest.mark.parametrize("longest", [1e7, 1e308])
+async def test_a_time_limit_or_age_of_any_length_is_taken(url: str, longest: float) -> None:
+    """Servers and drivers take some weeks at most in their settings."""
+    async with SQLStore(url, timeout=longest, history_max_age=longest, **tables()) as store:
+        await store.upsert_latest(state())
+        assert len(await store.get_history("u", 5)) == 1

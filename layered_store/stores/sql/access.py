@@ -39,6 +39,9 @@ _WRITES_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
 """Batches of writes under way. A commit waits for the disk, and the server flushes several at
 once; SQLite admits one writer."""
 
+_MOST_PATIENCE: Final = 86_400.0
+"""Seconds that a write waits for the writers of other processes at most."""
+
 _PURGE_ROWS: Final = 128
 _PURGE_SOON, _PURGE_LATER = 64, 1024
 """After how many writes to look for old tombstones again: while there are more, and when not."""
@@ -397,7 +400,7 @@ class Access:
             return lite.LiteSession(
                 None, self.statements, self._clock,
                 # A write that never began is told as such, before its time limit leaves that open.
-                texts=self._lite, patience=0.9 * self._timeout,
+                texts=self._lite, patience=min(0.9 * self._timeout, _MOST_PATIENCE),
             )  # fmt: skip
         return Session(None, self.statements, self._clock)
 

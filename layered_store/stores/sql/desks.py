@@ -45,6 +45,7 @@ class Desks:
 
     def __init__(self, engine: AsyncEngine, size: int, *, keep: bool) -> None:
         self.busy = 0
+        self._closed = False
         self._engine = engine
         self._size = size
         self._keep = keep
@@ -82,8 +83,9 @@ class Desks:
         """Take a connection back; one that failed is not used again unless its pool says so."""
         connection = desk.connection
         try:
-            foreign = desk.engine is not self._engine
-            if broken or foreign or connection.invalidated or connection.closed:
+            # Of an engine that was replaced, or is closed by now.
+            left = desk.engine is not self._engine or (self._closed and self._keep)
+            if broken or left or connection.invalidated or connection.closed:
                 await self._end(connection)
             elif self._keep:
                 self._idle.append(desk)
@@ -96,7 +98,7 @@ class Desks:
     async def move(self, engine: AsyncEngine) -> None:
         """Make connections with another engine from now on; those in use end when given back."""
         self._engine = engine
-        await self.aclose()
+        await self.release()
 
     async def _end(self, connection: AsyncConnection) -> None:
         with suppress(Exception):  # it failed before
@@ -106,6 +108,11 @@ class Desks:
             await connection.close()
 
     async def aclose(self) -> None:
+        """Give all back to the engine; those in use end when their operation does."""
+        self._closed = True
+        await self.release()
+
+    async def release(self) -> None:
         """Give all that are idle back to the engine."""
         idle, self._idle = self._idle, []
         for desk in idle:

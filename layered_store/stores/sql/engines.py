@@ -56,6 +56,8 @@ _SCHEMES: Final = "sqlite+aiosqlite://, postgresql+asyncpg:// or mysql+aiomysql:
 _BUSY_MS: Final = 5_000
 _CLOSE_SECONDS: Final = 1.0
 _OPENED_SECONDS: Final = 0.25
+_LONGEST: Final = 86_400
+"""Seconds; the settings of servers and drivers take no more than some weeks."""
 _LOG_NAME: Final = "layered_store"
 
 
@@ -199,7 +201,7 @@ def _connect_arguments(url: URL, wait: float) -> dict[str, Any]:
         limit = {} if "timeout" in url.query else {"timeout": wait}
         return limit | {"async_creator_fn": _open_asyncpg}
     if driver in ("aiomysql", "asyncmy", "psycopg", "psycopg_async"):
-        return {} if "connect_timeout" in url.query else {"connect_timeout": max(1, int(wait))}
+        return {} if "connect_timeout" in url.query else {"connect_timeout": _whole(wait)}
     return {}
 
 
@@ -249,7 +251,7 @@ def _session_arguments(url: URL, wait: float) -> dict[str, Any]:
 
     It would hold its locks, and on PostgreSQL the change log, until TCP gives up: for hours.
     """
-    driver, seconds = url.get_driver_name(), max(1, int(wait))
+    driver, seconds = url.get_driver_name(), _whole(wait)
     idle = "idle_in_transaction_session_timeout"
     if driver == "asyncpg":
         return {"server_settings": {idle: str(seconds * 1000)}}
@@ -260,6 +262,10 @@ def _session_arguments(url: URL, wait: float) -> dict[str, Any]:
         only = f"/*M!100300 , SESSION idle_write_transaction_timeout = {seconds} */"
         return {"init_command": f"SET @layered_store = 1 {only}"}
     return {}
+
+
+def _whole(seconds: float) -> int:
+    return max(1, int(min(seconds, _LONGEST)))
 
 
 def _unprepared_arguments(url: URL) -> dict[str, Any]:
@@ -320,7 +326,7 @@ async def _closer(engine: AsyncEngine, desks: Desks) -> AsyncGenerator[None, Non
         # A server that hangs must not keep the process from ending.
         with suppress(Exception):
             async with SYSTEM_CLOCK.timeout(_CLOSE_SECONDS):
-                await desks.aclose()
+                await desks.release()
                 await engine.dispose()
 
 

@@ -162,7 +162,7 @@ class SQLStore(StateStore, Authority, Enumerable):
             )
         if (self.url is None) == (self.engine is None):
             raise ConfigError("pass either url or engine", option="url", layer=self.name)
-        max_age_us = None if age is None else min(_MAX_INT, int(age * 1e6))
+        max_age_us = None if age is None else int(min(_MAX_INT, age * 1e6))
         self._max_age_us = _MAX_INT if max_age_us is None else max_age_us
         self._access = self._connect_to(max_age_us)
         self._statements = self._access.statements

@@ -88,3 +88,19 @@ async def test_only_what_can_be_used_again_stays_at_hand(how: str, engine: Async
     await desks.give(other)
     await desks.aclose()
     assert out(engine) == 0
+
+
+async def test_a_connection_in_use_at_the_end_is_closed_when_its_operation_ends(
+    engine: AsyncEngine,
+) -> None:
+    """An operation that outlives ``aclose`` leaves no connection, and no thread, behind."""
+    desks = Desks(engine, 2, keep=True)
+    desk, idle = await desks.take(), await desks.take()
+    await desks.give(idle)
+    await desks.aclose()
+    await engine.dispose()
+    assert not desk.connection.closed
+    await desks.give(desk)
+    assert desk.connection.closed and idle.connection.closed
+    with pytest.raises(ValueError, match="no active connection"):
+        await desk.driver.execute("SELECT 1")
