@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -146,6 +147,21 @@ async def test_ttl_covers_record_and_history(server: Server) -> None:
         await store.upsert_latest(state())
         for kind in "sh":
             assert await store.command("PTTL", store.key(digest, kind)) == -1
+
+
+@pytest.mark.parametrize("ttl", [1e-320, 1e17, 2**63, 1e308, timedelta.max])
+async def test_a_ttl_of_any_length_is_taken(server: Server, ttl: float | timedelta) -> None:
+    """One that is longer than Redis can count is as long as it can; so is a history."""
+    options = {"ttl": ttl, "history_limit": 2**63 - 1}
+    async with RedisStore(server.url, prefix="any:", **options) as store:
+        await store.upsert_latest_many([state(), state(warmth=0.5)])
+        left = await store.command("PTTL", store.key(store.digest("u-1"), "s"))
+        if ttl == 1e-320:
+            assert left < 2
+        else:
+            assert left > 10**15
+            assert len(await store.get_history("u-1", 9)) == 2
+        await store.delete("u-1")
 
 
 @pytest.mark.parametrize(

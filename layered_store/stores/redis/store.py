@@ -81,6 +81,8 @@ __all__ = ["RedisStore"]
 C = TypeVar("C")
 
 _TOMBSTONE_MS: Final = 7 * 86_400_000
+_MOST: Final = 2**53
+"""Milliseconds of a TTL and states of a history: larger numbers are not exact in Lua."""
 _CLUSTER_BUCKETS: Final = 16
 _MGET_KEYS: Final = 256
 _STATE_HEAD: Final = MAGIC + STATE
@@ -152,7 +154,7 @@ class RedisStore(StateStore, Enumerable):
     def __post_init__(self) -> None:
         check_a(self.clock, Clock, "clock", self)
         ttl = check_seconds(self.ttl, "ttl", self, optional=True)
-        self._ttl_ms = 0 if ttl is None else max(1, int(ttl * 1000))
+        self._ttl_ms = 0 if ttl is None else max(1, int(min(ttl * 1000, _MOST)))
         check_count(self.history_limit, "history_limit", self, minimum=0)
         check_count(self.max_connections, "max_connections", self)
         check_snapshot_type(self.snapshot_type, self)
@@ -526,7 +528,7 @@ class RedisStore(StateStore, Enumerable):
         earliest = self._erasures_of(digest).earliest(write.started)
         return (self.key(digest), self.key(digest, "h")), (
             write.write_id, write.body, int(not write.first), earliest, follows,
-            _TOMBSTONE_MS, self._ttl_ms, self.history_limit,
+            _TOMBSTONE_MS, self._ttl_ms, min(self.history_limit, _MOST),
         )  # fmt: skip
 
     def _erasures_of(self, digest: bytes) -> KnownErasures:
