@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _BUCKETS: Final = 10
 """Parts of the rolling window: what is older leaves it in steps of a tenth."""
+_NANOSECOND: Final = 1e-9
+"""The narrowest part: clocks tell no less, and a quotient could come out as infinite."""
 
 
 class CircuitState(IntEnum):
@@ -56,7 +58,7 @@ class _Window:
     __slots__ = ("_calls", "_failures", "_newest", "_width", "calls", "failures")
 
     def __init__(self, seconds: float) -> None:
-        self._width = seconds / _BUCKETS
+        self._width = max(_NANOSECOND, seconds / _BUCKETS)
         self.clear()
 
     def clear(self) -> None:

@@ -590,6 +590,13 @@ async def test_each_failed_trial_in_a_row_may_double_the_wait() -> None:
             assert await call(breaker) == [UnavailableError]
 
 
+@pytest.mark.parametrize("window", [1e-320, 1e308])
+async def test_a_window_of_any_length_counts(window: float) -> None:
+    """Calls of one moment are in it however short it is."""
+    breaker, _ = await opened(clock=FakeClock(), window=window)
+    assert await call(breaker) == [CircuitOpenError]
+
+
 async def test_its_log_lines_name_the_block_of_the_config(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
