@@ -23,15 +23,22 @@ from layered_store.coherence.views import View, view_of
 from layered_store.enumerable import Enumerable, UserPage, enumerable_of
 from layered_store.errors import CorruptDataError, StoreError
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots, check_user_ids
+from layered_store.interface import (
+    Op,
+    check_limit,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+    not_of_user,
+)
 from layered_store.layer import Layer
+from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from layered_store.coherence.contract import Holders, Ticket
-    from layered_store.snapshot import StateSnapshot
 
 __all__ = ["DigestBelow", "TranslatingLayer"]
 
@@ -174,6 +181,8 @@ class TranslatingLayer(Layer):
     def opened(self, kept: StateSnapshot, user_id: str, operation: str) -> StateSnapshot | None:
         """Return the caller's snapshot; None for a copy in a cache tier that cannot be read."""
         try:
+            if not isinstance(kept, StateSnapshot):  # a store from elsewhere may answer anything
+                raise not_of_user(user_id, operation, self.name)
             return self.up(kept, user_id)
         except CorruptDataError as exc:
             self._corrupt += 1

@@ -285,3 +285,28 @@ async def test_a_hashed_user_who_is_gone_while_listed_is_left_out() -> None:
     await below.upsert_latest(state("a-stranger"))
     with pytest.raises(CorruptDataError):
         await listing.users("", 10)
+
+
+@pytest.mark.parametrize("answer", [{"user_id": "u-1"}, "u-1", 5, object()])
+@pytest.mark.parametrize("layer", [*LAYERS, "accepts plain"])
+async def test_an_answer_that_is_no_snapshot_is_a_corrupt_record(layer: str, answer: Any) -> None:
+    """A store from elsewhere may answer anything; it costs nobody but the user asked for."""
+
+    class Elsewhere(StateStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None: ...
+
+        async def get_latest(self, user_id: str) -> Any:
+            return answer
+
+        async def get_history(self, user_id: str, limit: int) -> list[Any]:
+            return [answer]
+
+    plain = {"accepts plain": lambda inner: Encrypted(inner, keys=[bytes(32)], accept_plain=True)}
+    stack = (LAYERS | plain)[layer](Elsewhere())
+    with pytest.raises(CorruptDataError) as caught:
+        await stack.get_latest("u-1")
+    assert (caught.value.operation, caught.value.user_id) == ("get_latest", "u-1")
+    with pytest.raises(CorruptDataError):
+        await stack.get_history("u-1", 1)
+    assert await stack.get_latest_many(["u-1"]) == {}
+    assert [s.value for s in stack.samples() if s.metric == "corrupt_records"] == [3]
