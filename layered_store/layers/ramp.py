@@ -252,8 +252,15 @@ class Ramp(Layer):
         self._reads["other"] += 1
         found = await self._other.get_latest(user_id)
         if found is None and self.alternative is not None:
-            return await self.inner.get_latest(user_id)  # not written since the ramp began
+            found = await self.inner.get_latest(user_id)  # not written since the ramp began
+            if self._midway(user_id):
+                return await self._other.get_latest(user_id) or found
         return found
+
+    def _midway(self, user_id: str) -> bool:
+        """Tell whether inner may show a write that the next read, of the other side, does not."""
+        turn = self._turns.get(user_id)
+        return turn is not None and turn.to_other
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY)
@@ -262,7 +269,9 @@ class Ramp(Layer):
             return await self.inner.get_history(user_id, limit)
         found = await self._other.get_history(user_id, limit)
         if not found and limit and self.alternative is not None:
-            return await self.inner.get_history(user_id, limit)
+            found = await self.inner.get_history(user_id, limit)
+            if self._midway(user_id):
+                return await self._other.get_history(user_id, limit) or found
         return found
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
@@ -278,7 +287,11 @@ class Ramp(Layer):
             self._reads["inner"] += len(wanted) - len(other)
             found.update(await self.inner.get_latest_many(rest))
         # As a single read does.
-        again = [user_id for user_id in rest if user_id not in other and self.takes(user_id)]
+        again = [
+            user_id
+            for user_id in rest
+            if (self._midway(user_id) if user_id in other else self.takes(user_id))
+        ]
         if again:
             found.update(await self._other.get_latest_many(again))
         return {user_id: found[user_id] for user_id in wanted if user_id in found}

@@ -799,6 +799,56 @@ async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(m
     await ramp.aclose()
 
 
+@pytest.mark.parametrize("operation", ["get_latest", "get_latest_many", "get_history"])
+async def test_a_read_that_found_nobody_at_the_alternative_shows_no_write_too_early(
+    operation: str,
+) -> None:
+    """Its user was written first, and is being written again, before it comes to ask inner."""
+
+    class Slow(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if snapshot.get_axis("a") == 0.2:
+                await gate.wait()
+            await super().upsert_latest(snapshot)
+
+    class Gated(Down):
+        async def get_latest_many(self, user_ids: Any) -> Any:
+            await self._enter()
+            return await super().get_latest_many(user_ids)
+
+        async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+            await self._enter()
+            return await super().get_history(user_id, limit)
+
+    async def read() -> float:
+        if operation == "get_latest_many":
+            found: Any = (await ramp.get_latest_many([LOW]))[LOW]
+        elif operation == "get_history":
+            found = (await ramp.get_history(LOW, 1))[0]
+        else:
+            found = await ramp.get_latest(LOW)
+        value: float = found.get_axis("a")
+        return value
+
+    gate, on_its_way = asyncio.Event(), asyncio.Event()
+    inner = Gated()
+    ramp = Ramp(inner, alternative=Slow(), share=1.0)
+    inner.gate = on_its_way
+    reader = asyncio.create_task(read())
+    await settle()
+    inner.gate = None
+    await ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.1}))
+    writer = asyncio.create_task(ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.2})))
+    await settle()
+    on_its_way.set()
+    first = await reader
+    assert await read() >= first
+    gate.set()
+    await writer
+    assert await read() == 0.2
+    await ramp.aclose()
+
+
 async def test_while_a_write_goes_through_the_layer_reads_stay_on_their_side() -> None:
     """Inner has it before the layer: who saw it there must not be sent to the layer meanwhile."""
 
