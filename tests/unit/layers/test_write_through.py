@@ -522,3 +522,49 @@ async def test_opening_needs_the_origin_only() -> None:
 def test_describe_says_how_far_it_holds() -> None:
     """Without versions below, within this process only."""
     assert "this process" in str(describe(WriteThrough(Tier(), origin=MemoryStore())))
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ConnectionResetError(), TimeoutError()])
+async def test_whatever_a_tier_from_elsewhere_raises_the_origin_serves(error: Exception) -> None:
+    """A driver's error that nobody translated: writes are acknowledged, an erasure says so."""
+
+    class Elsewhere(Tier):
+        def _check(self, op: Op) -> None:
+            self.calls.append(op)
+            if not self.up:
+                raise error
+
+    clock, tier, origin = FakeClock(), Elsewhere(), MemoryStore()
+    stack = WriteThrough(tier, origin=origin, clock=clock)
+    await stack.upsert_latest(OLD)
+    tier.up = False
+    await stack.upsert_latest(NEW)
+    await stack.upsert_latest_many([state(0.3, "u-2")])
+    assert await stack.get_latest("u-1") == NEW
+    assert set(await stack.get_latest_many(["u-1", "u-2", "u-3"])) == {"u-1", "u-2"}
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await stack.delete("u-2")
+    assert caught.value.pending == ("Elsewhere",)
+    assert caught.value.__cause__ is error
+    assert await origin.get_latest("u-2") is None
+    tier.up = True
+    assert await stack.get_latest("u-1") == NEW  # not what the tier missed
+    await clock.advance(QUARANTINE_SECONDS)
+    await stack.delete("u-2")
+    assert await stack.get_latest("u-1") == NEW
+    assert tier.states == {"u-1": NEW}
+
+
+@pytest.mark.parametrize("answer", [None, [], 5, {"u-1": {"user_id": "u-1"}}, {"u-1": OLD, "x": 1}])
+async def test_a_batch_from_elsewhere_that_makes_no_sense_is_a_miss(answer: object) -> None:
+    """The origin answers for all whom the tier did not."""
+
+    class Elsewhere(Tier):
+        async def get_latest_many(self, user_ids: Any) -> Any:
+            return answer
+
+    stack = WriteThrough(Elsewhere(), origin=MemoryStore())
+    await stack.upsert_latest_many([OLD, state(0.3, "u-2")])
+    found = await stack.get_latest_many(["u-1", "u-2"])
+    assert list(found) == ["u-1", "u-2"]
+    assert all(type(snapshot) is StateSnapshot for snapshot in found.values())
