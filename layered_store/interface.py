@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -13,7 +14,7 @@ from layered_store.sealed import SealedSnapshot
 from layered_store.snapshot import StateSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from layered_store.stats import Sample
@@ -239,6 +240,15 @@ def not_of_user(user_id: str, operation: str, layer: str) -> CorruptDataError:
         layer=layer,
         user_id=user_id,
     )
+
+
+def check_history(found: object, user_id: str, layer: str) -> list[StateSnapshot]:
+    """Return a history from below, or raise CorruptDataError unless all of it is the user's."""
+    if isinstance(found, Iterable):
+        history = list(found)
+        if all(is_state_of(each, user_id) for each in history):
+            return history
+    raise not_of_user(user_id, Op.GET_HISTORY, layer)
 
 
 def check_snapshots(

@@ -35,6 +35,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    check_history,
     check_snapshot,
     check_snapshots,
     check_user_ids,
@@ -448,6 +449,9 @@ class Cached(Layer):
             for future in joined.values():
                 future.cancel()
         return {user_id: snapshot for user_id, snapshot in found.items() if snapshot is not None}
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        return check_history(await self.inner.get_history(user_id, limit), user_id, self.name)
 
     def _answer(self, user_id: str, entry: _Entry) -> StateSnapshot | None:
         """Count a hit and give what the entry holds, starting a refresh when it is due."""

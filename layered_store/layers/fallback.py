@@ -21,7 +21,14 @@ from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore, is_state_of, listed, not_of_user
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_history,
+    is_state_of,
+    listed,
+    not_of_user,
+)
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.stats import Sample
@@ -110,10 +117,11 @@ class Fallback(Layer):
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         try:
-            return await self.inner.get_history(user_id, limit)
+            found = await self.inner.get_history(user_id, limit)
         except (UnavailableError, RejectedError) as exc:
             method = self.secondary.get_history
-            return await self._instead(exc, Op.GET_HISTORY, method, user_id, limit)
+            found = await self._instead(exc, Op.GET_HISTORY, method, user_id, limit)
+        return check_history(found, user_id, self.name)
 
     async def _instead(
         self,

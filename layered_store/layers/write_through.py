@@ -24,6 +24,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    check_history,
     check_snapshot,
     check_snapshots,
     check_user_ids,
@@ -249,7 +250,7 @@ class WriteThrough(Layer):
             self._copies.end(user_id, turn)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        return await self.origin.get_history(user_id, limit)
+        return check_history(await self.origin.get_history(user_id, limit), user_id, self.name)
 
     async def health_report(self) -> HealthReport:
         tier, origin = await asyncio.gather(self.inner.health_report(), self.origin.health_report())

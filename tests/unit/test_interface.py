@@ -10,8 +10,11 @@ import pytest
 
 from layered_store import (
     AroundLayer,
+    Cached,
     ClosedError,
     ConfigError,
+    CorruptDataError,
+    Fallback,
     HealthStatus,
     Layer,
     MemoryStore,
@@ -19,8 +22,10 @@ from layered_store import (
     SQLStore,
     StateSnapshot,
     StateStore,
+    UnavailableError,
     UnsupportedError,
     ValidationError,
+    WriteThrough,
 )
 from layered_store.coherence.contract import Authority, Capability
 from layered_store.enumerable import Enumerable
@@ -317,3 +322,27 @@ async def test_layers_keep_what_they_do_not_override() -> None:
     await layer.upsert_latest(STATE)
     assert await layer.get_history("u-1", 1) == [STATE]
     assert await layer.get_latest_many(["u-1"]) == {"u-1": STATE}
+
+
+@pytest.mark.parametrize("answer", [None, 5, [None], [{"user_id": "u-1"}], [StateSnapshot("u-2")]])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Cached,
+        lambda store: WriteThrough(MemoryStore(), origin=store),
+        lambda store: Fallback(store, secondary=MemoryStore()),
+        lambda store: Fallback(Scripted(UnavailableError("down")), secondary=store),
+    ],
+)
+async def test_a_history_that_is_not_the_users_is_never_returned(
+    layer: Callable[[StateStore], StateStore], answer: Any
+) -> None:
+    """As a state of another user is not; one state of another makes the whole of it doubtful."""
+
+    class Elsewhere(Two):
+        async def get_history(self, user_id: str, limit: int) -> Any:
+            return [StateSnapshot("u-1"), *answer] if isinstance(answer, list) else answer
+
+    with pytest.raises(CorruptDataError) as caught:
+        await layer(Elsewhere()).get_history("u-1", 5)
+    assert (caught.value.operation, caught.value.user_id) == ("get_history", "u-1")
