@@ -265,18 +265,20 @@ class _Build:
         self._above.append(id(table))
         try:
             entries = self._layer_entries(table, path)
+            # An override stands for all that its block wraps: of that nothing is read.
+            ways = [*entries, (table, path)]
+            end = next((i for i, way in enumerate(ways) if self._override(way[0])), len(entries))
+            end_table, end_path = ways[end]
+            entries = entries[:end]
             # Read from the outside in, so that problems come in the file's order.
-            replaced_at = next((i for i, e in enumerate(entries) if self._override(e[0])), None)
             plans = [self._plan(entry, place, is_layer=True) for entry, place in entries]
-            base = self._override(table) if replaced_at is None else None
-            if base is not None:
-                self._note_id(table, path)
-                store = base
+            store = self._override(end_table)
+            if store is not None:
+                self._note_id(end_table, end_path)
             else:
                 store = self._make(self._plan(table, path, is_layer=False), table, path, depth)
             for (entry, place), plan in zip(reversed(entries), reversed(plans), strict=True):
-                override = self._override(entry)
-                store = override or self._wrap(plan, entry, place, depth, store)
+                store = self._wrap(plan, entry, place, depth, store)
             return store
         finally:
             self._above.pop()
@@ -437,12 +439,16 @@ class _Build:
                 option = exc.option
                 if broken and option not in arguments:
                     return None  # what is left out may be the reason
-                exc.path = f"{path}.{option}" if option in table or option is None else path
-                if option is None:
+                if exc.path is not None:  # of a table within the option
+                    for problem in exc.problems or (exc,):
+                        problem.path = f"{path}.{problem.path}"
+                elif option in table:
+                    exc.path = f"{path}.{option}"
+                else:
                     exc.path = path
-                elif option not in table:
-                    exc.message = f"{option}: {exc.message}"
-                self._problems.append(exc)
+                    if option is not None:
+                        exc.message = f"{option}: {exc.message}"
+                self._problems.extend(exc.problems or (exc,))
                 if option not in arguments or isinstance(arguments[option], StateStore):
                     return None
                 del arguments[option]

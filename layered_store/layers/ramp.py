@@ -546,8 +546,14 @@ def _built(inner: StateStore, table: Mapping[str, Any]) -> StateStore:
 
     end = "ramp.inner"
     stack = {"store": {"use": "memory", "id": end, "layers": [dict(table)]}}
-    # The linter sees the whole stack elsewhere, and nothing of it here.
-    return load_unchecked(stack, overrides={end: inner})[0]
+    try:
+        # The linter sees the whole stack elsewhere, and nothing of it here.
+        return load_unchecked(stack, overrides={end: inner})[0]
+    except ConfigError as exc:
+        exc.option = "layer"
+        for each in (exc, *exc.problems):
+            each.path = "layer" + (each.path or "").removeprefix("store.layers.0")
+        raise
 
 
 def _masked(layer: object) -> object:

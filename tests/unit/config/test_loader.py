@@ -17,6 +17,7 @@ from layered_store.config import load_stack, to_config
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.layers.cached import Cached
+from layered_store.layers.metrics import Metrics
 from layered_store.layers.write_through import WriteThrough
 from layered_store.stack import describe, find, replace
 from layered_store.stores.memory import MemoryStore
@@ -334,6 +335,38 @@ def test_missing_file(tmp_path: Path) -> None:
     """A file that is not there is named."""
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
         load_stack(tmp_path / "nothing.toml")
+
+
+def test_an_override_of_a_layer_takes_what_it_wraps_along() -> None:
+    """In a list of layers as with ``inner``: nothing inside is built, nor asks for variables."""
+    mine = MemoryStore()
+    layers = [
+        {"use": "metrics", "name": "outer"},
+        {"use": "cached", "id": "cache", "ttl": "${TTL}"},
+        {"use": "retry"},
+    ]
+    listed = {"use": "sql", "url": "${URL}", "layers": layers}
+    nested = {
+        "use": "metrics",
+        "name": "outer",
+        "inner": {"use": "cached", "id": "cache", "inner": {"use": "sql", "url": "${URL}"}},
+    }
+    for config in (listed, nested):
+        stack = load_stack(config, overrides={"cache": mine}, environ={})
+        assert isinstance(stack, Metrics)
+        assert stack.inner is mine
+    taken = {**layers[1], "id": "taken"}
+    with pytest.raises(ConfigError, match="already that of") as caught:
+        load_stack(
+            {
+                "use": "fallback",
+                "inner": {**MEMORY, "layers": [taken]},
+                "secondary": {**MEMORY, "id": "taken"},
+            },
+            overrides={"taken": mine},
+            environ={},
+        )
+    assert caught.value.path == "store.secondary.id"
 
 
 def test_unknown_override() -> None:

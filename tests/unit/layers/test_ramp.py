@@ -360,8 +360,19 @@ def test_what_is_no_layer_around_the_store_is_refused(layer: Any) -> None:
 
 def test_a_table_with_a_mistake_says_where() -> None:
     """As in a config file."""
-    with pytest.raises(ConfigError, match="ttll.*ttl"):
+    with pytest.raises(ConfigError, match=r"^layer\.ttll: .*ttl"):
         Ramp(MemoryStore(), layer={"use": "cached", "ttll": 5})
+    table: dict[str, Any] = {"use": "memory", "layers": [{"use": "ramp", "layer": {"use": "x"}}]}
+    for layer, paths in (
+        ({"use": "cachd"}, ["use"]),
+        ({"use": "cached", "ttl": "5x"}, ["ttl"]),
+        ({"use": "cached", "ttl": -1, "max_entries": 0}, ["ttl", "max_entries"]),
+    ):
+        table["layers"][0]["layer"] = layer
+        with pytest.raises(ConfigError) as caught:
+            load_stack(table)
+        problems = caught.value.problems or [caught.value]
+        assert [each.path for each in problems] == [f"store.layers.0.layer.{p}" for p in paths]
 
 
 async def test_closing_closes_the_layer_and_what_is_below() -> None:
