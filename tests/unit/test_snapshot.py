@@ -351,6 +351,20 @@ def test_refused_writing(fields: dict[str, Any]) -> None:
         StateSnapshot(**{"user_id": "u-1", **fields}).to_json()
 
 
+def test_an_added_number_that_json_cannot_say_is_refused() -> None:
+    """It would be written as null, and then not be read again, or as something else."""
+
+    class Measured(StateSnapshot):
+        level: float | None = None
+        rest: dict[str, list[float]] = {}  # noqa: RUF012
+
+    for fields in ({"level": math.nan}, {"rest": {"a": [0.5, -math.inf]}}):
+        with pytest.raises(ValidationError, match="cannot be written as JSON"):
+            Measured("u-1", **fields).to_json()  # type: ignore[arg-type]
+    absent = Measured("u-1", rest={"null": [0.5]})
+    assert Measured.from_json(absent.to_json()) == absent
+
+
 # Immutability
 
 
