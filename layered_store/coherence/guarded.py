@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import logging
 import os
+import weakref
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -88,6 +89,9 @@ _NOBODY: Final = "0"
 _LEAVE_SECONDS: Final = 0.2
 _CALLER_ERRORS = (ValidationError, ClosedError)
 
+_alive: Final[weakref.WeakSet[GuardedCopies]] = weakref.WeakSet()
+_parents: Final[list[asyncio.Task[None]]] = []
+
 
 class GuardedCopies(Invalidations):
     """Reads, writes and erases users in an authority with copies in a tier.
@@ -103,7 +107,9 @@ class GuardedCopies(Invalidations):
         self._authority = authority
         self._clock = clock
         self._monotonic = clock.monotonic
+        # Its name among those that share the tier.
         self._me = os.urandom(8).hex()
+        _alive.add(self)
         self._caches: list[LeasedCache] = []
         # The highest version seen of each user: what the tier holds below it is not shown.
         self._floors: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -800,6 +806,22 @@ class GuardedCopies(Invalidations):
                     await ready.wait()
         ready.set()  # once is enough: a tier that is away must not cost every call a second
 
+    def begin_anew(self) -> None:
+        """In a child of ``os.fork``: be another than the parent, and hold nothing of its leases.
+
+        Under one name, an erasure by one process would not wait for the lease of another.
+        """
+        self._me = os.urandom(8).hex()
+        self._registered = False
+        self._loop = self._steady = None
+        # They would speak on the parent's connections, at the latest when they are collected.
+        _parents.extend(self._tasks)
+        self._tasks = []
+        self._leased_until = float("-inf")
+        for cache in self._caches:
+            cache.lease(float("-inf"))
+            cache.hear(float("-inf"))
+
     def _begun(self, *, repaired: bool = False, leased: bool = False) -> None:
         """Let the first callers go on when a pass was made and, where caches follow, a lease."""
         self._repaired_once = self._repaired_once or repaired
@@ -853,3 +875,12 @@ async def _together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
         if isinstance(result, BaseException):
             raise result
     return results  # type: ignore[return-value]
+
+
+def _forked() -> None:
+    for copies in list(_alive):
+        copies.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere than on Windows
+    os.register_at_fork(after_in_child=_forked)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -342,3 +345,84 @@ async def test_reads_that_share_a_script_all_learn_that_it_is_gone(
         for _ in range(2):
             found = await asyncio.gather(*map(stack.get_latest, users))
             assert [each and each.axes["a"] for each in found] == [n / 100 for n in range(20)]
+
+
+FORKED = """
+import asyncio, os, sys
+from layered_store import Cached, RedisStore, SQLStore, StateSnapshot
+
+stack = Cached(RedisStore({redis!r}), fallback=SQLStore({sql!r}))
+
+
+def hits():
+    return sum(each.value for each in stack.samples() if each.labels == ("hit",))
+
+
+async def hold(user_id):
+    await stack.upsert_latest(StateSnapshot(user_id))
+    before = hits()
+    while hits() == before:  # its own write may still come over the channel
+        assert await stack.get_latest(user_id) is not None
+        await asyncio.sleep(0)
+
+
+async def reads():
+    before = hits()
+    await stack.get_latest("u-0")
+    if hits() != before:
+        return 3  # answered under the parent's lease
+    await hold("u-1")
+    os.write(tell_held, b"x")
+    os.read(erased, 1)  # on purpose without awaiting: it hears nothing of the erasure
+    return 0 if await stack.get_latest("u-1") is None else 1
+
+
+async def erases():
+    await stack.get_latest("u-0")
+    await asyncio.to_thread(os.read, holds, 1)
+    await stack.delete("u-1")
+    os.write(tell_erased, b"x")
+    return 0
+
+
+(holds, tell_held), (erased, tell_erased) = os.pipe(), os.pipe()
+if {used}:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(hold("u-0"))
+
+
+def child(work):
+    pid = os.fork()
+    if not pid:
+        code = 2
+        try:
+            code = asyncio.run(work())
+        finally:
+            os.write(tell_held, b"x")  # whatever went wrong, the other need not wait
+            os._exit(code)
+    return pid
+
+
+for pid in [child(reads), child(erases)]:
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("used", [False, True])
+def test_children_of_one_parent_are_told_apart(
+    redis_url: str,
+    sqlite_url: str,
+    used: bool,  # noqa: FBT001
+) -> None:
+    """A stack built before a fork: an erasure by one child waits for the lease of the other."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", FORKED.format(redis=redis_url, sql=sqlite_url, used=used)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout.split(), done.stderr) == (["0", "0"], "")
