@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import traceback
 import uuid
 from contextlib import asynccontextmanager
@@ -542,3 +543,40 @@ async def test_a_time_limit_or_age_of_any_length_is_taken(url: str, longest: flo
     async with SQLStore(url, timeout=longest, history_max_age=longest, **tables()) as store:
         await store.upsert_latest(state())
         assert len(await store.get_history("u", 5)) == 1
+
+
+class Watched(asyncio.SelectorEventLoop):
+    """A closed event loop that has something done whenever it is asked whether it is."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        super().__init__()
+        self.close()
+        self.asked = asked
+
+    def is_closed(self) -> bool:
+        if hasattr(self, "asked"):
+            self.asked()
+        return super().is_closed()
+
+
+def test_threads_may_begin_at_the_same_time(tmp_path: Path) -> None:
+    """Event loops of two threads come while those of the past are forgotten: both are served."""
+    store = SQLStore(f"sqlite+aiosqlite:///{tmp_path}/states.db")
+
+    def use() -> None:
+        asyncio.run(store.upsert_latest(state()))
+
+    threads: list[threading.Thread] = []
+
+    def meanwhile() -> None:
+        if not threads:
+            threads.append(threading.Thread(target=use))
+            threads[0].start()
+            threads[0].join(0.2)  # it cannot end before, when one waits for the other
+
+    use()
+    ((_, home),) = store._access.homes.items()
+    store._access.homes = {Watched(meanwhile): home, Watched(meanwhile): home}
+    use()
+    threads[0].join()
+    asyncio.run(store.aclose())

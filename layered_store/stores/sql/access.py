@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -111,6 +112,8 @@ class Access:
         self._until_purge = _PURGE_SOON
         self.too_old = 0
         self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
+        # Whoever adds or removes homes: event loops of several threads.
+        self._lock = threading.Lock()
 
     def home(self) -> engines.Home:
         """Return what is kept for the running event loop, made on first use."""
@@ -118,9 +121,14 @@ class Access:
         home = self.homes.get(loop)
         if home is not None:
             return home
-        if self.homes and (self._given is not None or self._one_connection):
-            self._refuse_loop()
-        engines.forget_dead(self.homes)
+        with self._lock:
+            if self.homes and (self._given is not None or self._one_connection):
+                self._refuse_loop()
+            engines.forget_dead(self.homes)
+            home = self.homes[loop] = self._new_home(loop)
+        return home
+
+    def _new_home(self, loop: asyncio.AbstractEventLoop) -> engines.Home:
         engine = self._given
         if engine is None:
             engine = self._build()
@@ -142,7 +150,7 @@ class Access:
                 partial(self._history_batch, home), self._concerns_one, self._clock,
                 self._timeout, out=_READS_OUT[self._family], stoppable=stoppable,
             )  # fmt: skip
-        return self.homes.setdefault(loop, home)
+        return home
 
     def _build(self) -> AsyncEngine:
         return engines.build_engine(
@@ -162,7 +170,10 @@ class Access:
     async def aclose(self) -> None:
         """Finish what is under way in this event loop, close what was opened."""
         loop = asyncio.get_running_loop()
-        for home in [self.homes.pop(each) for each in list(self.homes)]:
+        with self._lock:
+            homes = list(self.homes.values())
+            self.homes.clear()
+        for home in homes:
             if home.loop is not loop:
                 if self._given is None:
                     engines.drop(home.engine)
