@@ -159,7 +159,7 @@ class SyncStore:
                 operation=operation,
                 layer="SyncStore",
             )
-        future = asyncio.run_coroutine_threadsafe(call(runner.stack), runner.loop)
+        future = runner.submit(call)
         try:
             return future.result(self._timeout)
         except concurrent.futures.CancelledError:
@@ -233,6 +233,9 @@ class _Runner:
         self.loop = asyncio.new_event_loop()
         self.pid = os.getpid()
         self.running = True
+        # Whoever calls or closes: nothing is given to an event loop that ends. A signal's handler
+        # may close in the midst of a call of its own thread.
+        self._lock = threading.RLock()
         # A daemon, so that a process whose main thread ends is not kept alive by it.
         self._thread = threading.Thread(
             target=_run, args=(self.loop,), name="layered_store-sync", daemon=True
@@ -241,14 +244,27 @@ class _Runner:
         self.ident = self._thread.ident
         _runners.add(self)
 
+    def submit(
+        self, call: Callable[[StateStore], Coroutine[Any, Any, T]]
+    ) -> concurrent.futures.Future[T]:
+        """Begin a call of the stack; it is cancelled when the stack is closed."""
+        with self._lock:
+            if self.running:
+                return asyncio.run_coroutine_threadsafe(call(self.stack), self.loop)
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.cancel()
+        return future
+
     def close(self, limit: float | None) -> None:
         """Close the stack, end what still runs and join the thread."""
         _runners.discard(self)
-        if not self.running:
-            return
-        self.running = False
+        with self._lock:
+            if not self.running:
+                return
+            self.running = False
+            finished = asyncio.run_coroutine_threadsafe(_finish(self.stack), self.loop)
         try:
-            asyncio.run_coroutine_threadsafe(_finish(self.stack), self.loop).result(limit)
+            finished.result(limit)
         except TimeoutError:
             if limit is None:
                 raise

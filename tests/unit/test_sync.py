@@ -237,6 +237,24 @@ def test_close_on_its_own_loop() -> None:
     store.close()
 
 
+def test_a_call_that_comes_when_the_store_has_just_been_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told as every later one, also when it had seen the store open."""
+    store = SyncStore(MemoryStore())
+    store.upsert_latest(StateSnapshot("u-1"))
+    ask = threading.get_ident
+
+    def slowly() -> int:
+        monkeypatch.undo()
+        store.close()
+        return ask()
+
+    monkeypatch.setattr("layered_store.sync.threading.get_ident", slowly)
+    with pytest.raises(ClosedError):
+        store.get_latest("u-1")
+
+
 def test_an_answer_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that ends in the very moment in which the time runs out gives its answer."""
     import concurrent.futures
