@@ -237,7 +237,9 @@ class Batcher(ABC):
                     )
                 )
         self.left()
-        if calls and self._timer is None:
+        if calls:
+            if self._timer is not None:  # of a call that came since: others wait longer than it
+                self._timer.cancel()
             self._watch()
 
 

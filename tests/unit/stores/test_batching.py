@@ -418,3 +418,28 @@ def test_a_shared_error_is_each_callers_own() -> None:
     assert shared.operation == "read"
     other = KeyError("x")
     assert own_error(other, "delete", "SQLStore") is other
+
+
+async def test_calls_that_come_do_not_keep_others_waiting() -> None:
+    """One that comes while the first is given up has its own time limit, and the second its own."""
+
+    class Busy(Reads):
+        def _watch(self) -> None:
+            super()._watch()
+            self.loop.call_soon(self.submit, b"third")
+
+    async def hangs(_: Batch) -> list[Any]:
+        await asyncio.Event().wait()
+        return []
+
+    clock = FakeClock()
+    batcher = Busy(hangs, about_one, clock, 5.0, out=1, stoppable=True)
+    first = batcher.submit(b"first")
+    await clock.advance(1)
+    second = batcher.submit(b"second")
+    await clock.advance(4)
+    assert isinstance(first.result(), StoreTimeoutError)
+    assert not second.done()
+    await clock.advance(1)
+    assert isinstance(second.result(), StoreTimeoutError)
+    batcher.close()
