@@ -1,15 +1,16 @@
-"""Which event loop runs here, told without a system call."""
+"""Which event loop runs here, told without a system call; and what outlives a caller on it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-__all__ = ["running_loop"]
+__all__ = ["Ending", "running_loop"]
 
 _hooks = sys.get_asyncgen_hooks
 _known: tuple[object, asyncio.AbstractEventLoop | None] = (None, None)
@@ -33,3 +34,28 @@ running_loop: Callable[[], asyncio.AbstractEventLoop] = (
 """As ``asyncio.get_running_loop``, which before Python 3.12 asks the system for the process id each
 time: 0.3 microseconds, several times per call.
 """
+
+
+class Ending:
+    """Closing that goes on to its end: who waits for it may be cancelled, or come again."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, work: Coroutine[None, None, None]) -> None:
+        """Begin to close on the running event loop."""
+        self._task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._task.add_done_callback(_seen)
+
+    async def wait(self) -> None:
+        """Wait until what was begun on this event loop is closed."""
+        task = self._task
+        if task is not None and task.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.result()
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # whoever waited for it may be gone

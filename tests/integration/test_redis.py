@@ -17,6 +17,7 @@ from layered_store.errors import ClosedError, ConfigError, UnavailableError, Val
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
 from layered_store.stores.redis.address import address_of_url
+from layered_store.stores.redis.links import LaneLink
 from layered_store.stores.redis.record import MAX_VERSION, STATE, TOKEN, TOMBSTONE, pack, unpack
 
 if TYPE_CHECKING:
@@ -566,3 +567,23 @@ async def test_close_waits_for_reads_that_were_begun(server: Server) -> None:
     await asyncio.sleep(0)
     await store.aclose()
     assert all(found is not None for found in await asyncio.gather(*reads))
+
+
+async def test_a_close_whose_caller_is_cancelled_goes_on(server: Server) -> None:
+    """The caller leaves at once; who closes again waits until the connections are gone."""
+    store = RedisStore(server.url)
+    await store.get_latest("u-1")
+    (link,) = store._links.values()
+    assert isinstance(link, LaneLink)
+    (lane,) = link._lanes
+    read = asyncio.create_task(store.get_latest("u-1"))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(store.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert lane.open
+    await store.aclose()
+    assert not lane.open
+    assert read.done()

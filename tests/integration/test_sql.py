@@ -580,3 +580,23 @@ def test_threads_may_begin_at_the_same_time(tmp_path: Path) -> None:
     use()
     threads[0].join()
     asyncio.run(store.aclose())
+
+
+async def test_a_close_whose_caller_is_cancelled_goes_on(url: str) -> None:
+    """The caller leaves at once; who closes again waits until the connections are gone."""
+    store = SQLStore(url, **tables())
+    await store.upsert_latest(state())
+    ((_, home),) = store._access.homes.items()
+    pool = home.engine.sync_engine.pool
+    write = asyncio.create_task(store.upsert_latest(state()))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(store.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await store.aclose()
+    assert write.done()
+    await write
+    assert not home.desks._idle
+    assert home.engine.sync_engine.pool is not pool  # which was disposed of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -50,3 +51,36 @@ def test_threads_have_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+async def test_an_ending_tells_all_who_wait_how_it_went() -> None:
+    """Its failure is raised by each of them, and complained about nowhere when all are gone."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    ending = running.Ending()
+    await ending.wait()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise OSError
+
+    ending.begin(fails())
+    for each in await asyncio.gather(ending.wait(), ending.wait(), return_exceptions=True):
+        assert isinstance(each, OSError)
+    ending.begin(fails())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del ending
+    gc.collect()
+    assert not complaints
+
+
+def test_an_ending_that_its_event_loop_cut_off() -> None:
+    """On another loop there is nothing to wait for."""
+    ending = running.Ending()
+
+    async def begins() -> None:
+        ending.begin(asyncio.sleep(60))
+
+    asyncio.run(begins())
+    asyncio.run(ending.wait())

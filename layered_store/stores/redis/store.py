@@ -49,7 +49,7 @@ from layered_store.options import (
     check_seconds,
     check_snapshot_type,
 )
-from layered_store.running import running_loop
+from layered_store.running import Ending, running_loop
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
@@ -182,6 +182,7 @@ class RedisStore(StateStore, Enumerable):
         self._tier: weakref.ref[RedisTier] | None = None
         self._links: dict[asyncio.AbstractEventLoop, LaneLink | ClientLink] = {}
         self._lock = threading.Lock()
+        self._ending = Ending()
         self._closed = False
         self.reads = Reads()
         self._corrupt = 0
@@ -373,9 +374,10 @@ class RedisStore(StateStore, Enumerable):
         here = asyncio.get_running_loop()
         for loop, link in links:
             if loop is here:
-                await link.aclose()
+                self._ending.begin(link.aclose())
             else:
                 link.abandon()
+        await self._ending.wait()
 
     def samples(self) -> Iterable[Sample]:
         yield from self.reads.samples()

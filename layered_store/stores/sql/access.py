@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
-from layered_store.running import running_loop
+from layered_store.running import Ending, running_loop
 from layered_store.stores.sql import engines, lite, postgres, transactions, versions
 from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
@@ -114,6 +114,7 @@ class Access:
         self.homes: dict[asyncio.AbstractEventLoop, engines.Home] = {}
         # Whoever adds or removes homes: event loops of several threads.
         self._lock = threading.Lock()
+        self._ending = Ending()
 
     def home(self) -> engines.Home:
         """Return what is kept for the running event loop, made on first use."""
@@ -174,29 +175,32 @@ class Access:
             homes = list(self.homes.values())
             self.homes.clear()
         for home in homes:
-            if home.loop is not loop:
-                if self._given is None:
-                    engines.drop(home.engine)
-                continue
-            try:
-                async with self._clock.timeout(self._timeout):
-                    await home.reads.drain()
-                    await home.writes.drain()
-                    if home.histories is not None:
-                        await home.histories.drain()
-                    while home.running:
-                        await asyncio.wait(set(home.running))
-            except TimeoutError:
-                pass
-            home.reads.close()
-            home.writes.close()
-            if home.histories is not None:
-                home.histories.close()
-            await home.desks.aclose()
-            if home.closer is not None:
-                await home.closer.aclose()
+            if home.loop is loop:
+                self._ending.begin(self._close(home))
             elif self._given is None:
-                await home.engine.dispose()
+                engines.drop(home.engine)
+        await self._ending.wait()
+
+    async def _close(self, home: engines.Home) -> None:
+        try:
+            async with self._clock.timeout(self._timeout):
+                await home.reads.drain()
+                await home.writes.drain()
+                if home.histories is not None:
+                    await home.histories.drain()
+                while home.running:
+                    await asyncio.wait(set(home.running))
+        except TimeoutError:
+            pass
+        home.reads.close()
+        home.writes.close()
+        if home.histories is not None:
+            home.histories.close()
+        await home.desks.aclose()
+        if home.closer is not None:
+            await home.closer.aclose()
+        elif self._given is None:
+            await home.engine.dispose()
 
     # Batches
 
