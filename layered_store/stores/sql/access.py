@@ -15,7 +15,7 @@ from layered_store.stores.sql import engines, lite, postgres, transactions, vers
 from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
 from layered_store.stores.sql.dialects import NOW_US, XID, Statements
-from layered_store.stores.sql.failures import concerns_one, statement_lost, translate
+from layered_store.stores.sql.failures import concerns_one, read_only, statement_lost, translate
 from layered_store.stores.sql.schema import build_tables
 from layered_store.stores.sql.transactions import Erasure, Session, Write, padded
 
@@ -134,22 +134,24 @@ class Access:
         if engine is None:
             engine = self._build()
         size = 1 if self._one_connection else self._pool_size
-        home = engines.Home(loop, engine, Desks(engine, size, keep=self._given is None))
         stoppable = not self._cannot_stop
+        desks = Desks(engine, size, keep=self._given is None, clock=self._clock)
+        home = engines.Home(loop, engine, desks)
+        expired = desks.distrust if stoppable else None
         home.reads = Reads(
             partial(self._read_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_READS_OUT[self._family], stoppable=stoppable,
+            out=_READS_OUT[self._family], stoppable=stoppable, expired=expired,
         )  # fmt: skip
         home.writes = Writes(
             partial(self._write_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_WRITES_OUT[self._family], stoppable=stoppable,
+            out=_WRITES_OUT[self._family], stoppable=stoppable, expired=expired,
         )  # fmt: skip
         # asyncpg's statement stores one write per user.
         home.writes.one_each = self._asyncpg is not None
         if self._lite is not None or self._asyncpg is not None:
             home.histories = Reads(
                 partial(self._history_batch, home), self._concerns_one, self._clock,
-                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable,
+                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable, expired=expired,
             )  # fmt: skip
         return home
 
@@ -196,10 +198,12 @@ class Access:
         home.writes.close()
         if home.histories is not None:
             home.histories.close()
-        await home.desks.aclose()
+        home.desks.end()
         if home.closer is not None:
-            await home.closer.aclose()
-        elif self._given is None:
+            await home.closer.aclose()  # which has a time limit
+            return
+        await home.desks.release()
+        if self._given is None:
             await home.engine.dispose()
 
     # Batches
@@ -381,10 +385,13 @@ class Access:
         )
         home.running.add(task)
         task.add_done_callback(lambda done: _finished(home, done))
+        begun = self._clock.monotonic()
         try:
             async with self._clock.timeout(self._timeout):
                 await asyncio.wait((task,))
         except TimeoutError:
+            if not self._cannot_stop:
+                home.desks.distrust(begun)
             unknown = self._abandon(task, session, writes=writes)
             raise StoreTimeoutError(
                 f"no answer within {self._timeout:g} s",
@@ -483,6 +490,8 @@ class Access:
                 broken = False
             except Exception as exc:
                 broken = await self._spoilt(session, desk, exc)
+                if broken or desk.connection.invalidated:
+                    home.desks.distrust()
                 raise
             finally:
                 await home.desks.give(desk, broken=broken)
@@ -507,6 +516,8 @@ class Access:
             return False
         if self._lite is not None:
             return not lite.harmless(exc)
+        if read_only(translate(exc, operation="", layer="")):
+            return True  # after a failover the old primary is a replica: another may be meant now
         closed = getattr(desk.driver, "is_closed", None)
         if closed is not None and closed():
             return True

@@ -76,6 +76,7 @@ class Batcher(ABC):
         limit: seconds that a call may take, the wait for its batch included.
         out: most batches under way.
         stoppable: whether a batch that nobody waits for is cancelled.
+        expired: told when calls got no answer within the limit, with when the first of them began.
     """
 
     writes = False
@@ -89,6 +90,7 @@ class Batcher(ABC):
         *,
         out: int,
         stoppable: bool,
+        expired: Callable[[float], None] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.waiting: deque[Entry] = deque()
@@ -97,6 +99,7 @@ class Batcher(ABC):
         self._alone = alone
         self._clock = clock
         self._limit = limit
+        self._expired = expired
         self._most = out
         self._stoppable = stoppable
         self._scheduled = False
@@ -227,9 +230,11 @@ class Batcher(ABC):
             if not self._stoppable or (batch.session is not None and batch.session.committing)
             for _, future in batch.entries
         }
+        begun = None
         while calls and (calls[0][0].done() or calls[0][1] <= now):
-            future, _ = calls.popleft()
+            future, deadline = calls.popleft()
             if not future.done():
+                begun = deadline - self._limit if begun is None else begun
                 future.set_result(
                     StoreTimeoutError(
                         f"no answer within {self._limit:g} s",
@@ -237,6 +242,8 @@ class Batcher(ABC):
                     )
                 )
         self.left()
+        if begun is not None and self._expired is not None:
+            self._expired(begun)
         if calls:
             if self._timer is not None:  # of a call that came since: others wait longer than it
                 self._timer.cancel()

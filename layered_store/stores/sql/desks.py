@@ -11,8 +11,12 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from layered_store.clock import SYSTEM_CLOCK
+
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from layered_store.clock import Clock
 
 __all__ = ["Desk", "Desks"]
 
@@ -26,12 +30,13 @@ class Desk:
         engine: what made it.
     """
 
-    __slots__ = ("connection", "driver", "engine")
+    __slots__ = ("connection", "driver", "engine", "idle_since")
 
     def __init__(self, connection: AsyncConnection, driver: Any, engine: AsyncEngine) -> None:
         self.connection = connection
         self.driver = driver
         self.engine = engine
+        self.idle_since = 0.0
 
 
 class Desks:
@@ -41,15 +46,21 @@ class Desks:
         engine: makes connections.
         size: most of them at once.
         keep: whether they stay here between operations; not those of an engine that others use.
+        clock: source of time.
     """
 
-    def __init__(self, engine: AsyncEngine, size: int, *, keep: bool) -> None:
+    def __init__(
+        self, engine: AsyncEngine, size: int, *, keep: bool, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self.busy = 0
         self._closed = False
         self._engine = engine
         self._size = size
+        self._clock = clock
         self._keep = keep
+        # Whoever was used last comes last, and is used first.
         self._idle: list[Desk] = []
+        self._ending: set[asyncio.Task[None]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self) -> Desk:
@@ -88,12 +99,31 @@ class Desks:
             if broken or left or connection.invalidated or connection.closed:
                 await self._end(connection)
             elif self._keep:
+                desk.idle_since = self._clock.monotonic()
                 self._idle.append(desk)
             else:
                 await connection.close()
         finally:
             self.busy -= 1
             self._next()
+
+    def distrust(self, since: float = float("inf")) -> None:
+        """End connections that idle, in tasks of their own.
+
+        What cost one operation its connection has likely cost the others theirs: a server that was
+        restarted or became a replica, a firewall that forgot them. Each would fail one call more.
+
+        Args:
+            since: those that were used after this stay.
+        """
+        idle, self._idle = self._idle, []
+        for desk in idle:
+            if desk.idle_since > since:
+                self._idle.append(desk)
+                continue
+            task = asyncio.get_running_loop().create_task(self._end(desk.connection))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def move(self, engine: AsyncEngine) -> None:
         """Make connections with another engine from now on; those in use end when given back."""
@@ -108,16 +138,22 @@ class Desks:
             await connection.close()
 
     async def aclose(self) -> None:
-        """Give all back to the engine; those in use end when their operation does."""
-        self._closed = True
+        """End all that are idle; those in use end when their operation does."""
+        self.end()
         await self.release()
 
+    def end(self) -> None:
+        """From here on a connection ends when its operation does."""
+        self._closed = True
+
     async def release(self) -> None:
-        """Give all that are idle back to the engine."""
-        idle, self._idle = self._idle, []
-        for desk in idle:
-            with suppress(Exception):
-                await desk.connection.close()
+        """End all that are idle, side by side: a server that hangs costs the wait for one.
+
+        Given back to the engine's pool each would first be asked to roll back, with no time limit.
+        """
+        self.distrust()
+        if self._ending:
+            await asyncio.gather(*self._ending)
 
     def _next(self) -> None:
         while self._waiting:

@@ -15,7 +15,7 @@ from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["concerns_one", "statement_lost", "translate"]
+__all__ = ["concerns_one", "read_only", "statement_lost", "translate"]
 
 _MISSING_TABLE: Final = (
     "a table does not exist; create it (create_tables=True does) or check the table names"
@@ -192,6 +192,11 @@ def concerns_one(error: Exception, *, alone_at_work: bool) -> bool:
 def statement_lost(error: StoreError) -> bool:
     """Tell whether a prepared statement was not there, or another's stood in its place."""
     return error.message == _NO_STATEMENT
+
+
+def read_only(error: StoreError) -> bool:
+    """Tell whether the server takes no writes, as a replica does."""
+    return error.message == _READ_ONLY
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

@@ -163,5 +163,8 @@ async def write_rows(
 def refused(error: Exception) -> bool:
     """Tell whether the server answered that it did not do what it was asked to."""
     state = getattr(error, "sqlstate", None)
-    # 08 and 57 (shut down, killed) may come after the commit; XX tells nothing.
-    return isinstance(state, str) and state[:2] not in ("08", "57", "58", "XX")
+    # 08 and 57 (shut down, killed) may come after the commit; XX tells nothing. A statement that
+    # was cancelled (statement_timeout) is 57014, and rolled back.
+    return state == "57014" or (
+        isinstance(state, str) and state[:2] not in ("08", "57", "58", "XX")
+    )

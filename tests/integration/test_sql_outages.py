@@ -1,0 +1,168 @@
+"""What an outage of a database server leaves behind: connections, roles, time limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from layered_store.errors import StoreTimeoutError, UnavailableError
+from layered_store.snapshot import StateSnapshot
+from layered_store.stores.sql import SQLStore
+from tests.chaos.proxy import Mode, Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SERVERS = ["postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql"]
+
+
+@pytest.fixture(params=SERVERS)
+def url(request: pytest.FixtureRequest) -> str:
+    kind = "mysql" if request.param.startswith("mysql") else "postgres"
+    given = make_url(request.getfixturevalue(f"{kind}_url"))
+    return given.set(drivername=request.param).render_as_string(hide_password=False)
+
+
+def state(user_id: str = "u", value: float = 0.5) -> StateSnapshot:
+    return StateSnapshot(user_id, axes={"a": value})
+
+
+async def command(url: str, *texts: str) -> list[Any]:
+    """Run commands as somebody else; return the rows of the last one."""
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    rows: list[Any] = []
+    async with engine.connect() as connection:
+        for text in texts:
+            result = await connection.exec_driver_sql(text)
+            rows = list(result) if result.returns_rows else []
+    await engine.dispose()
+    return rows
+
+
+async def idle(store: SQLStore) -> int:
+    """Have several connections idle; return how many."""
+    users = [f"u{number}" for number in range(100)]
+    await store.upsert_latest_many([state(user_id) for user_id in users])
+    await asyncio.gather(*(store.head() for _ in range(8)))
+    (home,) = store._access.homes.values()
+    return len(home.desks._idle)
+
+
+@asynccontextmanager
+async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
+    """Reach a server through a proxy."""
+    address = make_url(url)
+    assert address.port is not None
+    proxy = Proxy(address.port)
+    await proxy.start()
+    through = address.set(host="127.0.0.1", port=proxy.port)
+    try:
+        yield proxy, through.render_as_string(hide_password=False)
+    finally:
+        await proxy.close()
+
+
+async def test_a_restart_costs_one_call_however_many_connections_idled(url: str) -> None:
+    """Else a retried call meets one dead connection after the other, and the server is there."""
+    store = SQLStore(url)
+    assert await idle(store) > 3
+    if url.startswith("mysql"):
+        others = (
+            "SELECT id FROM information_schema.processlist"
+            " WHERE db = database() AND id <> connection_id()"
+        )
+        await command(url, *(f"KILL {row[0]}" for row in await command(url, others)))
+    else:
+        await command(
+            url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+    with pytest.raises(UnavailableError) as caught:
+        await store.get_latest("u1")
+    assert caught.value.retryable
+    for number in range(12):
+        assert await store.get_latest(f"u{number}") is not None
+    await store.aclose()
+
+
+async def test_connections_that_a_firewall_forgot_cost_one_time_limit(url: str) -> None:
+    """Nothing comes back on any that idled; new ones work."""
+    async with proxied(url) as (proxy, through):
+        store = SQLStore(through, timeout=0.5)
+        assert await idle(store) > 3
+        proxy._tainted.update(proxy._open)
+        with pytest.raises(StoreTimeoutError):
+            await store.get_latest("u1")
+        for number in range(12):
+            assert await store.get_latest(f"u{number}") is not None
+        await store.aclose()
+
+
+async def test_closing_while_the_server_hangs_keeps_its_limit(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits for calls under way and for the server once, not for each connection."""
+    async with proxied(url) as (proxy, through):
+        store = SQLStore(through, timeout=0.5)
+        assert await idle(store) > 3
+        await proxy.set(Mode.SWALLOW)
+        begun = time.monotonic()
+        async with asyncio.timeout(10):
+            await store.aclose()
+        assert time.monotonic() - begun < 2.5
+    assert "Exception closing connection" not in caplog.text
+
+
+async def test_a_server_that_takes_writes_again_is_written_to(postgres_url: str) -> None:
+    """After a failover the old connections are those of a replica, for as long as they live."""
+    name = make_url(postgres_url).database
+    store = SQLStore(postgres_url)
+    await store.upsert_latest(state())
+    await store.aclose()
+    await command(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    store = SQLStore(postgres_url)
+    for call in (store.upsert_latest(state()), store.delete("u")):
+        with pytest.raises(UnavailableError, match="read-only") as caught:
+            await call
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+    assert await store.get_latest("u") is not None
+    await command(
+        postgres_url,
+        "SET default_transaction_read_only = off",
+        f"ALTER DATABASE {name} RESET default_transaction_read_only",
+    )
+    with pytest.raises(UnavailableError, match="read-only"):
+        await store.upsert_latest(state())  # over a connection from before
+    await store.upsert_latest(state("u", 0.7))
+    await store.delete("u")
+    await store.aclose()
+
+
+async def test_a_write_that_the_server_cut_off_did_not_happen(postgres_url: str) -> None:
+    """``statement_timeout`` rolls back: the outcome is known."""
+    store = SQLStore(postgres_url)
+    await store.upsert_latest(state("u", 0.1))
+    await store.aclose()
+    name = make_url(postgres_url).database
+    await command(postgres_url, f"ALTER DATABASE {name} SET statement_timeout = 100")
+    store = SQLStore(postgres_url)
+    other = create_async_engine(postgres_url)
+    async with other.connect() as connection:
+        await connection.exec_driver_sql(f"SELECT * FROM {store.latest_table} FOR UPDATE")
+        with pytest.raises(StoreTimeoutError) as caught:
+            await store.upsert_latest(state("u", 0.2))
+        await connection.rollback()
+    await other.dispose()
+    assert not caught.value.outcome_unknown
+    found = await store.get_latest("u")
+    assert found is not None
+    assert found.get_axis("a") == 0.1
+    await store.aclose()
