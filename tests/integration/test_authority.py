@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import text
 
 from layered_store.call import Call, _current, call_begins, next_order
 from layered_store.coherence.contract import ABSENT
@@ -338,6 +339,42 @@ async def test_an_open_transaction_holds_the_log_back(
     assert {store.digest("slow"), store.digest("quick")} == more.keys()
 
 
+@pytest.mark.parametrize("bench", ["postgres", "psycopg"], indirect=True)
+async def test_tables_that_came_with_a_dump_are_numbered_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL: places in the log are ids of transactions, and those of a dump are another
+    server's. More of them than a page may tell must not keep the log from being read for ever.
+    """
+    monkeypatch.setattr("layered_store.stores.sql.store._AHEAD_ROWS", 10)
+    monkeypatch.setattr("layered_store.stores.sql.store._ADOPTED_ROWS", 4)
+    store = bench.build()
+    users = [f"u{number}" for number in range(30)]
+    await store.write_many([state(user_id) for user_id in users])
+    await store.erase("u0")
+    restored = (
+        f"UPDATE {store.latest_table} SET position = position + 1000000000"
+        f" WHERE user_id IS DISTINCT FROM 'u1'"
+    )
+    await store._run("test", lambda session: session.command(restored), writes=True)
+    cursor = await store.head()
+    await store.write(state("u1", 0.9))
+    seen: dict[bytes, Any] = {}
+    for _ in range(20):
+        try:
+            found, cursor = await all_changes(store, cursor)
+        except UnavailableError as exc:
+            assert exc.retryable
+        else:
+            seen.update(found)
+    assert seen.keys() == {store.digest(user_id) for user_id in users}
+    assert seen[store.digest("u0")].erased
+    assert not (await all_changes(store, cursor))[0]
+    await store.write(state("u2", 0.9))
+    assert (await all_changes(store, cursor))[0].keys() == {store.digest("u2")}
+    assert [(await store.get_latest(user_id)) is None for user_id in users] == [True] + 29 * [False]
+
+
 async def test_many_writers_of_one_user_all_count(bench: Bench) -> None:
     """Versions are computed under the row's lock: none is lost, none is given twice."""
     store = bench.build()
@@ -415,6 +452,27 @@ async def test_a_corrupt_row_is_that_users_alone(bench: Bench) -> None:
     assert "bad" not in str(caught.value).replace("UPSERT", "")
     found = await store.read_many(["good", "bad", "none"])
     assert set(found) == {"good", "none"}
+    await store.write(state("bad", 0.7))
+    assert (await store.get_latest("bad")).get_axis("a") == 0.7
+
+
+@pytest.mark.parametrize("bench", ["sqlite_file"], indirect=True)
+@pytest.mark.parametrize("stored", ["text", 5, 10**14, -1, 1.5])
+async def test_a_state_of_another_type_is_that_users_alone(bench: Bench, stored: object) -> None:
+    """SQLite keeps in a column whatever somebody puts there."""
+    store = bench.build()
+    await store.write_many([state("good"), state("bad")])
+    table = store.history_table
+    await bench.execute(
+        store,
+        text(f"UPDATE {table} SET payload = :stored WHERE digest = :digest"),
+        {"stored": stored, "digest": store.digest("bad")},
+    )
+    for read in (store.get_latest("bad"), store.get_history("bad", 5)):
+        with pytest.raises(CorruptDataError):
+            await read
+    assert set(await store.read_many(["good", "bad"])) == {"good"}
+    assert not (await store.peek("bad")).answers
     await store.write(state("bad", 0.7))
     assert (await store.get_latest("bad")).get_axis("a") == 0.7
 

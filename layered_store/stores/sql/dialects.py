@@ -3,7 +3,8 @@
 The change log needs positions that no later commit undercuts:
 
 * PostgreSQL: the transaction's 64-bit id. A page ends below the oldest id still running
-  (``pg_snapshot_xmin``), so nothing below it can be committed later.
+  (``pg_snapshot_xmin``), so nothing below it can be committed later. Tables that came with a dump
+  hold ids of another server, which may be far ahead of this one's: such rows get a new place.
 * SQLite: a counter row, raised inside ``BEGIN IMMEDIATE``, which admits one writer at a time. Each
   entry of the history has a position of its own: see :mod:`layered_store.stores.sql.chain`.
 * MariaDB, MySQL: the same counter row; it is locked right before the last statements of a
@@ -64,6 +65,7 @@ NOW_US: Final = {
 }
 XID: Final = "pg_current_xact_id()::text::bigint"
 _XMIN: Final = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+_XMAX: Final = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
 
 
 @dataclass(slots=True)
@@ -106,6 +108,8 @@ class Statements:
     now: Any = field(init=False)
     horizon: Any = field(init=False)
     changes: Any = field(init=False)
+    end_of_ids: Any = field(init=False, default=None)
+    adopt: Any = field(init=False, default=None)
     owing: Any = field(init=False)
     users: Any = field(init=False)
     purgeable: Any = field(init=False)
@@ -310,6 +314,18 @@ class Statements:
             .order_by(latest.c.position, latest.c.digest)
             .limit(bindparam("max_rows", type_=BigInteger))
         )
+        if not self.counted:
+            xmax = literal_column(_XMAX, BigInteger)
+            self.end_of_ids = select(xmax)
+            foreign = (
+                select(latest.c.digest)
+                .where(latest.c.position >= xmax)
+                .limit(bindparam("max_rows", type_=BigInteger))
+                .with_for_update(skip_locked=True)
+            )
+            self.adopt = (
+                update(latest).where(latest.c.digest.in_(foreign)).values(position=position)
+            )
         # What recalls the erasure itself goes with its tombstone.
         self.purge_history = delete(history).where(
             history.c.digest == digest,

@@ -69,6 +69,7 @@ _MAX_INT: Final = 2**53
 _BULK: Final = 1_000
 _MAX_POSITION: Final = 2**63 - 1
 _AHEAD_ROWS: Final = 20_000
+_ADOPTED_ROWS: Final = 5_000
 _SCANNED: Final = 20_000
 _CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
 
@@ -302,7 +303,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         if owner != user_id:
             return Peek(Held.UNKNOWN, note="the record belongs to another user")
         try:
-            state = self._codec.decode(bytes(payload), user_id)
+            state = self._codec.decode(_to_bytes(payload), user_id)
         except CodecError as exc:
             return Peek(Held.UNKNOWN, version=version, answers=False, note=exc.message)
         return Peek(Held.STATE, state.updated_at_unix_ms, version=version)
@@ -495,13 +496,15 @@ class SQLStore(StateStore, Authority, Enumerable):
                     "max_rows": _AHEAD_ROWS + 1,
                 }
                 ahead.extend(await session.rows(self._statements.changes, values))
+                await self._adopt(session, ahead)
             return horizon, now_us, cut, found
 
         ahead: list[Any] = []
         horizon, now_us, cut, rows = await self._run("changes", work)
         if len(ahead) > _AHEAD_ROWS:
             raise UnavailableError(
-                "a transaction has been open for so long that too many changes wait behind it",
+                "a transaction has been open for so long that too many changes wait behind it, or"
+                " the tables came with a dump and are being numbered anew",
                 operation="changes",
                 layer=self.name,
             )
@@ -523,6 +526,18 @@ class SQLStore(StateStore, Authority, Enumerable):
         end = rows[limit - 1] if limit else None
         place = f"{end.position}.{bytes(end.digest).hex()}" if end else f"{position}.{after.hex()}"
         return Changes(items, f"{place}.{issued}", more=True)
+
+    async def _adopt(self, session: Session, ahead: Sequence[Any]) -> None:
+        """Give rows that no transaction of this server can have written a new place in the log.
+
+        They came with a dump of another one. Left as they are, all of them would be ahead of the
+        log until this server has counted as far. Some at a time, since a call has its time limit.
+        """
+        if not ahead:
+            return
+        end = (await session.rows(self._statements.end_of_ids, {}))[0][0]
+        if any(row.position >= end for row in ahead):
+            await session.run(self._statements.adopt, [{"max_rows": _ADOPTED_ROWS}])
 
     async def covers(self, cursor: str) -> bool:
         self._check_open("covers")
@@ -654,7 +669,7 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     def _decode(self, user_id: str, payload: bytes, op: Op) -> StateSnapshot:
         if type(payload) is not bytes:
-            payload = bytes(payload)
+            payload = _to_bytes(payload)
         try:
             return self._codec.decode(payload, user_id)
         except CodecError as exc:
@@ -669,6 +684,11 @@ class SQLStore(StateStore, Authority, Enumerable):
             raise ClosedError(
                 "this store was closed; build a new one", operation=operation, layer=self.name
             )
+
+
+def _to_bytes(payload: Any) -> bytes:
+    """Return a state's bytes; none for what is no such thing, which SQLite keeps in any column."""
+    return bytes(payload) if isinstance(payload, bytes | bytearray | memoryview) else b""
 
 
 def _read_cursor(cursor: str) -> tuple[int, bytes, int]:
