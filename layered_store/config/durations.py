@@ -11,11 +11,11 @@ _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _NUMBER: Final = r"\d+(?:\.\d+)?\s*"
 
 DURATION_PATTERN: Final = (
-    rf"^(?=\d)(?:{_NUMBER}d\s*)?(?:{_NUMBER}h\s*)?(?:{_NUMBER}m(?!s)\s*)?(?:{_NUMBER}s\s*)?"
-    rf"(?:{_NUMBER}ms)?$"
+    rf"^\s*(?=\d)(?:{_NUMBER}|(?:{_NUMBER}d\s*)?(?:{_NUMBER}h\s*)?(?:{_NUMBER}m(?!s)\s*)?"
+    rf"(?:{_NUMBER}s\s*)?(?:{_NUMBER}ms)?)\s*$"
 )
-"""What a duration written as text looks like, each unit once and larger ones first; also stands in
-the JSON Schema."""
+"""What a duration written as text looks like: a number, or each unit once and larger ones first;
+also stands in the JSON Schema."""
 
 _whole: Final = re.compile(DURATION_PATTERN).match
 _parts: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")

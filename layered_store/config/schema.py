@@ -95,7 +95,11 @@ def _choice(names: list[str], group: str) -> dict[str, Any]:
 def _block(spec: BlockSpec, *, in_layers: bool) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "use": {"const": spec.kind},
-        "id": {"type": "string", "minLength": 1, "description": "names the block for overrides"},
+        "id": {
+            "type": ["string", "null"],
+            "minLength": 1,
+            "description": "names the block for overrides",
+        },
     }
     if not in_layers:
         properties["layers"] = {

@@ -1,8 +1,10 @@
 """Durations of config files."""
 
+import re
+
 import pytest
 
-from layered_store.config.durations import parse_duration
+from layered_store.config.durations import DURATION_PATTERN, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -17,11 +19,14 @@ from layered_store.config.durations import parse_duration
         ("7", 7),
         ("1.5s", 1.5),
         ("1d 2h3m4s5ms", 93_784.005),
+        (" 2.5 ", 2.5),
+        (" 30s ", 30),
     ],
 )
 def test_reads_units(text: str, seconds: float) -> None:
-    """Each unit, and several after one another, give seconds."""
+    """Each unit, and several after one another, give seconds; the JSON Schema takes them too."""
     assert parse_duration(text) == pytest.approx(seconds)
+    assert re.search(DURATION_PATTERN, text)
 
 
 @pytest.mark.parametrize(
