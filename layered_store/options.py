@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
+from types import FunctionType
 from typing import Any, overload
 
 from layered_store.errors import ConfigError
@@ -147,9 +148,13 @@ def check_store(value: object, option: str, owner: object) -> Any:
 
     if isinstance(value, StateStore):
         return value
-    remedy = "pass an instance, such as MemoryStore()"
     if isinstance(value, type):
-        remedy = f"pass an instance, {value.__name__}(...), not the class"
+        raise ConfigError(
+            f"must be a StateStore; pass an instance, {value.__name__}(...), not the class",
+            option=option,
+            layer=_name_of(owner),
+        )
+    remedy = "pass an instance, such as MemoryStore()"
     raise _refuse(f"must be a StateStore; {remedy}", option, owner, value)
 
 
@@ -158,7 +163,14 @@ def _refuse(message: str, option: str, owner: object, value: object) -> ConfigEr
     shown = repr(value) if isinstance(value, float | bool | None) else type_of(value).__name__
     if type_of(value) is int:
         shown = str(value) if abs(value) < _SHOWN_BELOW else "a huge int"
-    return ConfigError(f"{message}, not {shown}", option=option, layer=type_of(owner).__name__)
+    return ConfigError(f"{message}, not {shown}", option=option, layer=_name_of(owner))
+
+
+def _name_of(owner: object) -> str | None:
+    """Return what an error names: a function, the class of a block, or nothing."""
+    if owner is None:
+        return None
+    return owner.__name__ if isinstance(owner, FunctionType) else type_of(owner).__name__
 
 
 def check_snapshot_type(value: object, owner: object) -> None:

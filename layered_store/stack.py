@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
+from layered_store.options import check_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +67,7 @@ def children_of(store: StateStore) -> dict[str, StateStore]:
 
 def walk(stack: StateStore) -> Iterator[Place]:
     """Yield every block of a stack, outermost first, each branch down to its end."""
+    check_store(stack, "stack", None)
     counter = 0
     pending: list[tuple[tuple[StateStore, ...], str, StateStore]] = [((), "", stack)]
     while pending:

@@ -45,7 +45,6 @@ DEFAULT_MAX_IN_FLIGHT: Final = 1_000
 DEFAULT_BODY_SECONDS: Final = 10.0
 MAX_LIMIT: Final = 1_000
 _DEFAULT_LIMIT: Final = 100
-_OWNER: Final = type("create_app", (), {})()  # what errors about its options name
 
 
 def create_app(
@@ -74,10 +73,10 @@ def create_app(
         ConfigError: an option is out of range; an ``api_key`` is when it is empty, since it would
             protect nothing, or has characters that no header carries.
     """
-    check_store(stack, "stack", _OWNER)
-    check_count(max_body, "max_body", _OWNER)
-    check_count(max_in_flight, "max_in_flight", _OWNER)
-    seconds = check_seconds(body_seconds, "body_seconds", _OWNER)
+    check_store(stack, "stack", create_app)
+    check_count(max_body, "max_body", create_app)
+    check_count(max_in_flight, "max_in_flight", create_app)
+    seconds = check_seconds(body_seconds, "body_seconds", create_app)
     if api_key is not None and not (
         isinstance(api_key, str) and api_key.strip() == api_key != "" and api_key.isprintable()
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from layered_store import (
@@ -11,13 +13,19 @@ from layered_store import (
     MemoryStore,
     StateSnapshot,
     StateStore,
+    SyncStore,
+    describe,
+    find,
+    lint,
     replace,
+    to_config,
 )
 from layered_store.clock import SystemClock
 from layered_store.coherence.contract import Authority
 from layered_store.errors import ValidationError
 from layered_store.layer import AroundLayer
 from layered_store.sealed import SealedSnapshot
+from layered_store.testing import FakeClock, on_clock
 
 
 class Plain(StateStore):
@@ -50,6 +58,23 @@ def test_a_layer_that_cannot_be_built_again_is_told() -> None:
     assert twin.inner is not plain  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="cannot rebuild Around, which is no dataclass"):
         replace(Cached(Around(MemoryStore())), MemoryStore, MemoryStore())
+
+
+@pytest.mark.parametrize("ask", [describe, lint, to_config, lambda stack: find(stack, Cached)])
+def test_what_is_no_stack_is_told(ask: Callable[[object], object]) -> None:
+    """A store of blocking code is none either: its stack is inside."""
+    with SyncStore(lambda: MemoryStore()) as blocking:
+        for stack in (5, MemoryStore, blocking):
+            with pytest.raises(ConfigError, match="^stack: must be a StateStore; pass an"):
+                ask(stack)
+
+
+def test_errors_name_the_function_that_was_called() -> None:
+    """And not that it is one."""
+    with pytest.raises(ConfigError, match=r"^on_clock\.stack: must be a StateStore"):
+        on_clock(5, FakeClock())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^on_clock\.clock: must be a Clock"):
+        on_clock(MemoryStore(), 5)  # type: ignore[arg-type]
 
 
 def test_a_layer_offers_itself() -> None:
