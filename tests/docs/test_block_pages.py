@@ -115,3 +115,15 @@ def test_pages_name_only_metrics_that_exist() -> None:
             if name == "layered_store_":
                 continue
             assert name in known, f"{page.relative_to(ROOT)}: {name}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_tables_are_whole(page: Path) -> None:
+    """Each begins with a head, has rows as wide as that, and tells of each name once."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        cells = [re.sub(r"`[^`]*`", "code", line).split("|") for line in table.splitlines()]
+        assert re.fullmatch(r"[|: -]+", table.splitlines()[1]), table
+        assert {len(row) for row in cells} == {len(cells[0])}, table
+        names = re.findall(r"^\| ([`[].*?) \|", table, flags=re.MULTILINE)
+        assert len(names) == len(set(names)), table
