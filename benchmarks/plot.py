@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-_LINE, _LEFT, _WIDTH, _RIGHT = 22, 400, 420, 120
+_LINE, _LEFT, _WIDTH, _RIGHT = 22, 400, 420, 160
 _GOOD, _BAD, _INK, _PALE = "#2a7f62", "#b5542c", "#333", "#ddd"
 
 
