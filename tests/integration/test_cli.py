@@ -213,7 +213,7 @@ def test_started_without_any_stream(tmp_path: Path) -> None:
         done = subprocess.run(  # noqa: S602
             shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
         )
-        assert (tmp_path / "error").read_text().count("\n") == 1
+        assert len((tmp_path / "error").read_text().strip().splitlines()) == 1
         assert done.stdout == f"{code}\n"
 
 
