@@ -179,7 +179,9 @@ class _Bench:
         try:
             await self._all(
                 "storing users",
-                lambda batch: store.upsert_latest_many(map(workload.snapshot, batch)),
+                lambda batch: store.upsert_latest_many(
+                    [workload.snapshot(store, user) for user in batch]
+                ),
             )
             await self._measure(store)
         finally:

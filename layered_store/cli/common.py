@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from layered_store.interface import StateStore
+    from layered_store.snapshot import StateSnapshot
 
 __all__ = [
     "DEFAULT_STACK",
@@ -32,6 +33,7 @@ __all__ = [
     "guarded",
     "json_option",
     "moving",
+    "new_snapshot",
     "notices",
     "progress",
     "run",
@@ -140,6 +142,17 @@ def fail(message: str, code: int = 1) -> NoReturn:
     """Say what went wrong, in one line, and end the process."""
     notices.print(f"error: {message}", markup=False)
     sys.exit(code)
+
+
+def new_snapshot(store: StateStore, user: str, **fields: Any) -> StateSnapshot:
+    """Return a state of the class that the stack keeps."""
+    try:
+        return store.snapshot_type(user_id=user, **fields)
+    except TypeError:
+        raise ConfigError(
+            f"states of this stack are {store.snapshot_type.__name__}s, with fields that must be"
+            " given: only put --file can"
+        ) from None
 
 
 def quick_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -8,7 +8,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from layered_store.cli.common import guarded, run
+from layered_store.cli.common import guarded, new_snapshot, run
 from layered_store.interface import StateStore
 from layered_store.snapshot import Source
 
@@ -55,8 +55,8 @@ def command(
             snapshot = store.snapshot_type.from_json(text)
             snapshot = msgspec.structs.replace(snapshot, user_id=user)
         else:
-            snapshot = store.snapshot_type(
-                user, source=Source(source), confidence=confidence, axes=pairs
+            snapshot = new_snapshot(
+                store, user, source=Source(source), confidence=confidence, axes=pairs
             )
         await store.upsert_latest(snapshot)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
+from layered_store.cli.common import new_snapshot
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import StoreError
 from layered_store.interface import Op, StateStore
@@ -65,9 +66,9 @@ class Workload:
         """Return the id of a user."""
         return f"{self._name}{number}"
 
-    def snapshot(self, user: str) -> StateSnapshot:
+    def snapshot(self, store: StateStore, user: str) -> StateSnapshot:
         """Return a state of a user."""
-        return StateSnapshot(user, axes=self._axes)
+        return new_snapshot(store, user, axes=self._axes)
 
     def begin(self, store: StateStore, now: Callable[[], float]) -> float:
         """Start the clock; return what it reads."""
@@ -106,7 +107,7 @@ class Workload:
         user = self.user(bisect_left(self._weights, draw() * self._weights[-1]))
         kind, mix = draw(), self.mix
         if kind < mix.writes:
-            snapshot = self.snapshot(user)
+            snapshot = self.snapshot(store, user)
             return Op.UPSERT_LATEST.value, lambda: store.upsert_latest(snapshot)
         if kind < mix.writes + mix.histories:
             return Op.GET_HISTORY.value, lambda: store.get_history(user, _HISTORY)

@@ -394,6 +394,38 @@ def test_a_state_comes_from_a_file(database: str) -> None:
     assert run("get", database, "other").exit_code == 1
 
 
+class Mood(StateSnapshot, frozen=True):
+    """A class with a field that has a default."""
+
+    note: str = "none"
+
+
+class Noted(StateSnapshot, frozen=True, kw_only=True):
+    """A class with a field that must be given."""
+
+    note: str
+
+
+def test_states_of_a_class_of_the_applications(tmp_path: Path) -> None:
+    """They are stored and made up as that class; where they cannot be, the way is said."""
+    path = tmp_path / "stack.toml"
+    text = '[store]\nuse = "sql"\nurl = "sqlite:///{}.db"\nsnapshot_type = "{}:{}"\n'
+    path.write_text(text.format(tmp_path / "mood", __name__, "Mood"))
+    stack = str(path)
+    assert run("put", stack, "u-1", "warmth=0.7").exit_code == 0
+    assert json.loads(run("get", stack, "u-1").output)["note"] == "none"
+    done = run("bench", stack, "--seconds", "0.1", "--users", "5", "--json")
+    assert json.loads(done.stdout)["errors"] == 0
+    path.write_text(text.format(tmp_path / "noted", __name__, "Noted"))
+    for arguments in (("put", stack, "u-1", "warmth=0.7"), ("bench", stack, "--users", "5")):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert "are Noteds, with fields that must be given: only put --file can" in done.output
+    state = '{"user_id": "u-1", "note": "hello"}'
+    assert run("put", stack, "u-1", "--file", "-", input=state).exit_code == 0
+    assert json.loads(run("get", stack, "u-1").output)["note"] == "hello"
+
+
 def test_input_is_read_where_an_interruption_reaches_it(database: str) -> None:
     """A loop that waits for a terminal holds the first Ctrl-C back for ever."""
     loops: list[object] = []
