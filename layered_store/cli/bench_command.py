@@ -22,7 +22,7 @@ from layered_store.cli.common import (
     notices,
     progress,
     run,
-    show_table,
+    show_whole,
 )
 from layered_store.cli.workload import Mix, Workload
 from layered_store.clock import SYSTEM_CLOCK
@@ -146,7 +146,7 @@ def command(
             if as_json:
                 click.echo(json.dumps(result))
             else:
-                show_table(_view(result, bench.setting))
+                show_whole(_view(result, bench.setting))
     if bench.owed:
         notices.print(
             f"{bench.owed} users are erased in the system of record only, since a tier could not"

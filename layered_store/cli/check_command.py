@@ -11,7 +11,15 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
-from layered_store.cli.common import NumberRange, build, console, fail, guarded, json_option
+from layered_store.cli.common import (
+    NumberRange,
+    build,
+    console,
+    fail,
+    guarded,
+    json_option,
+    show_whole,
+)
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.health import HealthReport, HealthStatus
 
@@ -56,7 +64,7 @@ def command(stack: str | None, timeout: float, *, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
     else:
-        console.print(_tree(report), soft_wrap=False)  # or the ends of long reasons are cut
+        show_whole(_tree(report))
         sign, colour = _LOOKS[report.status]
         console.print(Text(f"{sign} {_MEANS[report.status]}", style=colour))
     sys.exit(1 if report.status is HealthStatus.UNHEALTHY else 0)

@@ -37,7 +37,7 @@ __all__ = [
     "notices",
     "progress",
     "run",
-    "show_table",
+    "show_whole",
     "source_of",
 ]
 
@@ -101,9 +101,9 @@ def build(stack: str | None, *, quiet: bool = False) -> StateStore:
     return built
 
 
-def show_table(table: RenderableType) -> None:
-    """Print a table: as wide as a terminal is, but as wide as itself where there is none."""
-    (console if console.is_terminal else _wide).print(table)
+def show_whole(*parts: RenderableType) -> None:
+    """Print what may be wide: folded to the width of a terminal, as it is where there is none."""
+    (console if console.is_terminal else _wide).print(*parts, soft_wrap=False)
 
 
 def guarded(work: Callable[[], T]) -> T:

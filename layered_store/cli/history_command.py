@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import click
 from rich.table import Table
 
-from layered_store.cli.common import json_option, run, show_table
+from layered_store.cli.common import json_option, run, show_whole
 from layered_store.snapshot import StateSnapshot
 
 __all__ = ["command"]
@@ -31,7 +31,7 @@ def command(stack: str, user: str, limit: int, *, as_json: bool) -> None:
     for snapshot in snapshots:
         axes = ", ".join(f"{name}={value:g}" for name, value in snapshot.axes.items())
         table.add_row(_moment(snapshot), str(snapshot.source), f"{snapshot.confidence:g}", axes)
-    show_table(table)
+    show_whole(table)
 
 
 def _moment(snapshot: StateSnapshot) -> str:

@@ -12,7 +12,7 @@ import click
 from rich.padding import Padding
 from rich.text import Text
 
-from layered_store.cli.common import console, guarded, json_option, source_of
+from layered_store.cli.common import console, guarded, json_option, show_whole, source_of
 from layered_store.config.lint import Finding, Severity, lint
 from layered_store.config.loader import load_unchecked
 
@@ -53,12 +53,11 @@ def command(stack: str | None, *, as_json: bool) -> None:
     else:
         for finding in findings:
             colour = _COLOURS[finding.severity]
-            console.print(
+            show_whole(
                 Text.assemble(
                     (f"{finding.rule} {finding.severity}", colour), " at ", (finding.place, "bold")
                 ),
                 Padding(Text(finding.reason), (0, 0, 0, 2), expand=False),
-                soft_wrap=False,
             )
         counts = Counter(finding.severity for finding in findings)
         console.print(", ".join(_counted(counts[each], each) for each in Severity))

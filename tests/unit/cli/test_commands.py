@@ -105,12 +105,16 @@ def test_check_unhealthy() -> None:
     assert "Traceback" not in done.output
 
 
-def test_check_tells_whole_reasons(tmp_path: Path) -> None:
-    """However deep a block stands, its reason is wrapped and not cut off."""
+def test_check_tells_whole_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However deep a block stands, its reason is wrapped on a terminal and not cut off."""
     path = tmp_path / "deep.toml"
     layers = ", ".join(["{ use = 'read_only' }"] * 12)
     path.write_text(f"[store]\nuse = 'redis'\nurl = 'redis://127.0.0.1:1/0'\nlayers = [{layers}]")
+    reason = "RedisStore.health_check: the connection failed (ConnectionRefusedError)"
+    assert reason in run("check", str(path)).output
+    monkeypatch.setattr("layered_store.cli.common.console._force_terminal", True)
     done = run("check", str(path))
+    assert reason not in done.output
     assert "(ConnectionRefusedError)" in done.output.replace("\n", "").replace(" ", "")
 
 
@@ -156,6 +160,8 @@ def test_lint(memory: str, tmp_path: Path) -> None:
     done = run("lint", memory)
     assert done.exit_code == 0
     assert "LS022 warning" in done.output
+    # In a pipe each reason is one line, with nothing behind it.
+    assert " are loaded together; set ttl_jitter=0.1\n" in done.output
     assert {f["rule"] for f in json.loads(run("lint", memory, "--json").stdout)} >= {"LS022"}
     allowed = tmp_path / "allowed.toml"
     allowed.write_text(Path(memory).read_text() + '[lint]\nallow = ["LS022", "LS023", "LS039"]\n')
