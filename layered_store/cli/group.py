@@ -7,6 +7,7 @@ from typing import Final
 
 import click
 
+from layered_store import __version__
 from layered_store.config.registry import nearest
 
 __all__ = ["cli"]
@@ -59,7 +60,7 @@ class _Commands(click.Group):
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="layered-store", prog_name="layered-store")
+@click.version_option(__version__, prog_name="layered-store")
 def cli() -> None:
     """Look at, check, serve and use stacks of layered_store.
 

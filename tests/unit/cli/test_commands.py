@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+import layered_store
 from layered_store.cli.group import cli
 from layered_store.errors import UnavailableError, ValidationError
 from layered_store.health import HealthReport
@@ -58,6 +60,16 @@ def test_help_names_every_command() -> None:
     ):
         assert f"\n  {name} " in text
         assert run(name, "--help").exit_code == 0
+
+
+def test_version_of_a_copy_that_pip_did_not_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the code: a checkout on the path, or a copy within an application, has it too."""
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert run("--version").output == f"layered-store, version {layered_store.__version__}\n"
 
 
 def test_show(memory: str) -> None:
