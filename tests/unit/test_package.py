@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -116,7 +117,8 @@ def test_public_names() -> None:
         home = importlib.import_module(value.__module__)
         assert name in home.__all__, f"{name} is public, and {home.__name__}.__all__ is without it"
     assert set(dir(layered_store)) >= set(layered_store.__all__)
-    assert layered_store.__version__
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert layered_store.__version__ == project["version"]
     with pytest.raises(AttributeError, match="no attribute 'Cache'"):
         _ = layered_store.Cache  # type: ignore[attr-defined]
 
