@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from layered_store.errors import CorruptDataError, UnsupportedError, ValidationError
-from layered_store.health import HealthReport, SharedProbe
+from layered_store.clock import SYSTEM_CLOCK
+from layered_store.errors import CorruptDataError, StoreError, UnsupportedError, ValidationError
+from layered_store.health import PROBE_SECONDS, HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id
 from layered_store.sealed import SealedSnapshot
 from layered_store.snapshot import StateSnapshot
@@ -122,7 +123,9 @@ class StateStore(ABC):
 
     async def health_check(self) -> bool:
         """Tell whether the store can serve; never raises for an unhealthy backend."""
-        return True
+        if type(self).health_report is StateStore.health_report:  # which asks here
+            return True
+        return (await report_of(self)).status is not HealthStatus.UNHEALTHY
 
     async def health_report(self) -> HealthReport:
         """Return the health of this store and of everything below it.
@@ -187,6 +190,29 @@ class StateStore(ABC):
         from layered_store.stack import expression  # noqa: PLC0415  stack imports this module
 
         return expression(self)
+
+
+async def report_of(store: StateStore) -> HealthReport:
+    """Return a store's health report, also when its own raises, hangs or is none.
+
+    Our backends and layers keep their limits themselves; those from elsewhere may do anything.
+    """
+    from layered_store.stack import children_of  # noqa: PLC0415  stack imports this module
+
+    bounded = hasattr(store, "probe_seconds") or children_of(store)
+    try:
+        async with SYSTEM_CLOCK.timeout(None if bounded else PROBE_SECONDS):
+            report: object = await store.health_report()
+        if isinstance(report, HealthReport) and isinstance(report.status, HealthStatus):
+            return report
+        message = "the health report is none"
+    except StoreError as exc:
+        message = str(exc)
+    except TimeoutError:
+        message = f"no answer within {PROBE_SECONDS:g} s"
+    except Exception as exc:  # noqa: BLE001  its text may hold anything, so only its kind is told
+        message = type(exc).__name__
+    return HealthReport(store.name, HealthStatus.UNHEALTHY, 0.0, message)
 
 
 def check_limit(limit: object) -> int:

@@ -12,7 +12,7 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import ClosedError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
-from layered_store.interface import Op, StateStore, listed
+from layered_store.interface import Op, StateStore, listed, report_of
 from layered_store.options import check_store
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Layer(StateStore):
         return (await self.health_report()).status is not HealthStatus.UNHEALTHY
 
     async def health_report(self) -> HealthReport:
-        below = await self.inner.health_report()
+        below = await report_of(self.inner)
         return HealthReport(self.name, below.status, below.latency_ms, "", (below,))
 
     async def open(self) -> None:

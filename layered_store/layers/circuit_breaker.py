@@ -13,6 +13,7 @@ from layered_store.errors import CircuitOpenError, ConfigError, StoreError, Unav
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HitCount, HotPath, Trust, hot_path_of
+from layered_store.interface import report_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
 from layered_store.stats import Sample
@@ -368,7 +369,7 @@ class CircuitBreaker(AroundLayer):
         return "the circuit is half open; the next call is a trial"
 
     async def health_report(self) -> HealthReport:
-        below = await self.inner.health_report()
+        below = await report_of(self.inner)
         status, message = below.status, ""
         if self._circuit.state is not CircuitState.CLOSED:
             status = min(status, HealthStatus.DEGRADED, key=lambda each: each.level)

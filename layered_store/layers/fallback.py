@@ -28,6 +28,7 @@ from layered_store.interface import (
     is_state_of,
     listed,
     not_of_user,
+    report_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_store
@@ -174,7 +175,7 @@ class Fallback(Layer):
             log_event("erasure_complete", layer=self.name)
 
     async def health_report(self) -> HealthReport:
-        below = await asyncio.gather(self.inner.health_report(), self.secondary.health_report())
+        below = await asyncio.gather(report_of(self.inner), report_of(self.secondary))
         inner, secondary = (report.status is HealthStatus.UNHEALTHY for report in below)
         if inner and secondary:
             status, message = HealthStatus.UNHEALTHY, "inner and secondary are down"

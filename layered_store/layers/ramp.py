@@ -31,6 +31,7 @@ from layered_store.interface import (
     check_snapshot,
     check_snapshots,
     check_user_ids,
+    report_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
@@ -451,11 +452,9 @@ class Ramp(Layer):
 
     async def health_report(self) -> HealthReport:
         if self.alternative is None:
-            below = await (self._other if self._reached else self.inner).health_report()
+            below = await report_of(self._other if self._reached else self.inner)
             return HealthReport(self.name, below.status, below.latency_ms, "", (below,))
-        inner, other = await asyncio.gather(
-            self.inner.health_report(), self._other.health_report()
-        )
+        inner, other = await asyncio.gather(report_of(self.inner), report_of(self._other))
         status, message = inner.status, ""
         if other.status is HealthStatus.UNHEALTHY and status is HealthStatus.HEALTHY:
             status = HealthStatus.DEGRADED

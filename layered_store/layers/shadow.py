@@ -18,7 +18,14 @@ from layered_store.coherence.views import View, view_of
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, StateStore, check_snapshot, check_snapshots, check_user_ids
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+    report_of,
+)
 from layered_store.layer import Layer
 from layered_store.options import (
     Seconds,
@@ -484,9 +491,7 @@ class Shadow(Layer):
         return offered(self, kind, _MirroringAuthority)  # type: ignore[no-any-return]
 
     async def health_report(self) -> HealthReport:
-        inner, candidate = await asyncio.gather(
-            self.inner.health_report(), self.candidate.health_report()
-        )
+        inner, candidate = await asyncio.gather(report_of(self.inner), report_of(self.candidate))
         status, message = inner.status, ""
         if candidate.status is HealthStatus.UNHEALTHY and status is HealthStatus.HEALTHY:
             status = HealthStatus.DEGRADED

@@ -30,6 +30,7 @@ from layered_store.interface import (
     check_user_ids,
     is_state_of,
     not_of_user,
+    report_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
@@ -253,7 +254,7 @@ class WriteThrough(Layer):
         return check_history(await self.origin.get_history(user_id, limit), user_id, self.name)
 
     async def health_report(self) -> HealthReport:
-        tier, origin = await asyncio.gather(self.inner.health_report(), self.origin.health_report())
+        tier, origin = await asyncio.gather(report_of(self.inner), report_of(self.origin))
         if origin.status is HealthStatus.UNHEALTHY:
             status: HealthStatus = origin.status
             message = "the system of record is down"

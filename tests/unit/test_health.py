@@ -20,7 +20,9 @@ from layered_store import (
     Layer,
     MemoryStore,
     Metrics,
+    Ramp,
     Retry,
+    Shadow,
     StateSnapshot,
     StateStore,
     Timeout,
@@ -332,3 +334,57 @@ def test_report_as_data() -> None:
     assert json.loads(report.to_json()) == report.to_dict()
     assert "\n" not in report.to_json()
     assert [status.level for status in (UNHEALTHY, DEGRADED, HEALTHY)] == [0, 1, 2]
+
+
+class Reports(MemoryStore):
+    """A store from elsewhere that says how it is in one way only."""
+
+    def __init__(self, says: object) -> None:
+        super().__init__()
+        self.says = says
+
+    async def health_check(self) -> bool:
+        return await StateStore.health_check(self)
+
+    async def health_report(self) -> Any:
+        if isinstance(self.says, Exception):
+            raise self.says
+        if self.says == "hangs":
+            await asyncio.Event().wait()
+        return self.says
+
+
+FINE = HealthReport("fine", DEGRADED, 1.0, "slow")
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "message"),
+    [
+        (FINE, DEGRADED, "slow"),
+        (UnavailableError("no route"), UNHEALTHY, "no route"),
+        (KeyError("u-1"), UNHEALTHY, "KeyError"),
+        (None, UNHEALTHY, "the health report is none"),
+        (HealthReport("x", "healthy"), UNHEALTHY, "the health report is none"),  # type: ignore[arg-type]
+        ("hangs", UNHEALTHY, "no answer within 0.01 s"),
+    ],
+)
+async def test_a_report_from_elsewhere_never_breaks_the_tree(
+    says: object, status: HealthStatus, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, and however long it hangs; the check says the same as the report."""
+    monkeypatch.setattr("layered_store.interface.PROBE_SECONDS", 0.01)
+    worst = status is UNHEALTHY
+    assert await Reports(says).health_check() is not worst
+    for layer in (Layer, CircuitBreaker, Cached):
+        stack: StateStore = layer(Reports(says))
+        report = await stack.health_report()
+        assert (report.status, report.children[0].message) == (status, message)
+        assert await stack.health_check() is not worst
+    pairs: tuple[StateStore, ...] = (
+        Fallback(Reports(says), secondary=MemoryStore()),
+        WriteThrough(Reports(says), origin=MemoryStore()),
+        Shadow(Reports(FINE), candidate=Reports(says)),
+        Ramp(Reports(FINE), alternative=Reports(says)),
+    )
+    for pair in pairs:
+        assert (await pair.health_report()).status is DEGRADED
