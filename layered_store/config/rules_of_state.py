@@ -112,13 +112,13 @@ def _staleness(at: At) -> str | None:
         return None
     ttl = number(at.store, "ttl") or 0.0
     stale = number(at.store, "stale_if_error") or 0.0
-    bounded = 0.0 if _channel_below(at) else ttl
-    oldest = ttl + stale if stale else bounded
+    bounded = 0.0 if _channel_below(at) else max(ttl, number(at.store, "negative_ttl") or 0.0)
+    oldest = max(ttl + stale if stale else 0.0, bounded)
     if oldest <= at.max_staleness:
         return None
     return (
-        f"an answer may be {oldest:g} s old (ttl and stale_if_error), over the max_staleness of"
-        f" {at.max_staleness:g} s; lower one of them"
+        f"an answer may be {oldest:g} s old (ttl, negative_ttl and stale_if_error), over the"
+        f" max_staleness of {at.max_staleness:g} s; lower one of them"
     )
 
 

@@ -972,7 +972,9 @@ class Cached(Layer):
     @property
     def staleness(self) -> tuple[float, str]:
         """Seconds by which this block makes an answer older, and why when there is no bound."""
-        return (0.0 if self._channel is not None else self.ttl), ""  # type: ignore[return-value]
+        if self._channel is not None:
+            return 0.0, ""
+        return max(self.ttl, self.negative_ttl), ""  # type: ignore[return-value]
 
     async def aclose(self) -> None:
         self._refuse_operations()

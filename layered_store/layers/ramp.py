@@ -36,7 +36,7 @@ from layered_store.interface import (
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.sharing import place_of
-from layered_store.stack import walk
+from layered_store.stack import staleness, walk
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -484,6 +484,14 @@ class Ramp(Layer):
             return (f"{self.share:.6g} of the users read from the alternative",)
         layers = [type(store).__name__ for store in self._layers()]
         return (f"{self.share:.6g} of the users go through {', '.join(layers) or 'nothing more'}",)
+
+    @property
+    def staleness(self) -> tuple[float, str]:
+        """Seconds by which the other way makes an answer older, and why when there is no bound."""
+        (other, why), (inner, no_bound) = staleness(self._other), staleness(self.inner)
+        if no_bound:
+            return 0.0, ""  # inner says so itself
+        return max(0.0, other - inner), why
 
     def samples(self) -> Iterable[Sample]:
         yield Sample("ramp_share", self.share)

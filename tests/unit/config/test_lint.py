@@ -278,6 +278,9 @@ def test_max_staleness() -> None:
     stack = Cached(Sql(), ttl=60, stale_if_error=300)
     assert "LS034" in rules(stack, max_staleness=100)
     assert "LS034" not in rules(stack, max_staleness=360)
+    absent = Cached(MemoryStore(), ttl=5, negative_ttl=60)
+    assert "LS034" in rules(absent, max_staleness=50)
+    assert "LS034" not in rules(absent, max_staleness=60)
     assert "LS034" not in rules(stack)
 
 

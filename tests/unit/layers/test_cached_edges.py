@@ -17,9 +17,10 @@ from layered_store.errors import ConfigError, CorruptDataError, UnavailableError
 from layered_store.explaining import Held
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
+from layered_store.layers.ramp import Ramp
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
-from layered_store.stack import find
+from layered_store.stack import describe, find
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock, settle
 from layered_store.testing.scripted import Gate, Scripted
@@ -526,3 +527,26 @@ async def test_a_user_whom_a_batch_left_out_is_absent_for_batches_only() -> None
     absent = Cached(Scripted(None), negative_ttl=10, clock=clock)
     await absent.get_latest("u-1")
     assert (await absent.peek("u-1")).note == ""
+
+
+async def test_the_bound_that_describe_tells_holds_for_users_taken_for_absent() -> None:
+    """They are remembered for longer than a state here; another process then writes one."""
+    clock, database = FakeClock(), MemoryStore()
+    stack = Cached(database, ttl=5, negative_ttl=60, clock=clock)
+    assert await stack.get_latest("u-1") is None
+    await database.upsert_latest(StateSnapshot("u-1"))
+    await clock.advance(59)
+    assert await stack.get_latest("u-1") is None
+    assert "after 60 s at the latest" in str(describe(stack))
+    await clock.advance(1)
+    assert await stack.get_latest("u-1") is not None
+
+
+def test_the_bound_that_describe_tells_counts_a_cache_in_a_ramp() -> None:
+    """And says that there is none where the way of the share has none."""
+    cache = {"use": "cached", "ttl": 5}
+    stack = Cached(Ramp(MemoryStore(), layer=cache, share=0.1), ttl=10)
+    assert "after 15 s at the latest" in str(describe(stack))
+    unbound = WriteThrough(MemoryStore(), origin=MemoryStore())
+    for ramp in (Ramp(MemoryStore(), alternative=unbound), Ramp(unbound, alternative=unbound)):
+        assert str(describe(Cached(ramp))).count("the cache tier has no versions") == 1
