@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
@@ -23,6 +24,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.health import HealthStatus
+from layered_store.interface import Op, check_history, is_state_of, not_of_user, report_of
 from layered_store.metrics.prometheus import exposition
 from layered_store.options import Seconds, check_count, check_seconds, check_store
 from layered_store.service.guard import Guard, error_body
@@ -45,6 +47,7 @@ DEFAULT_MAX_IN_FLIGHT: Final = 1_000
 DEFAULT_BODY_SECONDS: Final = 10.0
 MAX_LIMIT: Final = 1_000
 _DEFAULT_LIMIT: Final = 100
+_LONGEST_WAIT: Final = 86_400
 
 
 def create_app(
@@ -125,9 +128,12 @@ def _routes(stack: StateStore) -> list[Route]:
         return Response(status_code=204)
 
     async def get(request: Request) -> Response:
-        snapshot = await stack.get_latest(request.path_params["user_id"])
+        user_id = request.path_params["user_id"]
+        snapshot = await stack.get_latest(user_id)
         if snapshot is None:
             return _error(request, 404, "USER_NOT_FOUND", "there is no state of this user")
+        if not is_state_of(snapshot, user_id):
+            raise not_of_user(user_id, Op.GET_LATEST, stack.name)
         return Response(snapshot.to_json(), media_type="application/json")
 
     async def delete(request: Request) -> Response:
@@ -140,12 +146,13 @@ def _routes(stack: StateStore) -> list[Route]:
 
     async def history(request: Request) -> Response:
         limit = _limit(request.query_params.get("limit"))
-        snapshots = await stack.get_history(request.path_params["user_id"], limit)
+        user_id = request.path_params["user_id"]
+        snapshots = check_history(await stack.get_history(user_id, limit), user_id, stack.name)
         body = b"[" + b",".join(snapshot.to_json() for snapshot in snapshots) + b"]"
         return Response(body, media_type="application/json")
 
     async def health(_: Request) -> Response:
-        report = await stack.health_report()
+        report = await report_of(stack)
         status = 503 if report.status is HealthStatus.UNHEALTHY else 200
         return JSONResponse(report.to_dict(), status_code=status)
 
@@ -212,7 +219,7 @@ async def _store_error(request: Request, exc: Exception) -> Response:
         return _error(request, 400, "VALIDATION_ERROR", str(exc))
     if isinstance(exc, UnavailableError | RejectedError | ErasureIncompleteError | ClosedError):
         wait = exc.retry_after if isinstance(exc, CircuitOpenError) else 1.0
-        headers = {"retry-after": str(max(1, round(wait)))}
+        headers = {"retry-after": str(max(1, math.ceil(min(wait, _LONGEST_WAIT))))}
         return _error(request, 503, "UNAVAILABLE", str(exc), headers)
     return _error(request, 500, "STORE_ERROR", str(exc))
 

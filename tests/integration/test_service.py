@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -20,10 +21,11 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from layered_store.errors import ConfigError
+from layered_store.errors import CircuitOpenError, ConfigError
 from layered_store.service import create_app
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
+from layered_store.testing import Scripted
 
 KEY = "a-key-for-tests"
 
@@ -335,6 +337,34 @@ def test_failed_starts_are_one_line(tmp_path: Path, shared: Service) -> None:
 def _client(stack: Any, **options: Any) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(create_app(stack, **options))
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+@pytest.mark.parametrize("answer", [StateSnapshot("u-2"), {"user_id": "u-2"}, "u-1"])
+async def test_what_is_not_the_users_state_never_leaves(answer: Any) -> None:
+    """A store from elsewhere may mix up its users; nobody on the network sees it."""
+
+    class Mixed(MemoryStore):
+        async def get_latest(self, user_id: str) -> Any:
+            return answer
+
+        async def get_history(self, user_id: str, limit: int) -> Any:
+            return [answer]
+
+    async with _client(Mixed()) as client:
+        for path in ("/v1/state/u-1", "/v1/state/u-1/history"):
+            response = await client.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (500, "STORE_ERROR")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"), [(0.0, "1"), (1.0, "1"), (2.2, "3"), (math.inf, "86400")]
+)
+async def test_retry_after_is_never_too_early(seconds: float, header: str) -> None:
+    """Whole seconds, rounded up: a caller that comes back earlier is refused again."""
+    stack = Scripted(CircuitOpenError(retry_after=seconds))
+    async with _client(stack) as client:
+        response = await client.get("/v1/state/u-1")
+    assert (response.status_code, response.headers["retry-after"]) == (503, header)
 
 
 async def test_routes() -> None:
