@@ -103,6 +103,14 @@ class Call(msgspec.Struct, eq=False):
             self.system_started,
         )
 
+    def anew(self) -> Call:
+        """Return this erasure for one more store, which is to erase whatever it did before.
+
+        A repeated erasure spares what was written since the first, in a store that knows the
+        repeat. Where another store decides, which may not, that would be left behind.
+        """
+        return self.again(os.urandom(16))
+
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
         return self.write_id[:12] + index.to_bytes(4, "big")

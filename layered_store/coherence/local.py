@@ -252,7 +252,9 @@ class LocalCopies:
         """
         self.doubt(user_id)
         try:
-            await self._tier.delete(user_id)
+            # The origin may have erased again what was written since an earlier attempt.
+            with call_continues(current_call(self._clock).anew()):
+                await self._tier.delete(user_id)
         except _CALLER_ERRORS:
             raise
         except Exception as exc:

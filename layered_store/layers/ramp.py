@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
-from layered_store.call import call_begins, call_continues
+from layered_store.call import call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
 from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
@@ -338,8 +338,9 @@ class Ramp(Layer):
                     # An erasure or a newer state won in inner; who knows what would here.
                     self._fall_behind(users)
                     return
+                own = call.again()
                 try:
-                    with call_continues(call.again()):
+                    with call_continues(own):
                         await _upsert(self._other, batch, op)
                 except Exception as exc:
                     self._fall_behind(users)
@@ -352,7 +353,10 @@ class Ramp(Layer):
                     self._doubt(users)  # cut off, it may still take effect
                     raise
                 else:
-                    self._catch_up(users)
+                    if own.superseded:  # it has something else for the latest state
+                        self._fall_behind(users)
+                    else:
+                        self._catch_up(users)
         finally:
             self._end(turns)
 
@@ -379,8 +383,9 @@ class Ramp(Layer):
             # Until both have erased, only inner tells the truth.
             self._fall_behind([user_id])
             for store in (self.inner, self._other):
+                erase = self._erase_other if store is self._other else store.delete
                 try:
-                    await store.delete(user_id)
+                    await erase(user_id)
                 except Exception as exc:  # noqa: BLE001  whatever it was, the other must erase
                     first = first or exc
                     nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
@@ -395,6 +400,11 @@ class Ramp(Layer):
             self._catch_up([user_id])
         finally:
             self._end(turns)
+
+    async def _erase_other(self, user_id: str) -> None:
+        # Inner may have erased again what was written since an earlier attempt.
+        with call_continues(current_call(self.clock).anew()):
+            await self._other.delete(user_id)
 
     async def _begin(self, user_id: str, turns: list[tuple[str, _Turn]]) -> None:
         """Wait for the user's other writes; until the end, reads stay on the side they are on."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from layered_store.call import Call, call_begins, call_continues
+from layered_store.call import Call, call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.local import NOT_HAPPENED
@@ -399,8 +399,9 @@ class Shadow(Layer):
                 raise StoreError("mirrored calls of this user run in another event loop")
             if lane.task is not None:
                 await asyncio.wait((lane.task,))
-            async with self.clock.timeout(self._timeout):
-                await self.candidate.delete(user_id)
+            with call_continues(current_call(self.clock).anew()):
+                async with self.clock.timeout(self._timeout):
+                    await self.candidate.delete(user_id)
         except Exception as exc:  # noqa: BLE001  whatever it was, the candidate may hold the user
             return exc
         return None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+
 from layered_store.call import _current, call_begins
 from layered_store.errors import UnavailableError
+from layered_store.interface import StateStore
 from layered_store.layers.cached import Cached
+from layered_store.layers.ramp import Ramp
 from layered_store.layers.retry import Retry
+from layered_store.layers.shadow import Shadow
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe
 from layered_store.stores.memory import MemoryStore
-from layered_store.testing.clock import FakeClock
+from layered_store.testing.clock import FakeClock, settle
+from layered_store.testing.faults import Faults
 
 WRITTEN = StateSnapshot("u-1", 7)
 
@@ -92,3 +102,71 @@ def test_describe_sums_up_the_staleness() -> None:
     (note,) = describe(unbounded)[0].notes
     assert note.startswith("other processes' writes may not show: the cache tier has no versions")
     assert note.endswith("up to 9 s older while inner is unavailable")
+
+
+class WithoutIds(StateStore):
+    """A store from elsewhere: each erasure erases, repeated or not."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, StateSnapshot] = {}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        self.states[snapshot.user_id] = snapshot
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return self.states.get(user_id)
+
+    async def delete(self, user_id: str) -> None:
+        self.states.pop(user_id, None)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda first, second: WriteThrough(second, origin=first),
+        lambda first, second: Ramp(first, alternative=second, share=1.0),
+        lambda first, second: Shadow(first, candidate=second),
+    ],
+)
+async def test_a_repeated_erasure_leaves_nothing_in_a_second_store_that_would_spare_it(
+    pair: Callable[[StateStore, StateStore], StateStore],
+) -> None:
+    """What was written between the attempts, the first store erases: so must the second."""
+    clock, kept = FakeClock(), MemoryStore()
+    second = Faults(kept, clock=clock)
+    stack = Retry(pair(WithoutIds(), second), base_delay=1, clock=clock)
+    await stack.upsert_latest(StateSnapshot("u-1", 1))
+    await settle()
+    second.fail(1, fault="error_after", operations=["delete"])
+    erasing = asyncio.create_task(stack.delete("u-1"))
+    await settle()
+    await stack.upsert_latest(WRITTEN)
+    await settle()
+    assert await kept.get_latest("u-1") == WRITTEN
+    await clock.advance(10)
+    await erasing
+    assert await stack.get_latest("u-1") is None
+    assert await kept.get_latest("u-1") is None
+    await stack.aclose()
+
+
+async def test_a_ramp_reads_what_was_written_last_where_its_other_store_knows_a_repeat() -> None:
+    """It takes the write for an old one, and inner does not: then inner is right."""
+    clock = FakeClock()
+    other = Faults(MemoryStore(), clock=clock)
+    ramp = Ramp(WithoutIds(), alternative=other, share=1.0, clock=clock)
+
+    class Most(random.Random):
+        def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+            return b
+
+    stack = Retry(ramp, base_delay=6, max_delay=6, random=Most(), clock=clock)
+    other.fail(1, fault="error_after", operations=["upsert_latest"])
+    writing = asyncio.create_task(stack.upsert_latest(WRITTEN))
+    await settle()
+    await stack.upsert_latest(StateSnapshot("u-1", 8))
+    await clock.advance(6)
+    await writing
+    assert await stack.get_latest("u-1") == WRITTEN
+    await stack.upsert_latest(StateSnapshot("u-1", 9))
+    assert ramp.behind == 0
