@@ -67,6 +67,8 @@ C = TypeVar("C")
 # Those that were given a cache object: two of them must not share one.
 _GIVEN: Final[weakref.WeakSet[Cached]] = weakref.WeakSet()
 _NEVER: Final = -math.inf
+_INDEX_ROOM: Final = 64
+"""How many more users are found by digest than a given cache holds before it is asked for whom."""
 _LEFT_OUT: Final = -1
 """In place of a version: of a user whom a batch left out, absent or with an unreadable record."""
 
@@ -293,6 +295,7 @@ class Cached(Layer):
         self._quarantine: dict[str, float] = {}
         self._refreshes: set[asyncio.Task[None]] = set()
         self._by_digest: dict[bytes, str] = {}
+        self._index_room = _INDEX_ROOM
         self._key_of: Callable[[str], bytes] = str.encode  # replaced when there is a channel
         self._hit_counts: list[HitCount] = []
         self._reads = Reads()
@@ -819,6 +822,8 @@ class Cached(Layer):
         if self._channel is not None:
             if digest is None:
                 digest = self._key_of(user_id)
+            if self.cache is not None and len(self._by_digest) >= self._index_room:
+                self._tidy_index()
             self._by_digest[digest] = user_id
         entry = _Entry(user_id, value, 0, 0, expires, deadline, version, digest)
         if self._s3 is not None:
@@ -866,6 +871,12 @@ class Cached(Layer):
             and user_id not in self._writing
         ):
             self._by_digest.pop(digest or self._key_of(user_id), None)
+
+    def _tidy_index(self) -> None:
+        """Forget the digests of users whom a given cache gave up: it does not say whom."""
+        for digest, user_id in list(self._by_digest.items()):
+            self._unindex(user_id, digest)
+        self._index_room = 2 * len(self._by_digest) + _INDEX_ROOM
 
     # What the invalidation channel tells (coherence.LeasedCache)
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import cachetools
 import pytest
 
 from layered_store.call import current_call
@@ -232,6 +233,22 @@ async def test_no_digest_is_kept_of_a_user_of_whom_nothing_is() -> None:
     for index in range(50):
         await cache.get_latest(f"v-{index}")
     assert len(cache._by_digest) == 2
+
+
+@pytest.mark.parametrize(
+    "cache", [cachetools.LRUCache(10), cachetools.TTLCache(10, 1e-9), cachetools.Cache(0)]
+)
+async def test_what_a_given_cache_gives_up_does_not_stay_behind(
+    cache: cachetools.Cache[Any, Any],
+) -> None:
+    """It tells nobody whom it evicts; those whom it holds are found by a notice all the same."""
+    cached, tier, _ = build(cache=cache)
+    for number in range(1_000):
+        await cached.upsert_latest(StateSnapshot(f"u-{number}"))
+        assert len(cached._by_digest) <= 2 * len(cache) + 65
+    for user_id in list(cache):
+        tier.channel.say(10_000, user_id)
+    assert not cache
 
 
 async def test_invalidation_off_and_required() -> None:
