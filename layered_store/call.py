@@ -13,7 +13,7 @@ import msgspec
 from layered_store.clock import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from layered_store.clock import Clock
     from layered_store.snapshot import StateSnapshot
@@ -41,6 +41,7 @@ class Call(msgspec.Struct, eq=False):
         fresh: whether no store was asked for it yet; see :meth:`first_attempt`.
         ended: set when the caller was answered; a task that was left behind begins calls of its
             own.
+        places: of a part of the caller's batch, where each of its snapshots stood in that.
     """
 
     write_id: bytes
@@ -53,6 +54,7 @@ class Call(msgspec.Struct, eq=False):
     unsure: bool = False
     fresh: bool = False
     ended: bool = False
+    places: tuple[int, ...] = ()
     _stored: list[Any] = []
 
     def began(self, clock: Clock) -> float:
@@ -101,7 +103,17 @@ class Call(msgspec.Struct, eq=False):
             self.clock,
             self.order,
             self.system_started,
+            places=self.places if write_id is None else (),
         )
+
+    def of(self, places: Iterable[int]) -> Call:
+        """Return this write for some of the snapshots of its batch, by their places in it.
+
+        Their ids are those of the whole, so that another attempt may divide it otherwise.
+        """
+        own = self.again()
+        own.places = tuple(self._place(index) for index in places)
+        return own
 
     def anew(self) -> Call:
         """Return this erasure for one more store, which is to erase whatever it did before.
@@ -113,7 +125,10 @@ class Call(msgspec.Struct, eq=False):
 
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
-        return self.write_id[:12] + index.to_bytes(4, "big")
+        return self.write_id[:12] + self._place(index).to_bytes(4, "big")
+
+    def _place(self, index: int) -> int:
+        return self.places[index] if index < len(self.places) else index
 
 
 _current: ContextVar[Call | None] = ContextVar("layered_store_call", default=None)

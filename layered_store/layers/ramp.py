@@ -312,11 +312,18 @@ class Ramp(Layer):
         if self.alternative is not None:
             await self._write(batch, Op.UPSERT_LATEST_MANY)
             return
-        with call_begins(), self._writing({each.user_id: None for each in batch}) as ways:
+        with call_begins() as call, self._writing({each.user_id: None for each in batch}) as ways:
             for way in (self.inner, self._other):
-                part = [each for each in batch if ways[each.user_id] is way]
+                part = {i: each for i, each in enumerate(batch) if ways[each.user_id] is way}
+                if len(part) == len(batch):
+                    await way.upsert_latest_many(batch)
+                    return
                 if part:
-                    await way.upsert_latest_many(part)
+                    own = call.of(part)
+                    with call_continues(own):
+                        await way.upsert_latest_many(list(part.values()))
+                    call.superseded |= own.superseded
+                    call.unsure |= own.unsure
 
     async def _write(self, batch: Sequence[StateSnapshot], op: Op) -> None:
         """Write to ``inner``, which acknowledges, then to the alternative."""

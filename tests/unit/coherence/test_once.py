@@ -11,11 +11,13 @@ import pytest
 from layered_store.call import _current, call_begins
 from layered_store.errors import UnavailableError
 from layered_store.interface import StateStore
+from layered_store.layer import Layer
 from layered_store.layers.cached import Cached
 from layered_store.layers.ramp import Ramp
 from layered_store.layers.retry import Retry
 from layered_store.layers.shadow import Shadow
 from layered_store.layers.write_through import WriteThrough
+from layered_store.sharing import place_of
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe
 from layered_store.stores.memory import MemoryStore
@@ -104,6 +106,13 @@ def test_describe_sums_up_the_staleness() -> None:
     assert note.endswith("up to 9 s older while inner is unavailable")
 
 
+class Most(random.Random):
+    """Draws the upper end."""
+
+    def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+        return b
+
+
 class WithoutIds(StateStore):
     """A store from elsewhere: each erasure erases, repeated or not."""
 
@@ -156,10 +165,6 @@ async def test_a_ramp_reads_what_was_written_last_where_its_other_store_knows_a_
     other = Faults(MemoryStore(), clock=clock)
     ramp = Ramp(WithoutIds(), alternative=other, share=1.0, clock=clock)
 
-    class Most(random.Random):
-        def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
-            return b
-
     stack = Retry(ramp, base_delay=6, max_delay=6, random=Most(), clock=clock)
     other.fail(1, fault="error_after", operations=["upsert_latest"])
     writing = asyncio.create_task(stack.upsert_latest(WRITTEN))
@@ -170,3 +175,23 @@ async def test_a_ramp_reads_what_was_written_last_where_its_other_store_knows_a_
     assert await stack.get_latest("u-1") == WRITTEN
     await stack.upsert_latest(StateSnapshot("u-1", 9))
     assert ramp.behind == 0
+
+
+async def test_a_batch_that_a_ramp_divides_otherwise_the_next_time_is_stored_once() -> None:
+    """The share changed between the attempts: each state keeps its id."""
+    clock, database = FakeClock(), MemoryStore()
+    users = sorted((f"u-{n}" for n in range(50)), key=place_of)
+    batch = [StateSnapshot(user_id, 1) for user_id in (users[-1], users[0], users[-1], users[1])]
+    below = Faults(database, delay=0.1, clock=clock)
+    ramp = Ramp(below, layer=Layer, share=0.5, clock=clock)
+    below.fail(1, fault="slow")  # the part outside the share
+    below.fail(1, fault="error_after")  # the one in it: the reply is lost
+    stack = Retry(ramp, base_delay=6, max_delay=6, random=Most(), clock=clock)
+    writing = asyncio.create_task(stack.upsert_latest_many(batch))
+    await clock.advance(2)
+    assert len(await database.get_history(users[0], 9)) == 1
+    ramp.share = 1.0
+    await clock.advance(10)
+    await writing
+    lengths = [len(await database.get_history(user_id, 9)) for user_id in users[:2] + users[-1:]]
+    assert lengths == [1, 1, 2]
