@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextvars import ContextVar
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -24,6 +25,9 @@ __all__ = ["Op", "StateStore"]
 
 C = TypeVar("C")
 T = TypeVar("T")
+
+_reporting: ContextVar[StateStore | None] = ContextVar("layered_store_reporting", default=None)
+"""The store whose health report asks for its health check."""
 
 
 class Op(StrEnum):
@@ -123,7 +127,8 @@ class StateStore(ABC):
 
     async def health_check(self) -> bool:
         """Tell whether the store can serve; never raises for an unhealthy backend."""
-        if type(self).health_report is StateStore.health_report:  # which asks here
+        own = type(self).health_report is not StateStore.health_report
+        if not own or _reporting.get() is self:  # the report asks here
             return True
         return (await report_of(self)).status is not HealthStatus.UNHEALTHY
 
@@ -136,7 +141,11 @@ class StateStore(ABC):
         probe = self.__dict__.get("_shared_probe")
         if probe is None:
             probe = self.__dict__["_shared_probe"] = SharedProbe(self.name)
-        return await probe.run(self.health_check)
+        return await probe.run(self._health_check_of_report)
+
+    async def _health_check_of_report(self) -> bool:
+        _reporting.set(self)  # in the probe's own context
+        return await self.health_check()
 
     async def open(self) -> None:  # noqa: B027  a store without a connection has nothing to do
         """Connect now what would connect on first use; safe to call again."""

@@ -354,6 +354,23 @@ class Reports(MemoryStore):
         return self.says
 
 
+async def test_a_report_that_adds_to_the_provided_one_does_not_ask_itself_for_ever() -> None:
+    """The provided report asks the provided check, which asks the store's own report."""
+
+    class Adds(MemoryStore):
+        async def health_check(self) -> bool:
+            return await StateStore.health_check(self)
+
+        async def health_report(self) -> HealthReport:
+            below = await StateStore.health_report(self)
+            return HealthReport("mine", min(below.status, DEGRADED, key=lambda s: s.level))
+
+    for store in (Adds(), Layer(Adds())):
+        assert await store.health_check() is True
+        report = await store.health_report()
+        assert report.status is DEGRADED
+
+
 FINE = HealthReport("fine", DEGRADED, 1.0, "slow")
 
 
