@@ -995,10 +995,17 @@ class Cached(Layer):
         self._lifetime = self._negative_lifetime = 0.0  # what still lands is not kept
         self._store.clear()
         self._by_digest.clear()
-        tasks = list(self._refreshes)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        here = asyncio.get_running_loop()
+        own = []
+        for task in tuple(self._refreshes):
+            loop = task.get_loop()
+            if loop is here:
+                task.cancel()
+                own.append(task)
+            else:
+                with contextlib.suppress(RuntimeError):  # it was closed
+                    loop.call_soon_threadsafe(task.cancel)
+        await asyncio.gather(*own, return_exceptions=True)
         await self._close_children()
 
 

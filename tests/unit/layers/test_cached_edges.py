@@ -13,7 +13,7 @@ import cachetools
 import pytest
 
 from layered_store.call import current_call
-from layered_store.errors import ConfigError, CorruptDataError, UnavailableError
+from layered_store.errors import ClosedError, ConfigError, CorruptDataError, UnavailableError
 from layered_store.explaining import Held
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
@@ -218,6 +218,38 @@ def test_a_batch_on_another_event_loop_loads_for_itself() -> None:
         assert found == {"u-1": OLD}
         assert loading.result(10) == OLD
     assert cache._flights == {}
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_refresh_on_another_event_loop_does_not_keep_from_closing(
+    closed: bool,  # noqa: FBT001
+) -> None:
+    """It is cancelled where it runs, if that loop still does; the store below is closed."""
+    clock = FakeClock()
+    inner = MemoryStore()
+    cache = Slow(inner, ttl=10, refresh_ahead=0.5, clock=clock)
+
+    async def first() -> None:
+        gate = Gate()
+        await cache.upsert_latest(OLD)
+        await clock.advance(6)
+        inner.get_latest = lambda _: gate.pass_through()  # type: ignore[method-assign, assignment]
+        assert await cache.get_latest("u-1") == OLD
+        await gate.entered.wait()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(first())
+    (refresh,) = cache._refreshes
+    if closed:
+        refresh._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.close()
+    asyncio.run(cache.aclose())
+    if not closed:
+        loop.run_until_complete(settle())
+        assert refresh.cancelled()
+        loop.close()
+    with pytest.raises(ClosedError):
+        asyncio.run(inner.upsert_latest(OLD))
 
 
 # Answers that are not the user's
