@@ -40,22 +40,25 @@ class Ending:
     """Closing that goes on to its end: who waits for it may be cancelled, or come again."""
 
     def __init__(self) -> None:
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, work: Coroutine[None, None, None]) -> None:
         """Begin to close on the running event loop."""
-        self._task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-        self._task.add_done_callback(_seen)
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
     async def wait(self) -> None:
         """Wait until what was begun on this event loop is closed."""
-        task = self._task
-        if task is not None and task.get_loop() is asyncio.get_running_loop():
-            await asyncio.wait((task,))
+        here = asyncio.get_running_loop()
+        tasks = [task for task in tuple(self._tasks) if task.get_loop() is here]
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
             if not task.cancelled():
                 task.result()
 
-
-def _seen(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()  # whoever waited for it may be gone
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: whoever waited for it may be gone

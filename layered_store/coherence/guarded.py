@@ -850,8 +850,8 @@ class GuardedCopies(Invalidations):
         tasks, self._tasks = self._tasks, []
         loop = self._loop
         if loop is not None and loop is not asyncio.get_running_loop():
-            for task in tasks:
-                if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it was closed
+                for task in tasks:
                     loop.call_soon_threadsafe(task.cancel)
             return
         for task in tasks:

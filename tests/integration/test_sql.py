@@ -600,3 +600,18 @@ async def test_a_close_whose_caller_is_cancelled_goes_on(url: str) -> None:
     await write
     assert not home.desks._idle
     assert home.engine.sync_engine.pool is not pool  # which was disposed of
+
+
+def test_closed_from_another_event_loop(url: str) -> None:
+    """The loop that has the connections closes them itself, as soon as it runs."""
+    store = SQLStore(url, **tables())
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(store.upsert_latest(state()))
+    ((_, home),) = store._access.homes.items()
+    pool = home.engine.sync_engine.pool
+    asyncio.run(store.aclose())
+    assert home.desks._idle
+    loop.run_until_complete(store.aclose())
+    assert not home.desks._idle
+    assert home.engine.sync_engine.pool is not pool  # which was disposed of
+    loop.close()

@@ -179,9 +179,17 @@ class Access:
         for home in homes:
             if home.loop is loop:
                 self._ending.begin(self._close(home))
-            elif self._given is None:
-                engines.drop(home.engine)
+            else:
+                self._close_elsewhere(home)
         await self._ending.wait()
+
+    def _close_elsewhere(self, home: engines.Home) -> None:
+        """Have another event loop close what is its own, as far as it still runs."""
+        try:
+            home.loop.call_soon_threadsafe(lambda: self._ending.begin(self._close(home)))
+        except RuntimeError:  # it was closed
+            if self._given is None:
+                engines.drop(home.engine)
 
     async def _close(self, home: engines.Home) -> None:
         try:
