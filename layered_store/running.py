@@ -24,7 +24,9 @@ def _remembered() -> asyncio.AbstractEventLoop:
     if hook is known and loop is not None:
         return loop
     loop = asyncio.get_running_loop()
-    _known = (hook, loop) if hook is not None else (None, None)
+    # A program's hook in its place would say the same on every loop.
+    own = getattr(hook, "__self__", None) is loop
+    _known = (hook, loop) if own else (None, None)
     return loop
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 
 import pytest
@@ -32,6 +33,21 @@ def test_it_is_the_loop_that_runs() -> None:
         assert loop.run_until_complete(same()) is loop
         asyncio.run(same())
     loop.close()
+
+
+def test_a_hook_of_the_program_tells_nothing() -> None:
+    """It may set one and the same on every event loop, to watch its generators."""
+
+    async def look() -> None:
+        before = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(firstiter=len, finalizer=before.finalizer)  # type: ignore[arg-type]
+        try:
+            await same()
+        finally:
+            sys.set_asyncgen_hooks(*before)
+
+    asyncio.run(look())
+    asyncio.run(look())
 
 
 def test_threads_have_their_own() -> None:
