@@ -98,15 +98,22 @@ class SharedProbe:
             # A context of its own: what belongs to the first caller is not the others'.
             task = loop.create_task(self._probe(check), context=contextvars.Context())
             probe = self._running[loop] = _Probe(task)
-            task.add_done_callback(lambda _: self._running.pop(loop, None))
+            task.add_done_callback(self._ended)
         probe.waiting += 1
         try:
             return await asyncio.shield(probe.task)
         finally:
             probe.waiting -= 1
             if not probe.waiting and not probe.task.done():
-                self._running.pop(loop, None)
+                self._ended(probe.task)
                 probe.task.cancel()
+
+    def _ended(self, task: asyncio.Task[HealthReport]) -> None:
+        """Forget a probe; the next one may be running by then."""
+        loop = task.get_loop()
+        probe = self._running.get(loop)
+        if probe is not None and probe.task is task:
+            del self._running[loop]
 
     async def _probe(self, check: Callable[[], Awaitable[bool]]) -> HealthReport:
         started = self._clock.monotonic()

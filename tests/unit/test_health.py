@@ -222,6 +222,23 @@ async def test_all_probers_are_cancelled() -> None:
     assert (check.asked, check.ended) == (2, 2)
 
 
+async def test_a_probe_begun_while_another_is_cut_off_is_shared_too() -> None:
+    """The end of the one before does not make it forgotten."""
+    probe, check = SharedProbe("X"), Asked()
+    cut_off = asyncio.create_task(probe.run(check))
+    await asyncio.sleep(0.001)
+    cut_off.cancel()
+    callers = [asyncio.create_task(probe.run(check))]
+    await asyncio.sleep(0.001)
+    callers.append(asyncio.create_task(probe.run(check)))
+    await asyncio.sleep(0.001)
+    assert check.asked == 2
+    check.gate.set()
+    for report in await asyncio.gather(*callers):
+        assert report.status is HEALTHY
+    assert not probe._running
+
+
 async def test_bounded() -> None:
     """A silent backend is unhealthy after the time limit, 1 s unless told otherwise."""
     clock = FakeClock()
