@@ -615,3 +615,90 @@ def test_closed_from_another_event_loop(url: str) -> None:
     assert not home.desks._idle
     assert home.engine.sync_engine.pool is not pool  # which was disposed of
     loop.close()
+
+
+FORKED = """
+import os, sqlite3, sys, threading
+from layered_store import ClosedError, SQLStore, StateSnapshot, SyncStore
+from layered_store.stores.sql import desks
+
+store = SyncStore(lambda: SQLStore("sqlite:///" + sys.argv[1]))
+(told, tell), (over, end) = os.pipe(), os.pipe()
+
+
+def put(user_id):
+    store.upsert_latest(StateSnapshot(user_id))
+
+
+def child(work):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+    except ClosedError as exc:
+        print(exc)
+    finally:
+        sys.stdout.flush()
+        os.write(tell, b"x")
+        os._exit(0)
+
+
+def writes():
+    put("before")
+    os.write(tell, b"x")
+    os.read(over, 1)
+    put("after")
+    store.close()
+
+
+put("parent")
+"""
+WHILE_IDLE = """
+pid = child(writes)
+os.read(told, 1)
+store.close()
+os.write(end, b"x")
+os.waitpid(pid, 0)
+"""
+WHILE_BUSY = """
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute("BEGIN IMMEDIATE")
+busy = threading.Thread(target=put, args=("busy",))
+busy.start()
+while not any(each.busy for each in desks._alive):
+    pass
+pid = child(lambda: put("child"))
+os.waitpid(pid, 0)
+other.execute("ROLLBACK")
+busy.join()
+store.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("script", "said", "kept"),
+    [
+        (WHILE_IDLE, "", ["after", "before", "parent"]),
+        (WHILE_BUSY, "fork between calls", ["busy", "parent"]),
+    ],
+)
+def test_forked_children_write_the_same_file(
+    tmp_path: Path, script: str, said: str, kept: list[str]
+) -> None:
+    """What a child wrote stands when the parent closed the file meanwhile; or the child is told."""
+    path = tmp_path / "states.db"
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", FORKED + script, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert said in done.stdout
+    assert bool(said) == bool(done.stdout)
+    assert not done.stderr
+    with sqlite3.connect(path) as file:
+        found = file.execute("SELECT user_id FROM layered_store_latest ORDER BY user_id")
+        assert [user_id for (user_id,) in found] == kept

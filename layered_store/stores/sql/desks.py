@@ -7,18 +7,22 @@ out through its pool costs more than a read does.
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.clock import SYSTEM_CLOCK
+from layered_store.errors import ClosedError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from layered_store.clock import Clock
 
-__all__ = ["Desk", "Desks"]
+__all__ = ["Desk", "Desks", "let_go_of_parents"]
 
 
 class Desk:
@@ -62,6 +66,7 @@ class Desks:
         self._idle: list[Desk] = []
         self._ending: set[asyncio.Task[None]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
+        _alive.add(self)
 
     async def take(self) -> Desk:
         """Return a connection; :meth:`give` it back."""
@@ -161,3 +166,48 @@ class Desks:
             if not future.done():
                 future.set_result(None)
                 return
+
+    def let_go(self, path: Path) -> None:
+        """Close a parent's connections to an SQLite file."""
+        url = self._engine.sync_engine.url
+        if url.get_backend_name() != "sqlite" or not url.database:
+            return
+        if self.busy and Path(url.database).resolve() == path:
+            raise ClosedError(
+                "this process was forked in the midst of a call on the same SQLite file; fork"
+                " between calls, or start new processes by 'spawn'"
+            )
+        for desk in self._idle:
+            with suppress(Exception):
+                desk.driver._conn.close()  # noqa: SLF001
+
+
+_alive: Final[weakref.WeakSet[Desks]] = weakref.WeakSet()
+_parents: Final[list[Desks]] = []
+
+
+def let_go_of_parents(database: str) -> None:
+    """In a child of ``os.fork``: close the parent's connections to an SQLite file, to open it anew.
+
+    While they are open here, SQLite takes the parent's locks for this process's own: the parent
+    then removes a log that the child still writes to, and what was written is lost.
+
+    Source: https://www.sqlite.org/howtocorrupt.html, section 2.6
+
+    Raises:
+        ClosedError: one was in use at that moment, and cannot be closed.
+    """
+    if _parents:
+        path = Path(database).resolve()
+        for desks in _parents:
+            desks.let_go(path)
+
+
+def _forked() -> None:
+    # Kept: whatever else is collected with them would speak on the parent's connections.
+    _parents.extend(_alive)
+    _alive.clear()
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere than on Windows
+    os.register_at_fork(after_in_child=_forked)

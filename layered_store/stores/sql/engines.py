@@ -17,6 +17,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ConfigError
+from layered_store.stores.sql.desks import let_go_of_parents
 from layered_store.stores.sql.dialects import FAMILIES
 
 if TYPE_CHECKING:
@@ -213,7 +214,9 @@ async def _open_sqlite(*args: Any, **options: Any) -> Any:
     """
     import aiosqlite  # noqa: PLC0415  only where it is the driver
 
-    connection = aiosqlite.connect(*args, **options)
+    let_go_of_parents(args[0])
+    # One thread uses it; only a forked child closes it, where that thread is not.
+    connection = aiosqlite.connect(*args, **{"check_same_thread": False, **options})
     thread: Any = getattr(connection, "_thread", connection)  # which it was itself before 0.22
     thread.daemon = True
     try:
