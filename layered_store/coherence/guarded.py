@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import logging
 import os
+import threading
 import weakref
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -110,6 +111,8 @@ class GuardedCopies(Invalidations):
         # Its name among those that share the tier.
         self._me = os.urandom(8).hex()
         _alive.add(self)
+        # Whoever forgets what is old: event loops of several threads.
+        self._lock = threading.Lock()
         self._caches: list[LeasedCache] = []
         # The highest version seen of each user: what the tier holds below it is not shown.
         self._floors: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -318,11 +321,12 @@ class GuardedCopies(Invalidations):
         if isinstance(exc, NOT_HAPPENED):
             return
         now = self._clock.monotonic()
-        for user_id in user_ids:
-            self._doubtful.pop(user_id, None)
-            self._doubtful[user_id] = now + QUARANTINE_SECONDS
-        while self._doubtful[first := next(iter(self._doubtful))] <= now:
-            del self._doubtful[first]
+        with self._lock:
+            for user_id in user_ids:
+                self._doubtful[user_id] = now + QUARANTINE_SECONDS
+                self._doubtful.move_to_end(user_id)
+            while self._doubtful[first := next(iter(self._doubtful))] <= now:
+                del self._doubtful[first]
         self._kick()  # the others follow with the next pass
 
     async def _fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
@@ -480,14 +484,16 @@ class GuardedCopies(Invalidations):
 
     def _note_behind(self, user_id: str) -> None:
         digest = self._authority.digest(user_id)
-        self._unrepaired.pop(digest, None)
-        self._unrepaired[digest] = self._clock.monotonic()
-        if len(self._unrepaired) > MAX_UNREPAIRED:
-            self._unrepaired.popitem(last=False)
+        with self._lock:
+            self._unrepaired.pop(digest, None)
+            self._unrepaired[digest] = self._clock.monotonic()
+            if len(self._unrepaired) > MAX_UNREPAIRED:
+                self._unrepaired.popitem(last=False)
 
     def _note_even(self, user_id: str) -> None:
         if self._unrepaired:
-            self._unrepaired.pop(self._authority.digest(user_id), None)
+            with self._lock:
+                self._unrepaired.pop(self._authority.digest(user_id), None)
 
     def _note_trusted(self) -> None:
         """Note that the tier is trusted: the pass behind it began at most so long ago, anywhere."""
@@ -496,8 +502,9 @@ class GuardedCopies(Invalidations):
 
     def _note_repaired(self, since: float) -> None:
         """Forget what fell behind before ``since``: a pass that began then has repaired it."""
-        while self._unrepaired and next(iter(self._unrepaired.values())) < since:
-            self._unrepaired.popitem(last=False)
+        with self._lock:
+            while self._unrepaired and next(iter(self._unrepaired.values())) < since:
+                self._unrepaired.popitem(last=False)
 
     # Floors: this process never shows less than it has seen
 
@@ -506,11 +513,15 @@ class GuardedCopies(Invalidations):
 
     def _raise_floor(self, user_id: str, version: int) -> None:
         now, floors = self._monotonic(), self._floors
-        known = floors.pop(user_id, _NO_FLOOR)[0]
-        if version:
-            floors[user_id] = (max(known, version), now + FLOOR_SECONDS)
-        while floors and floors[first := next(iter(floors))][1] <= now:
-            del floors[first]
+        with self._lock:
+            if version:
+                known = floors.get(user_id, _NO_FLOOR)[0]
+                floors[user_id] = (max(known, version), now + FLOOR_SECONDS)
+                floors.move_to_end(user_id)
+            else:
+                floors.pop(user_id, None)
+            while floors and floors[first := next(iter(floors))][1] <= now:
+                del floors[first]
 
     # Channel and leases (coherence.Invalidations)
 
@@ -812,6 +823,7 @@ class GuardedCopies(Invalidations):
         Under one name, an erasure by one process would not wait for the lease of another.
         """
         self._me = os.urandom(8).hex()
+        self._lock = threading.Lock()  # the parent's may be held by a thread that is not here
         self._registered = False
         self._loop = self._steady = None
         # They would speak on the parent's connections, at the latest when they are collected.

@@ -381,10 +381,11 @@ class Cached(Layer):
                 self._reads.miss += 1
                 return result  # type: ignore[no-any-return]
         elif flight is None or flight.loop.is_closed():
-            check_user_id(user_id, Op.GET_LATEST)
-            flight = self._flights[user_id] = _Flight(loop)
-            if self._channel is not None:
-                self._index(user_id, flight)
+            if self._channel is None:
+                check_user_id(user_id, Op.GET_LATEST)
+                flight = self._flights[user_id] = _Flight(loop)
+            else:
+                flight = self._takeoff(user_id, loop)
         else:
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
             flight = _Flight(loop)
@@ -477,9 +478,11 @@ class Cached(Layer):
 
     def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Flight:
         check_user_id(user_id, Op.GET_LATEST)
-        flight = self._flights[user_id] = _Flight(loop)
-        if self._channel is not None:
-            self._index(user_id, flight)
+        flight = _Flight(loop)
+        with self._lock:
+            self._flights[user_id] = flight
+            if self._channel is not None:
+                self._index(user_id, flight)
         return flight
 
     def _index(self, user_id: str, flight: _Flight) -> None:
@@ -565,8 +568,7 @@ class Cached(Layer):
             if value is not None and not is_state_of(value, user_id):
                 # Left out of the batch; whoever asked for this user alone is told.
                 found[user_id] = None
-                if self._leave_flight(user_id, flight):
-                    self._unindex(user_id)
+                self._leave_flight(user_id, flight)
                 flight.land(_Failure(not_of_user(user_id, Op.GET_LATEST, self.name)))
                 continue
             if value is None and flight.any_waits():
@@ -611,6 +613,7 @@ class Cached(Layer):
             if self._flights.get(user_id) is not flight:
                 return False
             del self._flights[user_id]
+            self._unindex(user_id)
             return True
 
     def _received(self, result: Any) -> StateSnapshot | None:
@@ -636,7 +639,6 @@ class Cached(Layer):
         if old is not None:
             flight.land(_Stale(old, exc))
             return old
-        self._unindex(user_id)
         flight.land(_Failure(exc))
         return None
 
@@ -666,8 +668,8 @@ class Cached(Layer):
 
     def _abandoned(self, user_id: str, flight: _Flight) -> None:
         """The loading caller was cancelled: the next one loads, or nobody."""
-        if not flight.hand_over() and self._leave_flight(user_id, flight):
-            self._unindex(user_id)
+        if not flight.hand_over():
+            self._leave_flight(user_id, flight)
 
     def _refresh(self, user_id: str) -> None:
         """Load a user in the background, unless somebody is loading or writing it already."""
@@ -993,8 +995,9 @@ class Cached(Layer):
         if self._channel is not None:
             self._channel.detach(self)
         self._lifetime = self._negative_lifetime = 0.0  # what still lands is not kept
-        self._store.clear()
-        self._by_digest.clear()
+        with self._lock:
+            self._store.clear()
+            self._by_digest.clear()
         here = asyncio.get_running_loop()
         own = []
         for task in tuple(self._refreshes):

@@ -8,6 +8,7 @@ set meanwhile; what then cannot be told is refused, never guessed.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -107,6 +108,8 @@ class KnownErasures:
         self._most = most
         # By digest: the tombstone's version, when it was noted, its order, whether it is our own.
         self._known: OrderedDict[bytes, tuple[int, float, int, bool]] = OrderedDict()
+        # Whoever forgets what is old: event loops of several threads.
+        self._lock = threading.Lock()
         # The database's clock against ours, and what it was before somebody set it.
         self._now = Began()
         self._old: Began | None = None
@@ -253,9 +256,10 @@ class KnownErasures:
     def _note(self, digest: bytes, version: int, order: int, *, own: bool) -> None:
         now = self._clock.monotonic()
         erasures = self._known
-        erasures.pop(digest, None)
-        erasures[digest] = (version, now, order, own)
-        for _ in range(2):
-            oldest = next(iter(erasures.values()))
-            if len(erasures) > self._most or oldest[1] < now - self._seconds:
-                erasures.popitem(last=False)
+        with self._lock:
+            erasures.pop(digest, None)
+            erasures[digest] = (version, now, order, own)
+            for _ in range(2):
+                oldest = next(iter(erasures.values()))
+                if len(erasures) > self._most or oldest[1] < now - self._seconds:
+                    erasures.popitem(last=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -405,3 +406,32 @@ async def test_one_read_of_several_that_fails_leaves_none_running(world: World) 
     with pytest.raises(StoreError):
         await world.guard.upsert_latest_many([state("u-1"), state("u-2")])
     assert world.tier.log.count("put") == 2
+
+
+class Meanwhile(OrderedDict[str, tuple[int, float]]):
+    """Has something done in another thread whenever somebody looks for its oldest entry."""
+
+    done: Callable[[], None] | None = None
+    thread = threading.Thread()
+
+    def __iter__(self) -> Iterator[str]:
+        found = super().__iter__()
+        done, self.done = self.done, None
+        if done is not None:
+            self.thread = threading.Thread(target=done)
+            self.thread.start()
+            self.thread.join(0.2)  # it cannot end before, when one waits for the other
+        return found
+
+
+async def test_event_loops_of_two_threads_forget_what_is_old_at_the_same_time(
+    world: World,
+) -> None:
+    """What one of them was told of is not raised as an error by the other."""
+    guard = world.guard
+    guard._floors = floors = Meanwhile(guard._floors)
+    floors.done = lambda: guard._raise_floor("u-2", 7)
+    await guard.upsert_latest(state())
+    floors.thread.join()
+    assert guard._floor("u-2") == 7
+    assert guard._floor("u-1") > 0

@@ -13,6 +13,7 @@ import cachetools
 import pytest
 
 from layered_store.call import current_call
+from layered_store.coherence.contract import Notice
 from layered_store.errors import ClosedError, ConfigError, CorruptDataError, UnavailableError
 from layered_store.explaining import Held
 from layered_store.interface import Op
@@ -39,6 +40,13 @@ class Slow(Cached):
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         return await super().get_latest(user_id)
+
+
+class Told:
+    """A channel, as far as a cache asks it."""
+
+    def detach(self, cache: Cached) -> None:
+        """Do nothing."""
 
 
 def counted(cache: Cached) -> dict[str, float]:
@@ -250,6 +258,30 @@ def test_a_refresh_on_another_event_loop_does_not_keep_from_closing(
         loop.close()
     with pytest.raises(ClosedError):
         asyncio.run(inner.upsert_latest(OLD))
+
+
+async def test_a_load_begins_in_another_thread_while_the_channel_is_lost() -> None:
+    """The channel still finds it: nothing that it told of meanwhile is kept."""
+    cache = Cached(MemoryStore(), fallback=MemoryStore())
+    cache._channel = Told()  # type: ignore[assignment]
+    loop = asyncio.get_running_loop()
+    threads: list[threading.Thread] = []
+
+    class Writing(dict[str, Any]):
+        def __contains__(self, user_id: object) -> bool:
+            if not threads:
+                threads.append(threading.Thread(target=cache._takeoff, args=("u-2", loop)))
+                threads[0].start()
+                threads[0].join(0.2)  # it cannot end before, when one waits for the other
+            return False
+
+    cache._writing = Writing()
+    cache._by_digest = {b"u-1": "u-1"}
+    cache.distrust()
+    threads[0].join()
+    assert cache._by_digest == {b"u-2": "u-2"}
+    cache.invalidate(Notice(b"u-2", 1))
+    assert not cache._flights
 
 
 # Answers that are not the user's
