@@ -23,9 +23,10 @@ erasure_complete     INFO    a delete finished everywhere again
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Final
 
-__all__ = ["EVENTS", "log_event"]
+__all__ = ["EVENTS", "log_event", "log_warning"]
 
 EVENTS: Final = {
     "circuit_opened": logging.WARNING,
@@ -54,4 +55,11 @@ def log_event(event: str, **facts: str | float) -> None:
     level = EVENTS[event]
     if _log.isEnabledFor(level):
         text = "".join(f" {key}={value}" for key, value in facts.items())
-        _log.log(level, "%s%s", event, text, extra={"event": event, "facts": facts})
+        with suppress(Exception):  # a program's filter or handler must not fail a call
+            _log.log(level, "%s%s", event, text, extra={"event": event, "facts": facts})
+
+
+def log_warning(text: str, *values: object) -> None:
+    """Log what is no event but should be looked at, such as a bug in a third party's store."""
+    with suppress(Exception):
+        _log.warning(text, *values)

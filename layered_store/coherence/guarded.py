@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import logging
 import os
 import threading
 import weakref
@@ -31,7 +30,7 @@ from layered_store.errors import (
     StoreTimeoutError,
     ValidationError,
 )
-from layered_store.events import log_event
+from layered_store.events import log_event, log_warning
 from layered_store.running import running_loop
 from layered_store.stats import Reads
 
@@ -54,8 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["GuardedCopies"]
 
 T = TypeVar("T")
-
-_log = logging.getLogger("layered_store")
 
 REPAIR_SECONDS: Final = 0.25
 """Pause between repair passes."""
@@ -601,7 +598,7 @@ class GuardedCopies(Invalidations):
             except StoreError:
                 pass
             except Exception as exc:  # noqa: BLE001  a third party's store: listening must go on
-                _log.warning("the invalidation channel failed: %s", type(exc).__name__)
+                log_warning("the invalidation channel failed: %s", type(exc).__name__)
             finally:
                 self._distrust()
                 self._leased_until = float("-inf")
@@ -689,7 +686,7 @@ class GuardedCopies(Invalidations):
                 self.failures["repair"] += 1
             except Exception as exc:  # noqa: BLE001  a third party's store: repair must go on
                 self.failures["repair"] += 1
-                _log.warning("a repair pass of the cache tier failed: %s", type(exc).__name__)
+                log_warning("a repair pass of the cache tier failed: %s", type(exc).__name__)
             self._begun(repaired=True)
             await self._wait(self._repair_now, REPAIR_SECONDS)
             # While the tier is away each write asks for a pass; they share one.

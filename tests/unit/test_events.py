@@ -11,6 +11,7 @@ import pytest
 from layered_store import CircuitBreaker, Fallback, MemoryStore, StateSnapshot, WriteThrough, events
 from layered_store.errors import ErasureIncompleteError, RejectedError, UnavailableError
 from layered_store.events import EVENTS, log_event
+from layered_store.health import HealthStatus
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.scripted import Scripted
 
@@ -94,3 +95,28 @@ def test_every_event_is_in_the_table() -> None:
     assert {name: getattr(logging, level) for name, level in rows} == EVENTS
     with pytest.raises(KeyError):
         log_event("something_else")
+
+
+async def test_a_filter_that_raises_fails_no_call() -> None:
+    """Nor does it leave a breaker half open for ever, or take the place of the store's error."""
+
+    def broken(_: logging.LogRecord) -> bool:
+        raise OSError
+
+    log = logging.getLogger("layered_store")
+    log.addFilter(broken)
+    try:
+        clock = FakeClock()
+        failing = [UnavailableError("away")] * 2
+        breaker = CircuitBreaker(
+            Scripted(*failing, None), failure_share=0.5, minimum_calls=2, open_for=5, clock=clock
+        )
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await breaker.get_latest("u-1")
+        await clock.advance(5)
+        assert await breaker.get_latest("u-1") is None
+        assert (await breaker.health_report()).status is HealthStatus.HEALTHY
+        events.log_warning("looked at: %s", 1)
+    finally:
+        log.removeFilter(broken)
