@@ -620,9 +620,7 @@ class RedisTier(CacheTier):
         try:
             return await work
         except Exception as exc:
-            raise UnavailableError(
-                "the connection to the cache tier was lost", layer=self._store.name
-            ) from exc
+            raise self._store.refusal(exc, "command") from exc
 
     # Names
 

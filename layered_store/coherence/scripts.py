@@ -14,6 +14,9 @@ Set back, it lasts longer than it was given, which shows by its time left: then 
 Any key may hold something else, written by another program: it then counts as missing and is
 replaced. A lock that never runs out is none of ours.
 
+A server that is full (``maxmemory``, nothing evicted) takes nothing new: what cannot be stored is
+removed at least, and told of. A script that was let remove something may then go on to write.
+
 Each script is loaded behind a head (:func:`source`) that names the server run it was loaded on.
 """
 
@@ -91,6 +94,9 @@ local function tell(channel, version, erased, digest)
   local notice = {'i', text(now()), version, erased, server, digest}
   redis.call(publish, channel, table.concat(notice, '|'))
 end
+local function keep(key, value, life)
+  if redis.pcall('SET', key, value, 'PX', life).err then redis.call('DEL', key) end
+end
 local function plain(key)
   local r = redis.pcall('GET', key)
   if type(r) == 'string' then return r end
@@ -121,6 +127,7 @@ local function trust(key)
   return false
 end
 local function holders(key)
+  redis.pcall('HDEL', key, '')
   local t = now()
   register(key, t)
   return {text(t), redis.call('HGET', key, 'born'), redis.call('HGETALL', key)}
@@ -165,11 +172,11 @@ local may = g and string.sub(g, 1, 16) == ARGV[3]
 local r, kind = fetch(KEYS[1])
 if r then
   if kind == 'T' then
-    if may and r == ARGV[2] then redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[5])
+    if may and r == ARGV[2] then keep(KEYS[1], ARGV[4], ARGV[5])
     else redis.call('DEL', KEYS[1]) end
   elseif kind == 'S' or kind == 'F' or kind == 'D' then
     if version(r) < tonumber(ARGV[1]) or (g and generation(r) ~= string.sub(g, 1, 16)) then
-      if may and generation(r) == ARGV[3] then redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[5])
+      if may and generation(r) == ARGV[3] then keep(KEYS[1], ARGV[4], ARGV[5])
       else redis.call('DEL', KEYS[1]) end
     elseif kind == 'F' and version(r) == tonumber(ARGV[1]) then
       redis.call('SETRANGE', KEYS[1], 3, 'S')
@@ -193,7 +200,7 @@ local r, kind = fetch(KEYS[1])
 local copy = r and (kind == 'S' or kind == 'F' or kind == 'D')
 if copy and g and generation(r) == string.sub(g, 1, 16) then
   if version(r) <= tonumber(ARGV[1]) then
-    redis.call('SET', KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], 'PX', ARGV[4])
+    keep(KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], ARGV[4])
   end
 elseif r then
   redis.call('DEL', KEYS[1])

@@ -23,6 +23,7 @@ from layered_store import (
     StoreError,
     Timeout,
     UnavailableError,
+    find,
 )
 from layered_store.coherence import guarded
 
@@ -328,6 +329,37 @@ async def test_case_12_tombstones_and_tokens_that_redis_evicts(tmp_path: Path) -
             await asyncio.sleep(TRUST_SECONDS + 1)
             for user, value in latest.items():
                 assert await number(two, user) == value
+
+
+async def test_a_full_redis_shows_no_older_state_and_nobody_who_was_erased(tmp_path: Path) -> None:
+    """It takes nothing and removes what it is told to, so writes and erasures reach everybody."""
+    sql = f"sqlite+aiosqlite:///{tmp_path}/states.db"
+    with serving(start_redis) as server, redis.Redis(port=server.port, protocol=2) as client:
+        async with (
+            build(redis_url(server.port), sql) as one,
+            build(redis_url(server.port), sql) as two,
+        ):
+            for user in ("kept", "erased"):
+                await one.upsert_latest(state(user, 1))
+                await trusted(two, user)
+            # The tier is full while it is trusted and an in-process cache holds the state.
+            await leased(two, "kept")
+            client.config_set("maxmemory", 1)
+            await one.upsert_latest(state("kept", 2))
+
+            async def told() -> bool:
+                return await number(two, "kept") == 2
+
+            # And not when a lease runs out.
+            assert await until(told, "the new state") < 0.5
+            for user in ("erased", "never-seen"):
+                await one.delete(user)
+                assert await number(two, user) is None
+            (tier,) = find(one, RedisStore)
+            assert not client.exists(tier.key(tier.digest("erased")))
+            client.config_set("maxmemory", 0)
+            await trusted(two, "kept")
+            assert await number(two, "kept") == 2
 
 
 async def test_case_54_a_cold_redis_is_no_stampede(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ are.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import OverloadedError, StoreError, StoreTimeoutError, UnavailableError
@@ -21,16 +22,29 @@ __all__ = [
 ]
 
 
+# A command inside of a script that was refused: for want of rights, or (by Redis before 7, which
+# puts its own words in front) for what the script's reply would else begin with.
+_NO_RIGHTS: Final = re.compile(r"ACL failure in script|he user executing the script can't ").search
+_INSIDE: Final = re.compile(r"Error running script .*?: -([A-Z]+) ").search
+
+
+def _code_of(text: str) -> str:
+    if _NO_RIGHTS(text):
+        return "NOPERM"
+    inside = _INSIDE(text)
+    code = inside[1] if inside else text.split(" ", 1)[0]
+    return code if code.isalpha() and code.isupper() else "ERR"
+
+
 class ReplyError(Exception):
-    """An error reply; holds its first word only, since the rest may show data."""
+    """An error reply; holds its code only, since the rest may show data."""
 
     def __init__(self, text: str = "") -> None:
-        code = text.split(" ", 1)[0]
-        super().__init__(code if code.isalpha() and code.isupper() else "ERR")
+        super().__init__(_code_of(text))
 
     @property
     def code(self) -> str:
-        """The first word of the reply, such as ``"OOM"``."""
+        """What kind of error it is, such as ``"OOM"``."""
         return str(self.args[0])
 
 
@@ -115,6 +129,9 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
         return inner
     name = type(exc).__name__
     code = exc.code if isinstance(exc, ReplyError) else _CLASSES.get(name)
+    if code is None and name == "ResponseError":
+        code = _code_of(str(exc))  # what fails inside of a script has no class of its own
+        code = code if code in _REPLIES else None
     if code in _REPLIES:
         text, retryable = _REPLIES[code]
         return UnavailableError(f"{text} ({code})", retryable=retryable, **place)

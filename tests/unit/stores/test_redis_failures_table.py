@@ -33,6 +33,15 @@ def caused(error: Exception, *causes: BaseException) -> Exception:
     return error
 
 
+# How Redis tells what failed inside of a script; before version 7 in words of its own.
+BEFORE_7 = "Error running script (call to f_0f3): @user_script:9: @user_script: 9: "
+INSIDE = [
+    (f"{BEFORE_7}-OOM command not allowed", "(maxmemory)", "OOM", True),
+    (f"{BEFORE_7}-READONLY You can't write", "is a read-only replica", "READONLY", True),
+    (f"ACL failure in script: User {SECRET} has no permissions", "and rights", "NOPERM", False),
+    ("The user executing the script can't run this command", "and rights", "NOPERM", False),
+    (f"{BEFORE_7}The user executing the script can't access", "and rights", "NOPERM", False),
+]
 ERRORS: list[tuple[Exception, type[StoreError], str, bool, bool]] = [
     # (the error, our class, a part of the text, whether to repeat, whether the end is unknown)
     (driver.MaxConnectionsError(SECRET), OverloadedError, "all connections", True, False),
@@ -47,6 +56,12 @@ ERRORS: list[tuple[Exception, type[StoreError], str, bool, bool]] = [
     (driver.ResponseError(SECRET), StoreError, "command (ResponseError)", False, False),
     (ReplyError(f"WRONGTYPE {SECRET}"), StoreError, "command (WRONGTYPE)", False, False),
     (ReplyError(SECRET), StoreError, "command (ERR)", False, False),
+    (ReplyError(f"ERR {SECRET}"), StoreError, "command (ERR)", False, False),
+    *(
+        (error, UnavailableError, f"{text} ({code})", retryable, False)
+        for reply, text, code, retryable in INSIDE
+        for error in (ReplyError(f"ERR {reply}"), driver.ResponseError(reply))
+    ),
     (MasterNotFoundError(SECRET), UnavailableError, "no Sentinel knows", True, False),
     (
         driver.ConnectionError(f"SSLError CERTIFICATE_VERIFY_FAILED {SECRET}"),
