@@ -18,6 +18,7 @@ from tests.chaos.proxy import Mode, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 SERVERS = ["postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql"]
 
@@ -166,3 +167,48 @@ async def test_a_write_that_the_server_cut_off_did_not_happen(postgres_url: str)
     assert found is not None
     assert found.get_axis("a") == 0.1
     await store.aclose()
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "moved"])
+async def test_a_file_that_is_no_longer_there_is_told_at_once(how: str, tmp_path: Path) -> None:
+    """SQLite would go on with it, and all that it acknowledged would be gone with the process."""
+    path, away = tmp_path / "states.db", tmp_path / "away.db"
+    store = SQLStore(f"sqlite+aiosqlite:///{path}")
+    await store.upsert_latest(state("u", 0.1))
+    assert await store.health_check()
+    if how == "replaced":
+        other = SQLStore(f"sqlite+aiosqlite:///{tmp_path}/other.db")
+        await other.upsert_latest(state("v", 0.9))
+        await other.aclose()
+        for name in ("states.db-wal", "states.db-shm"):
+            (tmp_path / name).unlink()
+        (tmp_path / "other.db").replace(path)
+    elif how == "moved":
+        path.rename(away)
+    else:
+        path.unlink()
+    calls = [
+        store.upsert_latest(state("u", 0.2)),
+        store.upsert_latest_many([state("u", 0.2), state("w")]),
+        store.delete("u"),
+        store.get_latest("u"),
+        store.get_latest_many(["u", "v"]),
+        store.get_history("u", 5),
+    ]
+    for call in calls:
+        with pytest.raises(UnavailableError, match="moved, replaced or deleted") as caught:
+            await call
+        assert not caught.value.retryable
+        assert not caught.value.outcome_unknown
+    assert not await store.health_check()
+    if how == "moved":
+        away.rename(path)
+        found = await store.get_latest("u")
+        assert found is not None
+        assert found.get_axis("a") == 0.1
+        await store.upsert_latest(state("u", 0.3))
+    await store.aclose()
+    if how == "replaced":
+        anew = SQLStore(f"sqlite+aiosqlite:///{path}")
+        assert await anew.get_latest("v") is not None
+        await anew.aclose()

@@ -8,6 +8,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from sqlalchemy import event
+
 from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
 from layered_store.running import Ending, running_loop
@@ -91,6 +93,7 @@ class Access:
         self._one_connection = engines.in_memory(address)
         self.tables = build_tables(latest_table, history_table, family)
         self.statements = Statements(self.tables, family)
+        self._file = lite.DatabaseFile()
         self._lite = lite.LiteStatements(self.statements) if family == "sqlite" else None
         self._asyncpg = (
             postgres.PostgresStatements(self.tables, NOW_US["postgresql"], XID)
@@ -156,9 +159,12 @@ class Access:
         return home
 
     def _build(self) -> AsyncEngine:
-        return engines.build_engine(
+        engine = engines.build_engine(
             self._address, size=self._pool_size, wait=self._timeout, prepares=self._prepares
         )
+        if self._lite is not None:
+            event.listen(engine.sync_engine, "do_connect", lambda *_: self._file.check())
+        return engine
 
     def _refuse_loop(self) -> None:
         remedy = (
@@ -222,7 +228,9 @@ class Access:
 
         async def work(desk: Desk) -> Any:
             if self._lite is not None:
-                return await lite.in_thread(desk.driver, lite.read_rows, self._lite, digests)
+                return await lite.in_thread(
+                    desk.driver, self._file, lite.read_rows, self._lite, digests
+                )
             if self._asyncpg is not None:
                 return await postgres.read_rows(desk.driver, self._asyncpg, digests)
             session.connection = desk.connection
@@ -293,8 +301,9 @@ class Access:
             async def in_thread(desk: Desk) -> list[Any] | None:
                 follows = self._erasures.follows
                 return await lite.in_thread(
-                    desk.driver, lite.write_rows, session, items, self._rules, follows
-                )
+                    desk.driver, self._file, lite.write_rows,
+                    session, items, self._rules, follows,
+                )  # fmt: skip
 
             return await self._attempt(home, session, in_thread, writes=True) or nothing
         if self._asyncpg is None:
@@ -438,7 +447,7 @@ class Access:
         self, session: Session, work: Callable[[Session], Awaitable[T]], desk: Desk
     ) -> T:
         if isinstance(session, lite.LiteSession):
-            return await lite.in_thread(desk.driver, lite.do, session, work)
+            return await lite.in_thread(desk.driver, self._file, lite.do, session, work)
         session.connection = desk.connection
         return await work(session)
 

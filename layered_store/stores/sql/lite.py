@@ -7,6 +7,7 @@ those of :mod:`layered_store.stores.sql.dialects`, compiled once.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from layered_store.stores.sql.dialects import Statements
     from layered_store.stores.sql.transactions import Rules, Write
 
-__all__ = ["LiteSession", "LiteStatements", "in_thread", "read_rows", "write_rows"]
+__all__ = [
+    "DatabaseFile",
+    "LiteSession",
+    "LiteStatements",
+    "in_thread",
+    "read_rows",
+    "write_rows",
+]
 
 T = TypeVar("T")
 
@@ -151,11 +159,66 @@ class LiteSession(Session):
         self.connection.execute(command)
 
 
-async def in_thread(driver: Any, work: Callable[..., T], *args: Any) -> T:
-    """Run ``work(connection, *args)`` in the thread of an aiosqlite connection."""
+class DatabaseFile:
+    """The file that a store began with: its path may come to name another one, or none.
+
+    SQLite goes on with a file that was replaced or deleted, and in WAL mode does not notice: what
+    it acknowledges then is lost with the last connection. Nor may another file be opened instead:
+    the old one's log stands beside it still, and would be replayed into it.
+    """
+
+    __slots__ = ("_known", "_path")
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._known: tuple[int, int] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether a connection was opened already."""
+        return self._path is not None
+
+    def learn(self, connection: sqlite3.Connection) -> None:
+        """Take note of the file that a connection was opened to; none if it is in memory."""
+        _, _, path = connection.execute("PRAGMA database_list").fetchone()
+        self._known = _identity(path)
+        self._path = path
+
+    def check(self) -> None:
+        """Look whether it is still there, once it is known.
+
+        Raises:
+            UnavailableError: it is not.
+        """
+        if self._path and _identity(self._path) != self._known:
+            raise UnavailableError(
+                "the database file was moved, replaced or deleted while it was open; put it back,"
+                " or build a new store",
+                retryable=False,
+            )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+async def in_thread(driver: Any, file: DatabaseFile, work: Callable[..., T], *args: Any) -> T:
+    """Run ``work(connection, *args)`` in the thread of an aiosqlite connection to this file."""
     connection = driver._conn  # noqa: SLF001
+
+    def run() -> T:
+        if file.known:
+            file.check()
+        else:
+            file.learn(connection)
+        return work(connection, *args)
+
     # aiosqlite logs what it runs, with all arguments: this way there are none.
-    return await driver._execute(lambda: work(connection, *args))  # type: ignore[no-any-return]  # noqa: SLF001
+    return await driver._execute(run)  # type: ignore[no-any-return]  # noqa: SLF001
 
 
 def begin(connection: sqlite3.Connection, patience: float) -> None:
