@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from layered_store.errors import StoreTimeoutError, UnavailableError
+from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.sql import SQLStore
 from tests.chaos.proxy import Mode, Proxy
@@ -166,6 +167,28 @@ async def test_a_write_that_the_server_cut_off_did_not_happen(postgres_url: str)
     found = await store.get_latest("u")
     assert found is not None
     assert found.get_axis("a") == 0.1
+    await store.aclose()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_row_that_somebody_elses_rule_refuses_shows_in_no_log(
+    driver: str, postgres_url: str
+) -> None:
+    """PostgreSQL tells the whole row; repeating such a write is of no use."""
+    store = SQLStore(postgres_url.replace("asyncpg", driver))
+    await store.upsert_latest(state("marked-user", 0.1))
+    rule = f"ALTER TABLE {store.latest_table} ADD CONSTRAINT never CHECK (version < 0) NOT VALID"
+    await command(postgres_url, rule)
+    for call in (
+        store.upsert_latest(state("marked-user", 0.2)),
+        store.upsert_latest_many([state("marked-user", 0.3), state("other")]),
+    ):
+        with pytest.raises(StoreError) as caught:
+            await call
+        assert not caught.value.retryable
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "marked-user" not in shown
+        assert "Failing row" not in shown
     await store.aclose()
 
 

@@ -43,6 +43,7 @@ _BAD_CERTIFICATE: Final = re.compile(
     r"certificate verify failed|server certificate for .* does not match host name", re.IGNORECASE
 ).search
 _LOGIN_FAILED: Final = re.compile(r"FATAL: .*(authentication failed|no pg_hba.conf entry)").search
+_DETAIL: Final = re.compile(r"\nDETAIL: ").search
 _ABOUT_CALLS: Final = ("another transaction", "the write and an erasure")
 
 # (text, whether repeating the same call can help)
@@ -53,6 +54,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "0A000": ("a cached plan is out of date", True),
     "26000": (_NO_STATEMENT, True),
     "42P05": (_NO_STATEMENT, True),
+    "23505": (_CONFLICT, True),
     "25006": (_READ_ONLY, True),
     "25P03": (_LOST, True),
     "3D000": (_NO_DATABASE, False),
@@ -73,7 +75,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
 # By error number: MariaDB knowledge base, "MariaDB Error Codes".
 _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1044, 1045, 1142, 1698, 1130), (_REFUSED, False)),
-    **dict.fromkeys((1205, 1213, 1020), (_CONFLICT, True)),
+    **dict.fromkeys((1205, 1213, 1020, 1062), (_CONFLICT, True)),
     **dict.fromkeys((1290, 1792, 1836), (_READ_ONLY, True)),
     **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),
     **dict.fromkeys((1040, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
@@ -84,8 +86,11 @@ _MYSQL: Final[dict[int, _Rule]] = {
     2012: (_GARBAGE, True),
     2027: (_GARBAGE, True),
 }
-# By the name of the primary result code: sqlite.org/rescode.html.
+# By the name of the result code, else of the primary one: sqlite.org/rescode.html.
 _SQLITE: Final[dict[str, _Rule]] = {
+    "SQLITE_CONSTRAINT_PRIMARYKEY": (_CONFLICT, True),
+    "SQLITE_CONSTRAINT_ROWID": (_CONFLICT, True),
+    "SQLITE_CONSTRAINT_UNIQUE": (_CONFLICT, True),
     "SQLITE_BUSY": (_CONFLICT, True),
     "SQLITE_LOCKED": (_CONFLICT, True),
     "SQLITE_FULL": (_FULL, True),
@@ -122,6 +127,8 @@ def translate(
         return StoreTimeoutError("no connection became free within the time limit", **place)
     chain = list(_causes(exc))
     for cause in chain:
+        _forget_rows(cause)
+    for cause in chain:
         rule = _rule(cause)
         if rule is not None:
             text, retryable = rule
@@ -140,8 +147,6 @@ def translate(
         exc.connection_invalidated or isinstance(exc, sa.InterfaceError | sa.OperationalError)
     ):
         return UnavailableError(f"{_LOST} ({name})", **place)
-    if isinstance(exc, sa.IntegrityError):
-        return UnavailableError(_CONFLICT, **place)
     if isinstance(exc, sa.InternalError):
         # Without a code of the server's it is the driver that lost track of the protocol.
         return UnavailableError(f"{_GARBAGE} ({name})", **place)
@@ -156,14 +161,10 @@ def _of_driver(exc: Exception) -> Callable[[str, dict[str, Any]], StoreError] | 
     module = type(exc).__module__
     kinds = {base.__name__ for base in type(exc).__mro__}
     if module == "sqlite3":
-        if "IntegrityError" in kinds:
-            return lambda _, place: UnavailableError(_CONFLICT, **place)
         if "ProgrammingError" in kinds:  # closed below us
             return lambda name, place: UnavailableError(f"{_LOST} ({name})", **place)
         return _refused
     if module.startswith("asyncpg"):
-        if "IntegrityConstraintViolationError" in kinds:
-            return lambda _, place: UnavailableError(_CONFLICT, **place)
         # InterfaceError: the connection was closed; InternalClientError: it lost the protocol.
         if "PostgresError" not in kinds:
             return lambda name, place: UnavailableError(f"{_LOST} ({name})", **place)
@@ -210,6 +211,18 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         current = below if isinstance(below, BaseException) else None
 
 
+def _forget_rows(cause: BaseException) -> None:
+    """Take from a driver's error what PostgreSQL tells in detail: whole rows, with ids and states.
+
+    It stays the cause of ours, and a log shows causes.
+    """
+    if getattr(cause, "detail", None) and hasattr(cause, "sqlstate"):
+        cause.detail = None  # type: ignore[attr-defined]
+    text = cause.args[0] if cause.args else None
+    if isinstance(text, str) and (found := _DETAIL(text)):
+        cause.args = (text[: found.start()], *cause.args[1:])
+
+
 def _rule(cause: BaseException) -> _Rule | None:
     sqlite = getattr(cause, "sqlite_errorname", None)
     if isinstance(sqlite, str):
@@ -217,7 +230,7 @@ def _rule(cause: BaseException) -> _Rule | None:
         primary = "_".join(sqlite.split("_")[:2])
         if primary == "SQLITE_ERROR" and str(cause).startswith("no such table"):
             return _MISSING_TABLE, False
-        return _SQLITE.get(primary)
+        return _SQLITE.get(sqlite) or _SQLITE.get(primary)
     # Before the SQLSTATE: MySQL's drivers carry one too, and it says less than the number.
     arguments = cause.args
     if arguments and type(arguments[0]) is int and not isinstance(cause, OSError):

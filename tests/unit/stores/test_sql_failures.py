@@ -50,7 +50,7 @@ def lite(raises: Callable[[sqlite3.Connection], object]) -> sqlite3.Error:
     """What SQLite itself raises."""
     connection = sqlite3.connect(":memory:")
     try:
-        connection.execute("CREATE TABLE t (a INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE t (a INTEGER PRIMARY KEY CHECK (a > 0))")
         with pytest.raises(sqlite3.Error) as caught:
             raises(connection)
     finally:
@@ -61,6 +61,10 @@ def lite(raises: Callable[[sqlite3.Connection], object]) -> sqlite3.Error:
 def twice(connection: sqlite3.Connection) -> None:
     for _ in range(2):
         connection.execute("INSERT INTO t VALUES (1)")
+
+
+def unfit(connection: sqlite3.Connection) -> None:
+    connection.execute("INSERT INTO t VALUES (-1)")
 
 
 def closed(connection: sqlite3.Connection) -> None:
@@ -74,6 +78,8 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     ("pool", sa.TimeoutError("QueuePool limit"), StoreTimeoutError, "no connection became", True),
     # PostgreSQL, by SQLSTATE: the longest prefix counts.
     ("unique", postgres("23505"), UnavailableError, CONFLICT, True),
+    ("check", postgres("23514"), StoreError, REFUSED, False),
+    ("sa check", wrapped(sa.IntegrityError, postgres("23514")), StoreError, REFUSED, False),
     ("serialization", postgres("40001"), UnavailableError, CONFLICT, True),
     ("deadlock", postgres("40P01"), UnavailableError, CONFLICT, True),
     ("cancelled by a limit", postgres("57014"), StoreTimeoutError, SLOW, True),
@@ -193,6 +199,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     ),
     # SQLite, by the name of its code.
     ("lite unique", lite(twice), UnavailableError, CONFLICT, True),
+    ("lite check", lite(unfit), StoreError, REFUSED, False),
     ("lite closed", lite(closed), UnavailableError, f"{LOST} (ProgrammingError)", True),
     ("lite syntax", lite(lambda c: c.execute("SELEC")), StoreError, REFUSED, False),
     ("lite table", lite(lambda c: c.execute("DELETE FROM x")), UnavailableError, "a table", False),
