@@ -537,6 +537,9 @@ class Access:
             return True  # after a failover the old primary is a replica: another may be meant now
         closed = getattr(desk.driver, "is_closed", None)
         if closed is not None and closed():
+            if self._given is not None:
+                with suppress(Exception):  # SQLAlchemy learns of it, and empties its pool
+                    await desk.connection.exec_driver_sql("SELECT 1")
             return True
         if session.open:
             try:
