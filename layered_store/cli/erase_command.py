@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from layered_store.cli.common import notices, run
+from layered_store.cli.common import fail, notices, run
 
 __all__ = ["command"]
 
@@ -25,6 +25,11 @@ def command(stack: str, user: str, *, yes: bool) -> None:
     layered-store erase stack.toml u-1 --yes
     """
     if not yes and sys.stdin.isatty():
-        click.confirm("Erase this user, history included?", abort=True)
+        try:
+            sure = click.confirm("Erase this user, history included?")
+        except click.Abort:  # Ctrl-C, or the end of the input
+            fail("interrupted", code=130)
+        if not sure:
+            raise click.Abort
     run(stack, lambda store: store.delete(user))
     notices.print("erased")

@@ -519,6 +519,9 @@ def test_on_a_terminal_states_are_laid_out_and_erasures_confirmed(
     refused = _with_terminal("erase", database, "u-1", input="n\n")
     assert "history included?" in refused.output
     assert refused.exit_code == 1
+    interrupted = _with_terminal("erase", database, "u-1", input="")
+    assert interrupted.exit_code == 130
+    assert "error: interrupted" in interrupted.output
     assert run("get", database, "u-1").exit_code == 0
     assert _with_terminal("erase", database, "u-1", input="y\n").exit_code == 0
     assert run("get", database, "u-1").exit_code == 1
