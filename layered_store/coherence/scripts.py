@@ -178,6 +178,8 @@ if r then
     if version(r) < tonumber(ARGV[1]) or (g and generation(r) ~= string.sub(g, 1, 16)) then
       if may and generation(r) == ARGV[3] then keep(KEYS[1], ARGV[4], ARGV[5])
       else redis.call('DEL', KEYS[1]) end
+    elseif version(r) == tonumber(ARGV[1]) and string.sub(r, 29) ~= string.sub(ARGV[4], 29) then
+      redis.call('DEL', KEYS[1])
     elseif kind == 'F' and version(r) == tonumber(ARGV[1]) then
       redis.call('SETRANGE', KEYS[1], 3, 'S')
     end
@@ -190,7 +192,10 @@ return 1
 """
 )
 """Keys: record, guard. Arguments: version, token, generation, value, life in ms, channel, erased,
-digest."""
+digest.
+
+A copy of the same version with another state is of a write that the database lost, in a failover to
+a replica that never had it, before it gave that version again."""
 
 BURY: Final = (
     _LIBRARY

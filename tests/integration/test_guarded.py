@@ -156,6 +156,26 @@ async def test_case_25_and_28_a_copy_only_moves_up(pair: tuple[Process, Process]
         assert read.found == Versioned(newer, state(0.9, user))
 
 
+async def test_a_version_that_the_database_gave_twice_leaves_no_copy_of_the_first(
+    pair: tuple[Process, Process],
+) -> None:
+    """A failover to a replica that never had the last write loses it; the next one has its number.
+
+    The copy of what was lost would else be shown until it runs out, and no later read would show
+    the write that was acknowledged.
+    """
+    tier = pair[0].tier.inner.capability(CacheTier)
+    assert tier is not None
+    lost, written = Versioned(7, state(0.2)), Versioned(7, state(0.3))
+    await tier.put("u-1", lost, await tier.ticket("u-1"))
+    await tier.put("u-1", lost, None)  # a repeat of the same
+    assert (await tier.read("u-1")).found == lost
+    await tier.put("u-1", written, None)
+    read = await tier.read("u-1")
+    assert read.trusted
+    assert read.found is None
+
+
 async def test_case_13_a_late_write_of_another_process_does_not_bring_the_user_back(
     pair: tuple[Process, Process],
 ) -> None:
