@@ -439,7 +439,10 @@ def test_children_of_one_parent_are_told_apart(
 ) -> None:
     """A stack built before a fork: an erasure by one child waits for the lease of the other."""
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", FORKED.format(redis=redis_url, sql=sqlite_url, used=used)],
+        [
+            *(sys.executable, "-W", "ignore::DeprecationWarning"),  # of forks beside threads
+            *("-c", FORKED.format(redis=redis_url, sql=sqlite_url, used=used)),
+        ],
         capture_output=True,
         text=True,
         timeout=30,

@@ -690,7 +690,10 @@ def test_forked_children_write_the_same_file(
     """What a child wrote stands when the parent closed the file meanwhile; or the child is told."""
     path = tmp_path / "states.db"
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", FORKED + script, str(path)],
+        [
+            *(sys.executable, "-W", "ignore::DeprecationWarning"),  # of forks beside threads
+            *("-c", FORKED + script, str(path)),
+        ],
         capture_output=True,
         text=True,
         timeout=30,
