@@ -683,6 +683,7 @@ store.close()
         (WHILE_IDLE, "", ["after", "before", "parent"]),
         (WHILE_BUSY, "fork between calls", ["busy", "parent"]),
     ],
+    ids=["while it is idle", "in the midst of a call"],
 )
 def test_forked_children_write_the_same_file(
     tmp_path: Path, script: str, said: str, kept: list[str]
