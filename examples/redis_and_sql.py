@@ -154,7 +154,8 @@ async def main(redis: str, database: str, server: OwnRedis | None) -> None:
 
         heading("Redis is back, empty: repaired first, then believed")
         server.start()
-        await from_first.wait_for("in-process cache", first, "grace")
+        # Both hold a lease again: from here on what one reads is filled in for the other.
+        await from_first.wait_for("in-process cache", first, "ada")
         await from_second.wait_for("in-process cache", second, "ada")
         await from_first.read(first, "grace")
         await from_second.read(second, "grace")
