@@ -101,8 +101,9 @@ class Server:
         while time.monotonic() < until:
             with contextlib.suppress(OSError), socket.create_connection(
                 ("127.0.0.1", self.port), 0.2
-            ):
-                return
+            ) as connection:
+                if not self.command[0].endswith("/postgres") or _takes_logins(connection):
+                    return
             if self.process.poll() is not None:
                 break
             time.sleep(0.02)
@@ -442,6 +443,14 @@ class SentinelGroup:
             if f"slaves=1,sentinels={len(self.sentinels)}".encode() not in text:
                 return False
         return True
+
+
+def _takes_logins(connection: socket.socket) -> bool:
+    """Tell whether a PostgreSQL that listens has come up: it listens before that."""
+    fields = b"user\0tester\0database\0postgres\0\0"
+    version = 196_608  # of the protocol, 3.0
+    connection.sendall((len(fields) + 8).to_bytes(4, "big") + version.to_bytes(4, "big") + fields)
+    return connection.recv(1) == b"R"
 
 
 def start_postgres() -> Server:
