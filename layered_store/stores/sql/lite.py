@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy.dialects import sqlite
 
 from layered_store.errors import UnavailableError
-from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session
+from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session, no_counter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -333,9 +333,7 @@ def write_rows(
         }
         found = execute(texts.position).fetchone()
         if found is None:
-            raise UnavailableError(
-                "the counter table is empty; let create_tables=True fill it", retryable=False
-            )
+            raise no_counter()
         place = found[0]
         now = session.clock.time()
         unknown = (int(now * 1e3) - 1, None, None)

@@ -32,6 +32,7 @@ __all__ = [
     "Session",
     "Write",
     "erase",
+    "no_counter",
     "padded",
     "settle",
     "write",
@@ -177,7 +178,7 @@ class Session:
             # The update itself tells the new number, as that of the last insert.
             place = (await self.connection.execute(self.statements.advance)).lastrowid
             if not place:
-                raise _no_counter()
+                raise no_counter()
             for item in values:
                 item["at_position"] = place
         return values
@@ -192,7 +193,7 @@ class Session:
         await self.run(self.statements.advance, [{"steps": len(entries)}])
         found = await self.rows(self.statements.position, {})
         if not found:
-            raise _no_counter()
+            raise no_counter()
         last = int(found[0][0])
         for place, entry in enumerate(entries, last - len(entries) + 1):
             entry["position"] = place
@@ -200,7 +201,8 @@ class Session:
             heads[entry["digest"]] = place
 
 
-def _no_counter() -> UnavailableError:
+def no_counter() -> UnavailableError:
+    """Return what to raise where the row that numbers transactions is missing."""
     return UnavailableError(
         "the counter table is empty; let create_tables=True fill it", retryable=False
     )
