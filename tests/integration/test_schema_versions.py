@@ -51,6 +51,13 @@ async def first_release(family: str, url: str) -> str:
     return url
 
 
+@pytest.fixture(params=["schema_1", "schema_3"])
+async def earlier(family: str, url: str, request: pytest.FixtureRequest) -> str:
+    """A database of each layout that was."""
+    await restore(family, url, (DATA / request.param / f"{family}.sql").read_text())
+    return url
+
+
 async def restore(family: str, url: str, script: str) -> None:
     where = make_url(url)
     if family == "sqlite":
@@ -99,9 +106,9 @@ async def version_of(url: str) -> list[Any]:
     return await execute(url, "SELECT position FROM layered_store_latest_counter WHERE id = 2")
 
 
-async def test_a_database_of_the_first_release_opens_with_all_it_holds(first_release: str) -> None:
+async def test_a_database_of_the_earlier_opens_with_all_it_holds(earlier: str) -> None:
     """States, histories, erasures and versions are what they were, and go on from there."""
-    async with SQLStore(first_release) as store:
+    async with SQLStore(earlier) as store:
         latest = await store.get_latest("u-1")
         history = await store.get_history("u-1", 10)
         assert latest == StateSnapshot(
@@ -117,19 +124,49 @@ async def test_a_database_of_the_first_release_opens_with_all_it_holds(first_rel
         await store.upsert_latest(StateSnapshot("u-1", axes={"warmth": 1.0}))
         assert len(await store.get_history("u-1", 10)) == 4
         assert set((await store.users("", 10)).user_ids) == {"u-1", "ünal", "gone"}
-    assert await version_of(first_release) == [(versions.SCHEMA_VERSION,)]
+    assert await version_of(earlier) == [(versions.SCHEMA_VERSION,)]
 
 
-async def test_many_processes_may_open_an_older_database_at_once(first_release: str) -> None:
+async def test_many_processes_may_open_an_older_database_at_once(earlier: str) -> None:
     """The steps are taken by one of them, and all go on."""
-    stores = [SQLStore(first_release) for _ in range(5)]
+    stores = [SQLStore(earlier) for _ in range(5)]
     try:
         found = await asyncio.gather(*(store.get_latest("u-1") for store in stores))
     finally:
         for store in stores:
             await store.aclose()
     assert all(state is not None for state in found)
-    assert await version_of(first_release) == [(versions.SCHEMA_VERSION,)]
+    assert await version_of(earlier) == [(versions.SCHEMA_VERSION,)]
+
+
+async def test_an_older_database_gets_the_tables_and_indexes_of_a_new_one(
+    earlier: str, family: str
+) -> None:
+    """Which rows an index holds belongs to it."""
+
+    async def made() -> list[Any]:
+        return sorted(await execute(earlier, _INDEXES[family]), key=str)
+
+    async with SQLStore(earlier):
+        pass
+    changed = await made()
+    drop = "DROP TABLE layered_store_{}"
+    await execute(
+        earlier, *(drop.format(name) for name in ("latest", "history", "latest_counter"))
+    )
+    async with SQLStore(earlier):
+        pass
+    assert changed == await made()
+    assert any("purge_at" in str(row) for row in changed)
+
+
+_INDEXES = {
+    "sqlite": "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL",
+    "postgres": "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+    "mysql": """
+        SELECT table_name, index_name, seq_in_index, column_name, non_unique
+        FROM information_schema.statistics WHERE table_schema = database()""",
+}
 
 
 async def test_new_tables_tell_their_version(url: str) -> None:
@@ -228,7 +265,7 @@ async def test_tables_that_must_not_be_changed_are_only_looked_at(
     """With create_tables=False an older database that still fits is used as it is."""
     if family == "sqlite":  # whose second version was the last of that layout
         store = SQLStore(first_release, create_tables=False)
-        with pytest.raises(ConfigError, match="version 1 and this release needs 3 to 3"):
+        with pytest.raises(ConfigError, match="version 1 and this release needs 3 to 4"):
             await store.get_latest("u-1")
         await store.aclose()
         return

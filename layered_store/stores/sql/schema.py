@@ -124,12 +124,7 @@ def _chained(metadata: MetaData, latest_name: str, history_name: str) -> tuple[T
         Column("updated_at_unix_ms", BigInteger, nullable=True),
         sqlite_with_rowid=False,
     )
-    # Tombstones alone: all others would be in it for nothing.
-    Index(
-        f"{latest_name}_purge_at",
-        latest.c.purge_at,
-        sqlite_where=latest.c.purge_at.is_not(None),
-    )
+    _index_tombstones(latest)
     history = Table(
         history_name,
         metadata,
@@ -169,10 +164,10 @@ def _keyed(metadata: MetaData, latest_name: str, history_name: str) -> tuple[Tab
         Column("write_id", key, nullable=True),
         Column("updated_at_unix_ms", BigInteger, nullable=True),
         Index(f"{latest_name}_position", "position", "digest"),
-        Index(f"{latest_name}_purge_at", "purge_at"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
     )
+    _index_tombstones(latest)
     history = Table(
         history_name,
         metadata,
@@ -186,3 +181,15 @@ def _keyed(metadata: MetaData, latest_name: str, history_name: str) -> tuple[Tab
         mariadb_engine="InnoDB",
     )
     return latest, history
+
+
+def _index_tombstones(latest: Table) -> None:
+    """Index tombstones by the time at which they go."""
+    # Where the database can, those alone: each write of any user would renew an entry for nothing.
+    tombstones = latest.c.purge_at.is_not(None)
+    Index(
+        f"{latest.name}_purge_at",
+        latest.c.purge_at,
+        sqlite_where=tombstones,
+        postgresql_where=tombstones,
+    )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OLDEST_USABLE", "SCHEMA_VERSION", "STEPS", "check", "is_current", "upgrade"]
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """The version that this release creates."""
 
 OLDEST_USABLE: Final = {"sqlite": 3, "postgresql": 1, "mysql": 1}
@@ -106,9 +106,20 @@ _CHAIN: Final = (
 )
 
 
+async def _index_only_tombstones(connection: Any, statements: Statements) -> None:
+    """3 to 4: PostgreSQL's index of ``purge_at`` holds tombstones alone, as SQLite's does."""
+    if statements.family != "postgresql":
+        return
+    latest = statements.tables.latest
+    (index,) = (each for each in latest.indexes if each.name == f"{latest.name}_purge_at")
+    await connection.run_sync(lambda sync: index.drop(sync, checkfirst=True))
+    await connection.run_sync(index.create)
+
+
 STEPS: dict[int, Callable[[Any, Statements], Awaitable[None]]] = {
     1: _tell_version,
     2: _chain_histories,
+    3: _index_only_tombstones,
 }
 """By the version they start from."""
 
