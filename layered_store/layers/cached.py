@@ -5,31 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import copy
 import math
 import random as _random
-import threading
 import weakref
-from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
-import msgspec
 from cachetools import Cache
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations, Notice
-from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
 from layered_store.errors import (
     ConfigError,
     CorruptDataError,
     RejectedError,
-    StoreError,
     UnavailableError,
 )
-from layered_store.eviction import Node, S3FIFOCache
+from layered_store.eviction import S3FIFOCache
 from layered_store.explaining import Held, Peek
+from layered_store.flights import AGAIN, LEAD, NO_VALUE, Failure, Flight, Stale, fresh
+from layered_store.holdings import LEFT_OUT, NEVER, Entry, Holdings
 from layered_store.hotpath import HitCount, HotPath, Trust
 from layered_store.identity import check_user_id
 from layered_store.interface import (
@@ -56,7 +52,7 @@ from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from layered_store.snapshot import StateSnapshot
 
@@ -66,129 +62,6 @@ C = TypeVar("C")
 
 # Those that were given a cache object: two of them must not share one.
 _GIVEN: Final[weakref.WeakSet[Cached]] = weakref.WeakSet()
-_NEVER: Final = -math.inf
-_INDEX_ROOM: Final = 64
-"""How many more users are found by digest than a given cache holds before it is asked for whom."""
-_LEFT_OUT: Final = -1
-"""In place of a version: of a user whom a batch left out, absent or with an unreadable record."""
-
-
-class _Entry(Node, gc=False):
-    """What is kept of one user.
-
-    Args:
-        expires: until when the hot path may answer with it; minus infinity for an absent user.
-        deadline: until when it answers at all.
-        version: of the write that left it; 0 when it was read, ``_LEFT_OUT`` when a batch was.
-        digest: the user's, under an invalidation channel.
-    """
-
-    expires: float = 0.0
-    deadline: float = 0.0
-    version: int = 0
-    digest: bytes | None = None
-
-
-class _Failure:
-    """The error of a load, on its way to those who wait."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-class _Stale:
-    """An old answer in place of an error, on its way to those who wait."""
-
-    __slots__ = ("error", "value")
-
-    def __init__(self, value: StateSnapshot, error: Exception) -> None:
-        self.value = value
-        self.error = error
-
-
-_NO_VALUE: Final = frozenset({_Failure, _Stale})
-
-_LEAD: Final = object()
-"""Tells a waiting caller that the load is now its own."""
-
-_AGAIN: Final = object()
-"""Tells a waiting caller that the load ended without an answer."""
-
-
-class _Flight(msgspec.Struct, eq=False):
-    """One load of one user, shared by all who ask meanwhile.
-
-    It is current while it stands in ``Cached._flights``. A write or delete takes it out: its
-    callers still get their answer, but no later caller joins and nothing of it is kept.
-    """
-
-    loop: Any
-    # The user's, under an invalidation channel.
-    digest: bytes | None = None
-    # Whether anybody ever waited for it.
-    joined: bool = False
-    # Whether it may be joined without a lease: until the turn in which it began is over, nothing of
-    # it can have been read.
-    boarding: bool = False
-    # Callers that came too late to be sure of it.
-    late: list[Any] | None = None
-    waiters: list[Any] | None = None
-    # Callers that wait for other users as well, and so cannot take over this load.
-    passengers: list[Any] | None = None
-
-    def land(self, result: Any) -> None:
-        """Hand the result to everyone who waits."""
-        for group in (self.waiters, self.passengers):
-            if group is not None:
-                for future in group:
-                    try:
-                        future.set_result(result)
-                    except asyncio.InvalidStateError:
-                        pass  # its caller was cancelled
-        self.waiters = self.passengers = None
-        late, self.late = self.late, None
-        for future in late or ():
-            if not future.done():
-                # What failed for others fails for them; what was found may be too old for them.
-                old = type(result) in (_Failure, _Stale)
-                future.set_result(result if old else _AGAIN)
-
-    def close_doors(self) -> None:
-        """End the turn in which it began."""
-        self.boarding = False
-
-    def any_waits(self) -> bool:
-        """Tell whether a caller waits who could take over."""
-        return any(not future.done() for future in self.waiters or ())
-
-    def hand_over(self) -> bool:
-        """Make the first caller who can the one that loads; False when none can."""
-        for position, future in enumerate(self.waiters or ()):
-            if not future.done():
-                self.waiters = self.waiters[position + 1 :]  # type: ignore[index]
-                future.set_result(_LEAD)
-                return True
-        self.land(_AGAIN)
-        return False
-
-
-class _Writers:
-    """The writes of one user that are under way.
-
-    Args:
-        count: how many.
-        overlapped: whether two of them ever ran at the same time.
-        noticed: the highest version that the channel told of meanwhile.
-    """
-
-    __slots__ = ("count", "noticed", "overlapped")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.overlapped = False
-        self.noticed = 0
 
 
 @dataclass(eq=False, repr=False)
@@ -278,45 +151,37 @@ class Cached(Layer):
         check_choice(self.invalidation, "invalidation", self, ("auto", "required", "off"))
         if self.cache is not None:
             self._take(self.cache)
-        self._lifetime: float = self.ttl
-        self._negative_lifetime: float = self.negative_ttl
-        self._stale_seconds: float = self.stale_if_error
         self._monotonic = self.clock.monotonic
         self._channel: Invalidations | None = None
-        # Whoever changes loads, writers or entries together: event loops of several threads.
-        self._lock = threading.Lock()
         # The event loop on which the channel was seen to stand.
         self._following: asyncio.AbstractEventLoop | None = None
         self._trust = Trust()
         # Until when no erasure can have been missed, whether or not the tier is trusted.
         self._heard_until = math.inf
-        self._flights: dict[str, _Flight] = {}
-        self._writing: dict[str, _Writers] = {}
-        self._quarantine: dict[str, float] = {}
         self._refreshes: set[asyncio.Task[None]] = set()
-        self._by_digest: dict[bytes, str] = {}
-        self._index_room = _INDEX_ROOM
-        self._key_of: Callable[[str], bytes] = str.encode  # replaced when there is a channel
         self._hit_counts: list[HitCount] = []
         self._reads = Reads()
         self._waits = 0
-        self._removals: Counter[tuple[str, str]] = Counter()
-        own = S3FIFOCache(self.max_entries) if self.cache is None else self.cache
-        self._entries: Mapping[str, _Entry]
-        self._s3: S3FIFOCache | None = own if isinstance(own, S3FIFOCache) else None
-        # Our own is changed under our own lock only.
-        self._put: Any = getattr(own, "insert" if self.cache is None else "put", None)
-        self._store: Cache[Any, Any] = own
-        self._entries = self._s3.nodes if self._s3 is not None else own  # type: ignore[assignment]
+        self._stale_seconds: float = self.stale_if_error
+        self._held = Holdings(
+            S3FIFOCache(self.max_entries) if self.cache is None else self.cache,
+            given=self.cache is not None,
+            lifetime=self.ttl,
+            negative_lifetime=self.negative_ttl,
+            stale=self._stale_seconds,
+            refresh_ahead=self.refresh_ahead,
+            jitter=self._shortened if self.ttl_jitter else None,
+            monotonic=self._monotonic,
+        )
+        # At hand, since each miss looks at them.
+        self._entries, self._flights = self._held.entries, self._held.flights
         super().__post_init__()
         if self.invalidation != "off":
             self._channel = self.inner.capability(Invalidations)
             if self._channel is not None:
-                if self.cache is None:
-                    own.on_evict = self._on_evict  # type: ignore[attr-defined]
-                self._key_of = self._channel.key_of
-                self._trust.lease(_NEVER)
-                self._heard_until = _NEVER
+                self._held.follow(self._channel.key_of)
+                self._trust.lease(NEVER)
+                self._heard_until = NEVER
                 self._channel.attach(self)
             elif self.invalidation == "required":
                 raise ConfigError(
@@ -325,6 +190,9 @@ class Cached(Layer):
                     option="invalidation",
                     layer=self.name,
                 )
+
+    def _shortened(self, lifetime: float) -> float:
+        return lifetime * (1.0 - self.ttl_jitter * self.random.random())
 
     def _take(self, cache: object) -> None:
         """Refuse a cache object that is none, or holds or may come to hold another's entries."""
@@ -350,7 +218,7 @@ class Cached(Layer):
             if (
                 now < entry.deadline
                 and now < self._trust.lease_until
-                and entry.version != _LEFT_OUT
+                and entry.version != LEFT_OUT
             ):
                 return self._answer(user_id, entry)
         loop = running_loop()
@@ -372,23 +240,23 @@ class Cached(Layer):
                 result = await future
             except BaseException:
                 # Cancelled in the very turn in which it was made the one that loads.
-                if future.done() and not future.cancelled() and future.result() is _LEAD:
+                if future.done() and not future.cancelled() and future.result() is LEAD:
                     self._abandoned(user_id, flight)
                 raise
-            if result is not _LEAD:
-                if type(result) in _NO_VALUE:
+            if result is not LEAD:
+                if type(result) in NO_VALUE:
                     return self._received(result)
                 self._reads.miss += 1
                 return result  # type: ignore[no-any-return]
         elif flight is None or flight.loop.is_closed():
             if self._channel is None:
                 check_user_id(user_id, Op.GET_LATEST)
-                flight = self._flights[user_id] = _Flight(loop)
+                flight = self._flights[user_id] = Flight(loop)
             else:
                 flight = self._takeoff(user_id, loop)
         else:
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
-            flight = _Flight(loop)
+            flight = Flight(loop)
         try:
             value = await self.inner.get_latest(user_id)
             if value is not None and getattr(value, "user_id", None) != user_id:
@@ -399,12 +267,7 @@ class Cached(Layer):
             self._abandoned(user_id, flight)
             raise
         self._reads.miss += 1
-        with self._lock:  # as ``_landed`` does; written out, since each miss comes by here
-            current = self._flights.pop(user_id, None)
-            if current is flight:
-                self._keep(user_id, value, 0, flight.digest)
-            else:
-                self._overtaken(user_id, current, value)
+        self._held.landed(user_id, flight, value)
         if flight.joined:
             flight.land(value)
         return value
@@ -416,7 +279,7 @@ class Cached(Layer):
             await self._follow_channel(self._channel)
         now = self._monotonic()
         found: dict[str, StateSnapshot | None] = dict.fromkeys(wanted)
-        led: dict[str, _Flight] = {}
+        led: dict[str, Flight] = {}
         joined: dict[str, asyncio.Future[Any]] = {}
         for user_id in found:
             entry = self._entries.get(user_id)
@@ -432,7 +295,7 @@ class Cached(Layer):
                 flight.passengers = [*(flight.passengers or ()), future]
                 flight.joined = True
             else:
-                led[user_id] = _Flight(loop)
+                led[user_id] = Flight(loop)
         left = len(joined)
         try:
             if led:
@@ -442,7 +305,7 @@ class Cached(Layer):
                 left -= 1
                 # A record that cannot be read is left out of a batch, as stores do.
                 with contextlib.suppress(CorruptDataError):
-                    if result is _AGAIN:
+                    if result is AGAIN:
                         found[user_id] = await self.get_latest(user_id)
                     else:
                         found[user_id] = self._received(result)
@@ -457,14 +320,14 @@ class Cached(Layer):
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         return check_history(await self.inner.get_history(user_id, limit), user_id, self.name)
 
-    def _answer(self, user_id: str, entry: _Entry) -> StateSnapshot | None:
+    def _answer(self, user_id: str, entry: Entry) -> StateSnapshot | None:
         """Count a hit and give what the entry holds, starting a refresh when it is due."""
         value: StateSnapshot | None = entry.value
         if value is None:
             self._reads.negative_hit += 1
             return None
         self._reads.hit += 1
-        if self._s3 is not None and entry.freq < 3:  # noqa: PLR2004  as the hot path does
+        if self._held.s3 is not None and entry.freq < 3:  # noqa: PLR2004  as the hot path does
             entry.freq += 1
         if entry.expires < entry.deadline and self._monotonic() >= entry.expires:
             entry.expires = entry.deadline
@@ -476,24 +339,17 @@ class Cached(Layer):
         await channel.ready()
         self._following = asyncio.get_running_loop()
 
-    def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Flight:
+    def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> Flight:
         check_user_id(user_id, Op.GET_LATEST)
-        flight = _Flight(loop)
-        with self._lock:
-            self._flights[user_id] = flight
-            if self._channel is not None:
-                self._index(user_id, flight)
+        flight = Flight(loop)
+        self._held.take_off(user_id, flight)
+        if self._channel is not None and self._monotonic() >= self._trust.lease_until:
+            # Without a lease others may join it in this turn only.
+            flight.boarding = True
+            loop.call_soon(flight.close_doors)
         return flight
 
-    def _index(self, user_id: str, flight: _Flight) -> None:
-        """Have the channel find a load; without a lease others may join it in this turn only."""
-        flight.digest = self._key_of(user_id)
-        self._by_digest[flight.digest] = user_id
-        if self._monotonic() >= self._trust.lease_until:
-            flight.boarding = True
-            flight.loop.call_soon(flight.close_doors)
-
-    def _joinable(self, flight: _Flight) -> bool:
+    def _joinable(self, flight: Flight) -> bool:
         """Tell whether a load that began before a call may answer it.
 
         Under a lease it may: whatever another process wrote or erased before the call was told of,
@@ -506,24 +362,24 @@ class Cached(Layer):
             or self._monotonic() < self._trust.lease_until
         )
 
-    async def _come_late(self, user_id: str, flight: _Flight) -> StateSnapshot | None:
+    async def _come_late(self, user_id: str, flight: Flight) -> StateSnapshot | None:
         """Wait until a load that may be too old is over; share the next one."""
         self._waits += 1
         future: asyncio.Future[Any] = flight.loop.create_future()
         flight.late = [*(flight.late or ()), future]
         flight.joined = True
         result = await future
-        if result is _AGAIN:
+        if result is AGAIN:
             return await self.get_latest(user_id)
         old = await self._old(user_id, result.error)
         if old is None:
             self._reads.failed(result.error)
-            raise _fresh(result.error)
+            raise fresh(result.error)
         self._reads.stale += 1
         return old
 
     async def _load_failed(
-        self, user_id: str, flight: _Flight, exc: Exception
+        self, user_id: str, flight: Flight, exc: Exception
     ) -> StateSnapshot:
         """Return the old state that may answer, or raise the error of a load."""
         try:
@@ -537,7 +393,7 @@ class Cached(Layer):
         self._reads.stale += 1
         return answer
 
-    async def _lead_many(self, led: Mapping[str, _Flight]) -> Mapping[str, StateSnapshot | None]:
+    async def _lead_many(self, led: Mapping[str, Flight]) -> Mapping[str, StateSnapshot | None]:
         try:
             values = await self.inner.get_latest_many(tuple(led))
             found = {user_id: values.get(user_id) for user_id in led}
@@ -568,78 +424,41 @@ class Cached(Layer):
             if value is not None and not is_state_of(value, user_id):
                 # Left out of the batch; whoever asked for this user alone is told.
                 found[user_id] = None
-                self._leave_flight(user_id, flight)
-                flight.land(_Failure(not_of_user(user_id, Op.GET_LATEST, self.name)))
+                self._held.leave(user_id, flight)
+                flight.land(Failure(not_of_user(user_id, Op.GET_LATEST, self.name)))
                 continue
             if value is None and flight.any_waits():
                 # Whoever asked for this user alone is told of a record that cannot be read.
                 flight.hand_over()
                 continue
-            self._landed(user_id, flight, value, 0 if value is not None else _LEFT_OUT)
+            self._held.landed(user_id, flight, value, 0 if value is not None else LEFT_OUT)
             flight.land(value)
         return found
 
-    def _landed(
-        self, user_id: str, flight: _Flight, value: StateSnapshot | None, version: int = 0
-    ) -> None:
-        """Keep what a load found, unless a write, an erasure or a notice came in between."""
-        with self._lock:
-            current = self._flights.pop(user_id, None)
-            if current is flight:
-                self._keep(user_id, value, version, flight.digest)
-            else:
-                self._overtaken(user_id, current, value)
-
-    def _overtaken(
-        self, user_id: str, current: _Flight | None, value: StateSnapshot | None
-    ) -> None:
-        """Take out what another load left here, if this load found something else.
-
-        It may be newer, and read before the channel told of it; whoever sees it must not see the
-        older one afterwards.
-        """
-        if current is not None:
-            self._flights[user_id] = current
-        if self._channel is None:
-            return
-        entry = self._entries.get(user_id)
-        if entry is not None and entry.value != value:
-            self._remove(user_id)
-            self._unindex(user_id)
-
-    def _leave_flight(self, user_id: str, flight: _Flight) -> bool:
-        """End a load that keeps nothing; tell whether it was still current."""
-        with self._lock:
-            if self._flights.get(user_id) is not flight:
-                return False
-            del self._flights[user_id]
-            self._unindex(user_id)
-            return True
-
     def _received(self, result: Any) -> StateSnapshot | None:
         """Give what a flight landed with, to one of those who waited."""
-        if type(result) is _Failure:
+        if type(result) is Failure:
             self._reads.failed(result.error)
-            raise _fresh(result.error)
-        if type(result) is _Stale:
+            raise fresh(result.error)
+        if type(result) is Stale:
             self._reads.stale += 1
             return result.value
         self._reads.miss += 1
         return result  # type: ignore[no-any-return]
 
     async def _failed(
-        self, user_id: str, flight: _Flight, exc: Exception
+        self, user_id: str, flight: Flight, exc: Exception
     ) -> StateSnapshot | None:
         """End a load that raised; return the old state that may answer instead, if any."""
         old = None
         if self.stale_if_error and self._flights.get(user_id) is flight:
             old = await self._old(user_id, exc)
-        if not self._leave_flight(user_id, flight):
+        if not self._held.leave(user_id, flight):
             old = None  # written or erased meanwhile
         if old is not None:
-            flight.land(_Stale(old, exc))
+            flight.land(Stale(old, exc))
             return old
-        flight.land(_Failure(exc))
+        flight.land(Failure(exc))
         return None
 
     async def _old(self, user_id: str, exc: Exception) -> StateSnapshot | None:
@@ -647,8 +466,7 @@ class Cached(Layer):
         if (
             not self.stale_if_error
             or not isinstance(exc, UnavailableError | RejectedError)
-            or user_id in self._writing
-            or self._quarantined(user_id)
+            or self._held.doubtful(user_id)
         ):
             return None
         entry = self._entries.get(user_id)
@@ -666,14 +484,14 @@ class Cached(Layer):
             return None
         return await self._channel.stale(user_id, self._stale_seconds)
 
-    def _abandoned(self, user_id: str, flight: _Flight) -> None:
+    def _abandoned(self, user_id: str, flight: Flight) -> None:
         """The loading caller was cancelled: the next one loads, or nobody."""
         if not flight.hand_over():
-            self._leave_flight(user_id, flight)
+            self._held.leave(user_id, flight)
 
     def _refresh(self, user_id: str) -> None:
         """Load a user in the background, unless somebody is loading or writing it already."""
-        if user_id in self._flights or user_id in self._writing:
+        if user_id in self._flights or user_id in self._held.writing:
             return
         loop = asyncio.get_running_loop()
         # A context of its own: the refresh is nobody's call.
@@ -684,7 +502,7 @@ class Cached(Layer):
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
 
-    async def _refresh_quietly(self, user_id: str, flight: _Flight) -> None:
+    async def _refresh_quietly(self, user_id: str, flight: Flight) -> None:
         try:
             value = await self.inner.get_latest(user_id)
             if value is not None and not is_state_of(value, user_id):
@@ -700,7 +518,7 @@ class Cached(Layer):
             self._abandoned(user_id, flight)
             raise
         else:
-            self._landed(user_id, flight, value)
+            self._held.landed(user_id, flight, value)
             flight.land(value)
 
     # Writing
@@ -711,202 +529,46 @@ class Cached(Layer):
         with call_begins(self.clock) as call:
             if self._following is None and self._channel is not None:
                 await self._follow_channel(self._channel)
-            self._write_begins(user_id)
+            self._held.write_begins(user_id)
             try:
                 await self.inner.upsert_latest(snapshot)
             except BaseException as exc:
-                self._write_failed(user_id, exc)
+                self._held.write_failed(user_id, exc)
                 raise
-        self._write_ends(user_id, snapshot, call.version, kept=not call.superseded)
+        self._held.write_ends(user_id, snapshot, call.version, kept=not call.superseded)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = check_snapshots(snapshots, self.snapshot_type)
         last = {snapshot.user_id: snapshot for snapshot in batch}
         for user_id in last:
-            self._write_begins(user_id)
+            self._held.write_begins(user_id)
         try:
             with call_begins(self.clock) as call:
                 await self.inner.upsert_latest_many(batch)
         except BaseException as exc:
             for user_id in last:
-                self._write_failed(user_id, exc)
+                self._held.write_failed(user_id, exc)
             raise
         for user_id, snapshot in last.items():
-            self._write_ends(user_id, snapshot, 0, kept=not call.superseded)
+            self._held.write_ends(user_id, snapshot, 0, kept=not call.superseded)
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)
-        self._write_begins(user_id)
+        self._held.write_begins(user_id)
         try:
             await self.inner.delete(user_id)
         except BaseException as exc:
-            self._write_failed(user_id, exc)
+            self._held.write_failed(user_id, exc)
             raise
-        self._write_ends(user_id, None, 0)
-
-    def _write_begins(self, user_id: str) -> None:
-        """Take away what is cached or being loaded: from here on it may be old."""
-        with self._lock:
-            self._detach(user_id)
-            writers = self._writing.get(user_id)
-            if writers is None:
-                writers = self._writing[user_id] = _Writers()
-                if self._channel is not None:
-                    self._by_digest[self._key_of(user_id)] = user_id
-            else:
-                writers.overlapped = True
-            writers.count += 1
-
-    def _write_ends(
-        self, user_id: str, snapshot: StateSnapshot | None, version: int, *, kept: bool = True
-    ) -> None:
-        """Keep what was written, if this write alone knows what the store holds now."""
-        with self._lock:
-            self._detach(user_id)
-            writers = self._leave(user_id)
-            known = kept and not writers.overlapped and writers.noticed <= version
-            if known and (version or self._channel is None):
-                self._keep(user_id, snapshot, version)
-
-    def _write_failed(self, user_id: str, exc: BaseException) -> None:
-        """Keep nothing; and for a while nothing at all, when the write may still take effect."""
-        with self._lock:
-            self._detach(user_id)
-            self._leave(user_id)
-            if isinstance(exc, NOT_HAPPENED):
-                return
-            self._quarantine.pop(user_id, None)
-            self._quarantine[user_id] = self._monotonic() + QUARANTINE_SECONDS
-            self._end_quarantines()
-
-    def _leave(self, user_id: str) -> _Writers:
-        writers = self._writing[user_id]
-        writers.count -= 1
-        if not writers.count:
-            del self._writing[user_id]
-            self._unindex(user_id)
-        return writers
-
-    def _detach(self, user_id: str, reason: str = "write") -> None:
-        self._flights.pop(user_id, None)
-        if self._remove(user_id):
-            self._removals["invalidations", reason] += 1
-
-    # Entries
-
-    def _keep(
-        self,
-        user_id: str,
-        value: StateSnapshot | None,
-        version: int = 0,
-        digest: bytes | None = None,
-    ) -> None:
-        """Store what a load or a lone write found, unless something makes it doubtful."""
-        if self._quarantine:
-            self._end_quarantines()
-        lifetime = self._lifetime if value is not None else self._negative_lifetime
-        if (
-            not lifetime
-            or (self._writing and user_id in self._writing)
-            or (self._quarantine and self._quarantined(user_id))
-        ):
-            self._remove(user_id)
-            self._unindex(user_id, digest)
-            return
-        if self.ttl_jitter:
-            lifetime *= 1.0 - self.ttl_jitter * self.random.random()
-        now = self._monotonic()
-        expires = deadline = now + lifetime
-        if value is None:
-            expires = _NEVER
-        elif self.refresh_ahead is not None:
-            expires = now + lifetime * self.refresh_ahead
-        if self._channel is not None:
-            if digest is None:
-                digest = self._key_of(user_id)
-            if self.cache is not None and len(self._by_digest) >= self._index_room:
-                self._tidy_index()
-            self._by_digest[digest] = user_id
-        entry = _Entry(user_id, value, 0, 0, expires, deadline, version, digest)
-        if self._s3 is not None:
-            if self._s3.first_deadline() + self._stale_seconds <= now:
-                self._sweep(self._s3, now)
-            self._put(entry)
-            return
-        try:
-            self._store[user_id] = entry
-        except ValueError:  # larger than the given cache takes
-            self._store.pop(user_id, None)
-
-    def _sweep(self, s3: S3FIFOCache, now: float) -> None:
-        """Take out what expired at the heads of the queues."""
-        for old in list(s3.oldest()):
-            if old.deadline + self._stale_seconds <= now:  # type: ignore[attr-defined]
-                s3.remove(old.key)
-                self._removals["cache_evictions", "expired"] += 1
-                self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
-
-    def _remove(self, user_id: str) -> bool:
-        if self._s3 is not None:
-            return self._s3.remove(user_id) is not None
-        return self._store.pop(user_id, None) is not None
-
-    def _quarantined(self, user_id: str) -> bool:
-        until = self._quarantine.get(user_id) if self._quarantine else None
-        return until is not None and self._monotonic() < until
-
-    def _end_quarantines(self) -> None:
-        """Forget the users whose time is over; they stand in the order in which it ends."""
-        now = self._monotonic()
-        while self._quarantine and self._quarantine[first := next(iter(self._quarantine))] <= now:
-            del self._quarantine[first]
-
-    def _on_evict(self, node: Node) -> None:
-        self._unindex(node.key, node.digest)  # type: ignore[attr-defined]
-
-    def _unindex(self, user_id: str, digest: bytes | None = None) -> None:
-        """Forget the digest of a user of whom nothing is held, loaded or written."""
-        if (
-            self._channel is not None
-            and user_id not in self._entries
-            and user_id not in self._flights
-            and user_id not in self._writing
-        ):
-            self._by_digest.pop(digest or self._key_of(user_id), None)
-
-    def _tidy_index(self) -> None:
-        """Forget the digests of users whom a given cache gave up: it does not say whom."""
-        for digest, user_id in list(self._by_digest.items()):
-            self._unindex(user_id, digest)
-        self._index_room = 2 * len(self._by_digest) + _INDEX_ROOM
+        self._held.write_ends(user_id, None, 0)
 
     # What the invalidation channel tells (coherence.LeasedCache)
 
     def invalidate(self, notice: Notice) -> None:
-        user_id = self._by_digest.get(notice.digest)
-        if user_id is None:
-            return
-        with self._lock:
-            if (writers := self._writing.get(user_id)) is not None:
-                writers.noticed = max(writers.noticed, notice.version)
-            entry = self._entries.get(user_id)
-            if entry is not None and entry.version >= notice.version:
-                return
-            self._detach(user_id, "channel")
-            self._unindex(user_id)
+        self._held.invalidate(notice)
 
     def distrust(self) -> None:
-        with self._lock:
-            self._removals["invalidations", "distrust"] += len(self._entries)
-            self._flights.clear()
-            self._store.clear()
-            for writers in self._writing.values():
-                writers.overlapped = True
-            self._by_digest = {
-                digest: user_id
-                for digest, user_id in self._by_digest.items()
-                if user_id in self._writing
-            }
+        self._held.distrust()
 
     def lease(self, until: float) -> None:
         self._trust.lease(until)
@@ -923,11 +585,11 @@ class Cached(Layer):
     async def peek(self, user_id: str) -> Peek:
         """Tell what is cached of a user; the entry does not count as used."""
         entry: Any = None
-        if self._s3 is not None:
-            entry = self._s3.nodes.get(user_id)
-        elif user_id in self._store:
+        if self._held.s3 is not None:
+            entry = self._held.s3.nodes.get(user_id)
+        elif user_id in self._held.store:
             # The base's method: those of the given cache's class would note the use.
-            entry = Cache.__getitem__(self._store, user_id)
+            entry = Cache.__getitem__(self._held.store, user_id)
         if entry is None:
             return Peek(Held.ABSENT, answers=False)
         now = self._monotonic()
@@ -936,7 +598,7 @@ class Cached(Layer):
         note = "" if leased else "no lease: the invalidation channel is away"
         if left <= 0:
             note = "kept for stale_if_error" if self._stale_seconds else "expired"
-        single = entry.version != _LEFT_OUT
+        single = entry.version != LEFT_OUT
         if not single and not note:
             note = "left out of a batch: answers batches only"
         state = entry.value
@@ -950,9 +612,9 @@ class Cached(Layer):
         )
 
     def hot_path(self) -> HotPath | None:
-        if self._s3 is None:
+        if self._held.s3 is None:
             return None
-        return HotPath(self._s3.nodes, self._trust, self._monotonic, (self,))  # type: ignore[arg-type]
+        return HotPath(self._held.s3.nodes, self._trust, self._monotonic, (self,))  # type: ignore[arg-type]
 
     def attach_hits(self, count: HitCount) -> None:
         self._hit_counts.append(count)
@@ -964,9 +626,9 @@ class Cached(Layer):
             yield Sample("reads", sample.value + extra, sample.labels)
         yield Sample("read_waits", self._waits)
         yield Sample("cache_entries", len(self._entries))
-        if self._s3 is not None and self._s3.evicted:
-            yield Sample("cache_evictions", self._s3.evicted, ("size",))
-        for (metric, reason), value in list(self._removals.items()):
+        if self._held.s3 is not None and self._held.s3.evicted:
+            yield Sample("cache_evictions", self._held.s3.evicted, ("size",))
+        for (metric, reason), value in list(self._held.removals.items()):
             yield Sample(metric, value, (reason,))
 
     def notes(self) -> tuple[str, ...]:
@@ -994,10 +656,7 @@ class Cached(Layer):
         _GIVEN.discard(self)
         if self._channel is not None:
             self._channel.detach(self)
-        self._lifetime = self._negative_lifetime = 0.0  # what still lands is not kept
-        with self._lock:
-            self._store.clear()
-            self._by_digest.clear()
+        self._held.close()
         here = asyncio.get_running_loop()
         own = []
         for task in tuple(self._refreshes):
@@ -1010,17 +669,3 @@ class Cached(Layer):
                     loop.call_soon_threadsafe(task.cancel)
         await asyncio.gather(*own, return_exceptions=True)
         await self._close_children()
-
-
-def _fresh(error: Exception) -> Exception:
-    """Return an error of one's own for one more caller: a shared one would mix up tracebacks."""
-    if isinstance(error, StoreError):
-        return error.fresh()
-    try:
-        twin = copy.copy(error)
-    except Exception:  # noqa: BLE001  an exception class that cannot be copied
-        return error
-    if type(twin) is not type(error) or twin.args != error.args:
-        return error
-    twin.__cause__ = error
-    return twin

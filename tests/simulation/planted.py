@@ -17,7 +17,8 @@ from layered_store.coherence import redis_tier, scripts
 from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import LocalCopies
 from layered_store.coherence.redis_tier import RedisTier
-from layered_store.layers import cached
+from layered_store.flights import AGAIN, Flight
+from layered_store.holdings import Holdings
 from layered_store.layers.cached import Cached
 from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.memory import MemoryStore
@@ -97,20 +98,19 @@ def _always_leased(self: Cached, until: float) -> None:
 
 
 async def _keep_first(self: Cached, snapshot: Any) -> None:
-    self._detach(snapshot.user_id)
-    self._keep(snapshot.user_id, snapshot)
+    self._held.detach(snapshot.user_id)
+    self._held.keep(snapshot.user_id, snapshot)
     await self.inner.upsert_latest(snapshot)
 
 
-_land = cached._Flight.land
+_land = Flight.land
 
 
 def _cancel_followers(self: Cached, user_id: str, flight: Any) -> None:
     for future in flight.waiters or ():
         future.cancel()
-    _land(flight, cached._AGAIN)
-    if self._leave_flight(user_id, flight):
-        self._unindex(user_id)
+    _land(flight, AGAIN)
+    self._held.leave(user_id, flight)
 
 
 _fill = RedisTier.fill
@@ -235,38 +235,38 @@ async def _erase_again(self: MemoryStore, user_id: str, tiers: Any = ()) -> int:
     return await _erase(self, user_id, tiers)
 
 
-_keep = Cached._keep
+_keep = Holdings.keep
 
 
-def _keep_for_ever(self: Cached, user_id: str, value: Any, *rest: Any) -> None:
+def _keep_for_ever(self: Holdings, user_id: str, value: Any, *rest: Any) -> None:
     if value is not None:
         self.__dict__.setdefault("graves", {})[user_id] = value
     _keep(self, user_id, value, *rest)
 
 
 async def _from_the_grave(self: Cached, user_id: str, exc: Exception) -> Any:
-    return self.__dict__.get("graves", {}).get(user_id)
+    return self._held.__dict__.get("graves", {}).get(user_id)
 
 
-_remove = Cached._remove
+_remove = Holdings.remove
 
 
-def _remove_but_absent(self: Cached, user_id: str) -> bool:
-    entry = self._entries.get(user_id)
+def _remove_but_absent(self: Holdings, user_id: str) -> bool:
+    entry = self.entries.get(user_id)
     return False if entry is not None and entry.value is None else _remove(self, user_id)
 
 
-def _leave_flights(self: Cached, user_id: str, reason: str = "write") -> None:
-    if self._remove(user_id):
-        self._removals["invalidations", reason] += 1
+def _leave_flights(self: Holdings, user_id: str, reason: str = "write") -> None:
+    if self.remove(user_id):
+        self.removals["invalidations", reason] += 1
 
 
-_fail_write = Cached._write_failed
+_fail_write = Holdings.write_failed
 
 
-def _no_quarantine(self: Cached, user_id: str, exc: BaseException) -> None:
+def _no_quarantine(self: Holdings, user_id: str, exc: BaseException) -> None:
     _fail_write(self, user_id, exc)
-    self._quarantine.clear()
+    self.quarantine.clear()
 
 
 _doubt = LocalCopies.doubt
@@ -417,7 +417,7 @@ FAULTS = {
             "options",
             ("erased", "own writes", "monotonic"),
             _both(
-                _method(Cached, "_keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
+                _method(Holdings, "keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
             ),
             first=1,
         ),
@@ -425,21 +425,21 @@ FAULTS = {
             "negative mark survives an upsert",
             "memory",
             ("register",),
-            _method(Cached, "_remove", _remove_but_absent),
+            _method(Holdings, "remove", _remove_but_absent),
             first=18,
         ),
         Fault(
             "loads outlive writes",
             "memory",
             ("register", "one load"),
-            _method(Cached, "_detach", _leave_flights),
+            _method(Holdings, "detach", _leave_flights),
             first=250,
         ),
         Fault(
             "no quarantine",
             "memory",
             ("register",),
-            _method(Cached, "_write_failed", _no_quarantine),
+            _method(Holdings, "write_failed", _no_quarantine),
         ),
         Fault(
             "no quarantine in the tier",

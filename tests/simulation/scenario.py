@@ -456,9 +456,9 @@ class _World:
             for cache in find(stack, Cached):
                 left = {
                     "flights": len(cache._flights),
-                    "writing": len(cache._writing),
+                    "writing": len(cache._held.writing),
                     "refreshes": len(cache._refreshes),
-                    "index": len(set(cache._by_digest.values()) - set(cache._entries)),
+                    "index": len(set(cache._held.by_digest.values()) - set(cache._entries)),
                 }
                 if any(left.values()):
                     raise Violation("books", f"a cache still keeps {left}")

@@ -82,9 +82,9 @@ async def test_a_day_of_traffic_leaves_no_growth() -> None:
             alive.append(len(gc.get_objects()))
     assert len(cached._entries) <= ENTRIES
     assert not cached._flights
-    assert not cached._writing
-    assert len(cached._quarantine) <= 12
-    s3 = cached._s3
+    assert not cached._held.writing
+    assert len(cached._held.quarantine) <= 12
+    s3 = cached._held.s3
     assert s3 is not None
     assert len(s3._small) + len(s3._main) <= 2 * ENTRIES + 64
     assert len(s3._ghosts) <= ENTRIES

@@ -373,8 +373,8 @@ async def test_memory_is_bounded_by_max_entries() -> None:
         await cache.get_latest(user)
     assert counted(cache, "cache_entries")[""] == 10
     assert counted(cache, "cache_evictions")["size"] >= 490
-    assert len(cache._s3._small) + len(cache._s3._main) <= 2 * 10 + 64
-    assert len(cache._s3._ghosts) <= 10
+    assert len(cache._held.s3._small) + len(cache._held.s3._main) <= 2 * 10 + 64
+    assert len(cache._held.s3._ghosts) <= 10
 
 
 async def test_nothing_is_kept_per_user_when_nothing_is_in_flight() -> None:
@@ -394,17 +394,17 @@ async def test_nothing_is_kept_per_user_when_nothing_is_in_flight() -> None:
             except (UnavailableError, asyncio.CancelledError):
                 pass
     assert not cache._flights
-    assert not cache._writing
-    assert not cache._by_digest
+    assert not cache._held.writing
+    assert not cache._held.by_digest
     await clock.advance(3600)
     with pytest.raises(UnavailableError):
         await Cached(Scripted(down), clock=clock).upsert_latest(NEW)
-    cache._write_begins("w-1")
-    cache._write_failed("w-1", down)
-    assert list(cache._quarantine) == ["w-1"]
+    cache._held.write_begins("w-1")
+    cache._held.write_failed("w-1", down)
+    assert list(cache._held.quarantine) == ["w-1"]
     await clock.advance(6)
     await cache.get_latest("w-2")
-    assert not cache._quarantine
+    assert not cache._held.quarantine
 
 
 async def test_expired_entries_make_room_before_live_ones_are_given_up() -> None:
@@ -952,7 +952,7 @@ def test_event_loops_of_several_threads_share_one_cache() -> None:
         sys.setswitchinterval(interval)
     assert not failures
     assert not cache._flights
-    assert not cache._writing
+    assert not cache._held.writing
 
     async def compare() -> None:
         for user in users:
@@ -1119,4 +1119,4 @@ async def test_of_equal_doubts_the_last_one_counts() -> None:
     assert len(inner.calls) == 5
     with pytest.raises(UnavailableError):
         await cache.upsert_latest(StateSnapshot("u-2", 1))
-    assert list(cache._quarantine) == ["u-2"]
+    assert list(cache._held.quarantine) == ["u-2"]

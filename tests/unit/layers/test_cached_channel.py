@@ -228,11 +228,11 @@ async def test_no_digest_is_kept_of_a_user_of_whom_nothing_is() -> None:
         await cache.get_latest("u-1")
     await cache.get_latest("u-1")
     await cache.delete("u-1")
-    assert not cache._by_digest
+    assert not cache._held.by_digest
     tier.steps = [StateSnapshot(f"v-{index}", 1) for index in range(50)]
     for index in range(50):
         await cache.get_latest(f"v-{index}")
-    assert len(cache._by_digest) == 2
+    assert len(cache._held.by_digest) == 2
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ async def test_what_a_given_cache_gives_up_does_not_stay_behind(
     cached, tier, _ = build(cache=cache)
     for number in range(1_000):
         await cached.upsert_latest(StateSnapshot(f"u-{number}"))
-        assert len(cached._by_digest) <= 2 * len(cache) + 65
+        assert len(cached._held.by_digest) <= 2 * len(cache) + 65
     for user_id in list(cache):
         tier.channel.say(10_000, user_id)
     assert not cache
@@ -428,7 +428,7 @@ async def test_of_two_loads_that_found_different_states_neither_is_kept() -> Non
     second_gate.open({"u-1": NEW})
     assert await batch == {"u-1": NEW}
     assert len(cache._entries) == 0
-    assert cache._by_digest == {}
+    assert cache._held.by_digest == {}
     tier.channel.lease(clock.monotonic() + 100)
     assert await cache.get_latest("u-1") == NEW
     assert len(tier.calls) == 3
@@ -455,16 +455,16 @@ async def test_a_load_that_goes_wrong_leaves_no_digest() -> None:
     cache, _, _ = build(UnavailableError("down"), {"u-1": stranger})
     with pytest.raises(UnavailableError):
         await cache.get_latest("u-1")
-    assert cache._by_digest == {}
+    assert cache._held.by_digest == {}
     assert await cache.get_latest_many(["u-1"]) == {}
-    assert cache._by_digest == {}
+    assert cache._held.by_digest == {}
     gate = Gate()
     cache, _, _ = build(gate)
     task = asyncio.create_task(cache.get_latest("u-1"))
     await gate.entered.wait()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert cache._by_digest == {}
+    assert cache._held.by_digest == {}
 
 
 async def test_a_refresh_is_not_due_while_the_user_is_being_loaded() -> None:
@@ -627,11 +627,11 @@ async def test_no_digest_outlives_what_it_was_kept_for() -> None:
     """An absence that is not remembered, and an entry that expired and was swept."""
     cache, _, clock = build(None, OLD, StateSnapshot("u-2", 1), ttl=10)
     await cache.get_latest("u-1")
-    assert cache._by_digest == {}
+    assert cache._held.by_digest == {}
     await cache.get_latest("u-1")
     await clock.advance(10)
     await cache.get_latest("u-2")
-    assert list(cache._by_digest.values()) == ["u-2"]
+    assert list(cache._held.by_digest.values()) == ["u-2"]
 
 
 async def test_what_the_channel_takes_away_is_counted_apart() -> None:

@@ -264,6 +264,7 @@ async def test_a_load_begins_in_another_thread_while_the_channel_is_lost() -> No
     """The channel still finds it: nothing that it told of meanwhile is kept."""
     cache = Cached(MemoryStore(), fallback=MemoryStore())
     cache._channel = Told()  # type: ignore[assignment]
+    cache._held.follow(str.encode)
     loop = asyncio.get_running_loop()
     threads: list[threading.Thread] = []
 
@@ -275,11 +276,11 @@ async def test_a_load_begins_in_another_thread_while_the_channel_is_lost() -> No
                 threads[0].join(0.2)  # it cannot end before, when one waits for the other
             return False
 
-    cache._writing = Writing()
-    cache._by_digest = {b"u-1": "u-1"}
+    cache._held.writing = Writing()
+    cache._held.by_digest = {b"u-1": "u-1"}
     cache.distrust()
     threads[0].join()
-    assert cache._by_digest == {b"u-2": "u-2"}
+    assert cache._held.by_digest == {b"u-2": "u-2"}
     cache.invalidate(Notice(b"u-2", 1))
     assert not cache._flights
 
@@ -506,11 +507,11 @@ async def test_doubts_about_writes_are_forgotten_as_they_end() -> None:
             await cache.upsert_latest(state(user_id=user_id))
         await clock.advance(pause)
     await cache.get_latest("u-1")
-    assert list(cache._quarantine) == ["u-1"]
+    assert list(cache._held.quarantine) == ["u-1"]
     assert len(cache._entries) == 0
     await clock.advance(1)
     await cache.get_latest("u-1")
-    assert cache._quarantine == {}
+    assert cache._held.quarantine == {}
 
 
 # What it tells of itself

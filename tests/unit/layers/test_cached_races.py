@@ -167,8 +167,8 @@ async def work(stack: StateStore, schedule: Schedule, *, cancels: bool) -> None:
     for cache in (stack, *stack.children().values()):
         if isinstance(cache, Cached):
             assert not cache._flights
-            assert not cache._writing
-            assert not cache._by_digest
+            assert not cache._held.writing
+            assert not cache._held.by_digest
         if isinstance(cache, WriteThrough) and cache._guard is None:
             assert not cache._copies._users
     await stack.aclose()
@@ -262,16 +262,16 @@ class _Naive(Cached):
         if entry is not None:
             return entry.value  # type: ignore[no-any-return]
         found = await self.inner.get_latest(user_id)
-        self._keep(user_id, found)
+        self._held.keep(user_id, found)
         return found
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         await self.inner.upsert_latest(snapshot)
-        self._keep(snapshot.user_id, snapshot)
+        self._held.keep(snapshot.user_id, snapshot)
 
     async def delete(self, user_id: str) -> None:
         await self.inner.delete(user_id)
-        self._remove(user_id)
+        self._held.remove(user_id)
 
 
 def test_the_check_finds_what_glue_does() -> None:
