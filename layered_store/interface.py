@@ -277,6 +277,15 @@ def not_of_user(user_id: str, operation: str, layer: str) -> CorruptDataError:
     )
 
 
+def check_state(
+    found: StateSnapshot | None, user_id: str, layer: StateStore
+) -> StateSnapshot | None:
+    """Return what a store below answered, or raise CorruptDataError if it is another user's."""
+    if found is not None and not is_state_of(found, user_id):
+        raise not_of_user(user_id, Op.GET_LATEST, layer.name)
+    return found
+
+
 def check_history(found: object, user_id: str, layer: str) -> list[StateSnapshot]:
     """Return a history from below, or raise CorruptDataError unless all of it is the user's."""
     if isinstance(found, Iterable):

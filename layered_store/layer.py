@@ -12,7 +12,15 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import ClosedError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
-from layered_store.interface import Op, StateStore, listed, report_of
+from layered_store.interface import (
+    Op,
+    StateStore,
+    check_history,
+    check_state,
+    is_state_of,
+    listed,
+    report_of,
+)
 from layered_store.options import check_store
 
 if TYPE_CHECKING:
@@ -30,6 +38,9 @@ C = TypeVar("C")
 @dataclass(eq=False, repr=False)
 class Layer(StateStore):
     """A store that wraps another and forwards every operation to it.
+
+    What comes back is checked to be the state of the user who was asked for: a store from elsewhere
+    may answer anything.
 
     Subclass it to change some operations and inherit the rest; to treat all operations alike,
     subclass :class:`AroundLayer`. A layer is a dataclass: its fields are its options, its
@@ -52,16 +63,17 @@ class Layer(StateStore):
         await self.inner.upsert_latest(snapshot)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        return await self.inner.get_latest(user_id)
+        return check_state(await self.inner.get_latest(user_id), user_id, self)
 
     async def delete(self, user_id: str) -> None:
         await self.inner.delete(user_id)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        return await self.inner.get_history(user_id, limit)
+        return check_history(await self.inner.get_history(user_id, limit), user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        return await self.inner.get_latest_many(user_ids)
+        found = await self.inner.get_latest_many(user_ids)
+        return {key: state for key, state in found.items() if is_state_of(state, key)}
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         await self.inner.upsert_latest_many(snapshots)
@@ -170,7 +182,7 @@ class AroundLayer(Layer):
             await self.around(Op.UPSERT_LATEST, self.inner.upsert_latest, snapshot)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        return await self.around(Op.GET_LATEST, self.inner.get_latest, user_id)
+        return await self.around(Op.GET_LATEST, super().get_latest, user_id)
 
     async def delete(self, user_id: str) -> None:
         # A repeat of an erasure that took effect must not erase what was written since.
@@ -178,11 +190,11 @@ class AroundLayer(Layer):
             await self.around(Op.DELETE, self.inner.delete, user_id)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        return await self.around(Op.GET_HISTORY, self.inner.get_history, user_id, limit)
+        return await self.around(Op.GET_HISTORY, super().get_history, user_id, limit)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
-        return await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, wanted)
+        return await self.around(Op.GET_LATEST_MANY, super().get_latest_many, wanted)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)

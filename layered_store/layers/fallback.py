@@ -25,9 +25,9 @@ from layered_store.interface import (
     Op,
     StateStore,
     check_history,
+    check_state,
     is_state_of,
     listed,
-    not_of_user,
     report_of,
 )
 from layered_store.layer import Layer
@@ -102,9 +102,7 @@ class Fallback(Layer):
             found = await self.inner.get_latest(user_id)
         except (UnavailableError, RejectedError) as exc:
             found = await self._instead(exc, Op.GET_LATEST, self.secondary.get_latest, user_id)
-        if found is not None and not is_state_of(found, user_id):
-            raise not_of_user(user_id, Op.GET_LATEST, self.name)
-        return found
+        return check_state(found, user_id, self)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)

@@ -16,7 +16,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.hotpath import HitCount, HotPath, hot_path_of
-from layered_store.interface import Op
+from layered_store.interface import Op, not_of_user
 from layered_store.layer import AroundLayer
 from layered_store.metrics.exemplars import Exemplar, ExemplarHook, checked
 from layered_store.metrics.timings import Durations, HitTimings, Timings, cumulative
@@ -122,6 +122,8 @@ class Metrics(AroundLayer):
         self._in_flight += 1
         try:
             value = await self.inner.get_latest(user_id)
+            if value is not None and getattr(value, "user_id", None) != user_id:
+                raise not_of_user(user_id, Op.GET_LATEST, self.name)
         except BaseException as exc:
             self._in_flight -= 1
             self._note(Op.GET_LATEST, outcome_of(exc), begun)

@@ -27,10 +27,13 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    check_history,
     check_limit,
     check_snapshot,
     check_snapshots,
+    check_state,
     check_user_ids,
+    is_state_of,
     report_of,
 )
 from layered_store.layer import Layer
@@ -245,17 +248,17 @@ class Ramp(Layer):
         check_user_id(user_id, Op.GET_LATEST)
         if not self.takes(user_id):
             self._reads["inner"] += 1
-            found = await self.inner.get_latest(user_id)
+            found = await self._latest_of(self.inner, user_id)
             if not self.takes(user_id):
                 return found
             # The share rose meanwhile: a write under way may stand in inner alone, and the next
             # read would show what was before it.
         self._reads["other"] += 1
-        found = await self._other.get_latest(user_id)
+        found = await self._latest_of(self._other, user_id)
         if found is None and self.alternative is not None:
-            found = await self.inner.get_latest(user_id)  # not written since the ramp began
+            found = await self._latest_of(self.inner, user_id)  # not written since the ramp began
             if self._midway(user_id):
-                return await self._other.get_latest(user_id) or found
+                return await self._latest_of(self._other, user_id) or found
         return found
 
     def _midway(self, user_id: str) -> bool:
@@ -267,13 +270,21 @@ class Ramp(Layer):
         check_user_id(user_id, Op.GET_HISTORY)
         check_limit(limit)
         if not self.takes(user_id):
-            return await self.inner.get_history(user_id, limit)
-        found = await self._other.get_history(user_id, limit)
+            return await self._history_of(self.inner, user_id, limit)
+        found = await self._history_of(self._other, user_id, limit)
         if not found and limit and self.alternative is not None:
-            found = await self.inner.get_history(user_id, limit)
+            found = await self._history_of(self.inner, user_id, limit)
             if self._midway(user_id):
-                return await self._other.get_history(user_id, limit) or found
+                return await self._history_of(self._other, user_id, limit) or found
         return found
+
+    async def _latest_of(self, store: StateStore, user_id: str) -> StateSnapshot | None:
+        return check_state(await store.get_latest(user_id), user_id, self)
+
+    async def _history_of(
+        self, store: StateStore, user_id: str, limit: int
+    ) -> list[StateSnapshot]:
+        return check_history(await store.get_history(user_id, limit), user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = check_user_ids(user_ids)
@@ -295,7 +306,7 @@ class Ramp(Layer):
         ]
         if again:
             found.update(await self._other.get_latest_many(again))
-        return {user_id: found[user_id] for user_id in wanted if user_id in found}
+        return {key: found[key] for key in wanted if is_state_of(found.get(key), key)}
 
     # Writing
 

@@ -13,8 +13,8 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.local import NOT_HAPPENED, may_take_effect
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
-from layered_store.interface import Op
-from layered_store.layer import AroundLayer
+from layered_store.interface import Op, not_of_user
+from layered_store.layer import AroundLayer, Layer
 from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
 from layered_store.stats import Sample
 
@@ -138,18 +138,19 @@ class Retry(AroundLayer):
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         if not self._whole:
             return await super().get_latest(user_id)
-        # ``around``, written out for what is called most: it costs a miss one coroutine less.
+        # ``around``, written out for what is called most: it costs a miss two coroutines less.
         budget = self._budget
         if budget.tokens < budget.burst:
             budget.earn()
         started = self._monotonic()
         try:
-            return await self.inner.get_latest(user_id)
+            found = await self.inner.get_latest(user_id)
+            if found is not None and getattr(found, "user_id", None) != user_id:
+                raise not_of_user(user_id, Op.GET_LATEST, self.name)
+            return found
         except StoreError as exc:
             error = exc
-        return await self._again(
-            Op.GET_LATEST, started, error, self.inner.get_latest, user_id
-        )
+        return await self._again(Op.GET_LATEST, started, error, Layer.get_latest, self, user_id)
 
     async def around(
         self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs

@@ -205,19 +205,19 @@ class Shadow(Layer):
     # Reading
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        found = await self.inner.get_latest(user_id)
+        found = await super().get_latest(user_id)
         self.compare(user_id, found)
         return found
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = check_user_ids(user_ids)
-        found = await self.inner.get_latest_many(wanted)
+        found = await super().get_latest_many(wanted)
         for user_id in wanted:
             self.compare(user_id, found.get(user_id))
         return found
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        found = await self.inner.get_history(user_id, limit)
+        found = await super().get_history(user_id, limit)
         if found and self._mirrors(user_id):
             self._add_comparison(user_id, partial(self._compare_history, user_id, found, limit))
         return found

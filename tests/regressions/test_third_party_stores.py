@@ -10,14 +10,22 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from layered_store import (
+    Bulkhead,
     Cached,
+    CircuitBreaker,
     CorruptDataError,
     Fallback,
+    Metrics,
+    Ramp,
+    ReadOnly,
     Retry,
+    Shadow,
     StateSnapshot,
     StateStore,
+    Timeout,
     UnavailableError,
     WriteThrough,
 )
@@ -89,6 +97,15 @@ async def test_a_wrong_answer_of_the_system_of_record_is_an_error_for_that_user(
         lambda record: Cached(Foreign(), fallback=record),
         lambda record: Fallback(record, secondary=Foreign()),
         lambda record: Fallback(down, secondary=record),
+        Retry,
+        lambda record: Timeout(record, seconds=9),
+        CircuitBreaker,
+        lambda record: Bulkhead(record, max_in_flight=9),
+        ReadOnly,
+        lambda record: Metrics(record, name="users", registry=CollectorRegistry()),
+        lambda record: Shadow(record, candidate=Foreign(), share=0.0),
+        lambda record: Ramp(record, alternative=Foreign(), share=0.0),
+        lambda record: Ramp(Foreign(), alternative=record, share=1.0),
     ):
         record = Foreign(u_1=answer, u_3=StateSnapshot("u-3", 3))
         stack: StateStore = build(record)
@@ -98,6 +115,29 @@ async def test_a_wrong_answer_of_the_system_of_record_is_an_error_for_that_user(
                 await stack.get_latest("u-1")
         record.kept["u-1"] = MINE
         assert await stack.get_latest("u-1") == MINE
+
+
+@pytest.mark.parametrize("answer", [[MINE, OTHERS], ["text"], None])
+async def test_a_history_that_is_not_the_users_is_an_error(answer: object) -> None:
+    """No layer hands on another user's state."""
+
+    class Telling(Foreign):
+        async def get_history(self, user_id: str, limit: int) -> Any:  # noqa: ARG002
+            return answer
+
+    for build in (
+        Cached,
+        Retry,
+        ReadOnly,
+        lambda record: Metrics(record, name="users", registry=CollectorRegistry()),
+        lambda record: Shadow(record, candidate=Foreign()),
+        lambda record: Ramp(record, alternative=Foreign(), share=0.0),
+        lambda record: Ramp(Foreign(), alternative=record, share=1.0),
+        lambda record: Fallback(record, secondary=Foreign()),
+    ):
+        stack: StateStore = build(Telling())
+        with pytest.raises(CorruptDataError, match="another user"):
+            await stack.get_history("u-1", 10)
 
 
 @pytest.mark.parametrize("answer", [OTHERS, "text", {"user_id": "u-1"}])
