@@ -346,8 +346,8 @@ async def test_tables_that_came_with_a_dump_are_numbered_anew(
     """PostgreSQL: places in the log are ids of transactions, and those of a dump are another
     server's. More of them than a page may tell must not keep the log from being read for ever.
     """
-    monkeypatch.setattr("layered_store.stores.sql.store._AHEAD_ROWS", 10)
-    monkeypatch.setattr("layered_store.stores.sql.store._ADOPTED_ROWS", 4)
+    monkeypatch.setattr("layered_store.stores.sql.changelog._AHEAD_ROWS", 10)
+    monkeypatch.setattr("layered_store.stores.sql.changelog._ADOPTED_ROWS", 4)
     store = bench.build()
     users = [f"u{number}" for number in range(30)]
     await store.write_many([state(user_id) for user_id in users])

@@ -12,7 +12,7 @@ import pytest
 
 from layered_store import SQLStore, StateSnapshot
 from layered_store.call import call_begins
-from layered_store.stores.sql import store as store_module
+from layered_store.stores.sql import changelog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,7 @@ async def test_the_change_log_ends_however_much_was_overwritten(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page looks at so many entries of the log; the pages together skip nobody."""
-    monkeypatch.setattr(store_module, "_SCANNED", 50)
+    monkeypatch.setattr(changelog, "_SCANNED", 50)
     async with build(path) as store:
         head = await store.head()
         await store.upsert_latest(state("early"))

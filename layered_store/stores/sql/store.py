@@ -13,15 +13,11 @@ from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
-from layered_store.coherence.tombstones import LATEST_SECONDS
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import (
     ClosedError,
     ConfigError,
     CorruptDataError,
-    StoreError,
-    UnavailableError,
-    ValidationError,
 )
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
@@ -46,6 +42,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
+from layered_store.stores.sql.changelog import ChangeLog
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -63,15 +60,9 @@ __all__ = ["SQLStore"]
 T = TypeVar("T")
 
 _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
-_COVERED_US: Final = int(LATEST_SECONDS * 1e6)
 _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip with others
 _MAX_INT: Final = 2**53
 _BULK: Final = 1_000
-_MAX_POSITION: Final = 2**63 - 1
-_AHEAD_ROWS: Final = 20_000
-_ADOPTED_ROWS: Final = 5_000
-_SCANNED: Final = 20_000
-_CURSOR: Final = re.compile(r"(\d{1,19})\.([0-9a-f]{0,32})\.(\d{1,19})").fullmatch
 
 
 @dataclass(eq=False, repr=False)
@@ -167,6 +158,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         self._max_age_us = _MAX_INT if max_age_us is None else max_age_us
         self._access = self._connect_to(max_age_us)
         self._statements = self._access.statements
+        self._log = ChangeLog(self._access, self._erasures, self.name)
         self._codec = SnapshotCodec(self.snapshot_type)
         self._probe = SharedProbe(self.name, self._probe_limit, self.clock)
         self._corrupt = 0
@@ -465,86 +457,15 @@ class SQLStore(StateStore, Authority, Enumerable):
 
     async def head(self) -> str:
         self._check_open("head")
-        horizon, now_us = await self._run("head", self._horizon)
-        return f"{horizon - 1}.{'f' * 32}.{now_us}"
+        return await self._log.head()
 
     async def changes(self, cursor: str, limit: int) -> Changes:
         self._check_open("changes")
-        position, after, issued = _read_cursor(cursor)
-
-        async def work(session: Session) -> tuple[int, int, bool, Sequence[Any]]:
-            # First the horizon: all below it is committed, so the second statement sees it.
-            horizon, now_us = await self._horizon(session)
-            # What was overwritten since stands in SQLite's log as well: a page ends somewhere.
-            cut = self._statements.chained and horizon > position + _SCANNED
-            if cut:
-                horizon = position + _SCANNED
-            values = {
-                "after_position": position,
-                "after_digest": after,
-                "horizon": horizon,
-                "max_rows": limit + 1,
-            }
-            found = list(await session.rows(self._statements.changes, values))
-            if len(found) <= limit and not self._statements.counted:
-                # What was committed behind a transaction that is still open: it must be known
-                # now, and is told again until the horizon has passed it.
-                values |= {
-                    "after_position": max(horizon - 1, position),
-                    "after_digest": b"\xff" * 16,
-                    "horizon": _MAX_POSITION,
-                    "max_rows": _AHEAD_ROWS + 1,
-                }
-                ahead.extend(await session.rows(self._statements.changes, values))
-                await self._adopt(session, ahead)
-            return horizon, now_us, cut, found
-
-        ahead: list[Any] = []
-        horizon, now_us, cut, rows = await self._run("changes", work)
-        if len(ahead) > _AHEAD_ROWS:
-            raise UnavailableError(
-                "a transaction has been open for so long that too many changes wait behind it, or"
-                " the tables came with a dump and are being numbered anew",
-                operation="changes",
-                layer=self.name,
-            )
-        more = len(rows) > limit
-        items = [
-            Change(
-                bytes(row.digest),
-                row.version,
-                row.user_id is None,
-                owed=row.debts not in (None, "[]"),
-            )
-            for row in (*rows[:limit], *ahead)
-        ]
-        if not more:
-            last = max(horizon - 1, position)
-            time = issued if cut else now_us
-            return Changes(items, f"{last}.{'f' * 32}.{time}", more=cut)
-        # The time stays that of the first page: what it left out may be as old as that.
-        end = rows[limit - 1] if limit else None
-        place = f"{end.position}.{bytes(end.digest).hex()}" if end else f"{position}.{after.hex()}"
-        return Changes(items, f"{place}.{issued}", more=True)
-
-    async def _adopt(self, session: Session, ahead: Sequence[Any]) -> None:
-        """Give rows that no transaction of this server can have written a new place in the log.
-
-        They came with a dump of another one. Left as they are, all of them would be ahead of the
-        log until this server has counted as far. Some at a time, since a call has its time limit.
-        """
-        if not ahead:
-            return
-        end = (await session.rows(self._statements.end_of_ids, {}))[0][0]
-        if any(row.position >= end for row in ahead):
-            await session.run(self._statements.adopt, [{"max_rows": _ADOPTED_ROWS}])
+        return await self._log.changes(cursor, limit)
 
     async def covers(self, cursor: str) -> bool:
         self._check_open("covers")
-        position, _, issued = _read_cursor(cursor)
-        horizon, now_us = await self._run("covers", self._horizon)
-        # A position from the future is another database's, or this one was restored.
-        return position < horizon and now_us - issued < _COVERED_US
+        return await self._log.covers(cursor)
 
     async def users(self, cursor: str, limit: int) -> UserPage:
         self._check_open("users")
@@ -615,18 +536,6 @@ class SQLStore(StateStore, Authority, Enumerable):
     ) -> T:
         return await self._access.run(op, work, writes=writes)
 
-    async def _horizon(self, session: Session) -> tuple[int, int]:
-        began = session.measure()
-        sent = session.clock.monotonic()
-        found = (await session.rows(self._statements.horizon, session.timed({})))[0]
-        began.learn(sent, session.clock.monotonic(), found.now_us)
-        self._erasures.learn(began)
-        if found.horizon is None:
-            raise StoreError(
-                "the counter table is empty; let create_tables=True fill it", layer=self.name
-            )
-        return found.horizon, found.now_us
-
     # Rows and snapshots.
 
     def _prepare(
@@ -689,10 +598,3 @@ class SQLStore(StateStore, Authority, Enumerable):
 def _to_bytes(payload: Any) -> bytes:
     """Return a state's bytes; none for what is no such thing, which SQLite keeps in any column."""
     return bytes(payload) if isinstance(payload, bytes | bytearray | memoryview) else b""
-
-
-def _read_cursor(cursor: str) -> tuple[int, bytes, int]:
-    found = _CURSOR(cursor) if isinstance(cursor, str) else None
-    if found is None:
-        raise ValidationError("is not one of this store's", field="cursor")
-    return int(found[1]), bytes.fromhex(found[2]), int(found[3])
