@@ -1,40 +1,31 @@
-"""From a config file, or a dict, to a stack, and back."""
+"""From a config file, or a dict, to a stack."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
-import re
-import tomllib
 import warnings
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Invalidations
-from layered_store.config.durations import parse_duration
+from layered_store.config.dumping import MASK
 from layered_store.config.environment import interpolate
-from layered_store.config.registry import MISSING, Option, nearest, shown, spec_of, spec_of_class
+from layered_store.config.files import read_file
+from layered_store.config.registry import MISSING, Option, nearest, shown, spec_of
+from layered_store.config.values import converted, from_text, word
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
-from layered_store.stack import children_of, walk
 
 if TYPE_CHECKING:
     from layered_store.config.lint import LintPolicy
     from layered_store.config.registry import BlockSpec
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["MASK", "load_stack", "to_config"]
-
-MASK: Final = "***"
-"""What stands in place of a secret in :func:`to_config` and ``describe``."""
+__all__ = ["load_stack"]
 
 _MAX_DEPTH: Final = 32
-_MAX_FILE_BYTES: Final = 1_000_000
 _TOP: Final = ("store", "lint")
-_WORDS: Final = {"true": True, "false": False}
 
 
 def load_stack(
@@ -86,7 +77,7 @@ def load_unchecked(
     if isinstance(source, Mapping):
         document = {"store": source} if "use" in source else dict(source)
     elif isinstance(source, str | os.PathLike):
-        document = _read(Path(source))
+        document = read_file(Path(source))
     else:
         raise ConfigError(f"must be a path or a dict, not {type(source).__name__}", option="source")
     document.pop("$schema", None)
@@ -103,76 +94,6 @@ def load_unchecked(
     assert stack is not None
     assert isinstance(policy, LintPolicy)
     return stack, policy
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return what a file holds.
-
-    Raises:
-        ConfigError: it cannot be read. The parser's own error, which has the whole text, does not
-            go along.
-    """
-    found, wrong = _parse(path)
-    if wrong:
-        raise ConfigError(wrong, option="source")
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path.name!r} must hold a table", option="source")
-    return found
-
-
-def _parse(path: Path) -> tuple[Any, str]:
-    """Return what a file holds, or what is wrong with it."""
-    suffix = path.suffix.lower()
-    name = repr(path.name)
-    if suffix not in (".toml", ".json"):
-        return None, "a config file ends in .toml or .json"
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as exc:
-        return None, f"cannot read {name}: {getattr(exc, 'strerror', None) or type(exc).__name__}"
-    if len(raw) > _MAX_FILE_BYTES:
-        return None, f"{name} is larger than a megabyte"
-    try:
-        text = raw.decode("utf-8-sig")
-        found = (
-            tomllib.loads(text)
-            if suffix == ".toml"
-            else json.loads(text, object_pairs_hook=_unrepeated)
-        )
-    except UnicodeDecodeError:
-        return None, f"{name} is not UTF-8"
-    except json.JSONDecodeError as exc:
-        return None, f"{name} is no JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
-    except tomllib.TOMLDecodeError as exc:
-        return None, f"{name} is no TOML{_toml_place(exc)}"
-    except _RepeatedKeyError as exc:
-        return None, f"{name} has the key {shown(exc.key)} twice in one table"
-    except (RecursionError, ValueError):
-        return None, f"{name} holds what cannot be read"
-    return found, ""
-
-
-class _RepeatedKeyError(Exception):
-    """A table of a JSON file has a key twice, of which one would silently win."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise _RepeatedKeyError(key)
-        table[key] = value
-    return table
-
-
-def _toml_place(exc: Exception) -> str:
-    # Only the place is told: the rest of the message may quote what stands there.
-    found = re.search(r"\(at (line \d+, column \d+|end of document)\)$", str(exc))
-    return f": something is wrong at {found[1]}" if found else ""
 
 
 class _StandIn(StateStore):
@@ -256,7 +177,7 @@ class _Build:
     def block(self, table: Any, path: str, depth: int) -> StateStore:
         """Return the block that a table describes, with its ``layers`` around it."""
         if not isinstance(table, Mapping):
-            self.problem(f"must be a table with a key 'use', not {_word(table)}", path=path)
+            self.problem(f"must be a table with a key 'use', not {word(table)}", path=path)
             return _StandIn()
         if depth > _MAX_DEPTH or id(table) in self._above:
             reason = "contains itself" if depth <= _MAX_DEPTH else f"more than {_MAX_DEPTH} deep"
@@ -287,7 +208,7 @@ class _Build:
         entries = table.get("layers", [])
         if not isinstance(entries, list | tuple):
             self.problem(
-                f"must be a list of tables, outermost first, not {_word(entries)}",
+                f"must be a list of tables, outermost first, not {word(entries)}",
                 path=f"{path}.layers",
             )
             return []
@@ -295,7 +216,7 @@ class _Build:
         for index, entry in enumerate(entries):
             place = f"{path}.layers.{index}"
             if not isinstance(entry, Mapping):
-                self.problem(f"must be a table with a key 'use', not {_word(entry)}", path=place)
+                self.problem(f"must be a table with a key 'use', not {word(entry)}", path=place)
             elif id(entry) in self._above:
                 self.problem("the blocks are nested without end (contains itself)", path=place)
             else:
@@ -312,7 +233,7 @@ class _Build:
         if name is None:
             return None
         if not isinstance(name, str) or not name:
-            self.problem(f"must be a name, not {_word(name)}", path=f"{path}.id")
+            self.problem(f"must be a name, not {word(name)}", path=f"{path}.id")
             return None
         if name in self._ids:
             self.problem(
@@ -329,7 +250,7 @@ class _Build:
             return None
         kind = table["use"]
         if not isinstance(kind, str):
-            self.problem(f"must be the name of a block, not {_word(kind)}", path=f"{path}.use")
+            self.problem(f"must be the name of a block, not {word(kind)}", path=f"{path}.use")
             return None
         try:
             spec = spec_of(kind)
@@ -482,10 +403,10 @@ class _Build:
             self._problems.append(exc)
             return MISSING
         if isinstance(value, str) and filled != value and str not in option.accepts:
-            filled = _from_text(filled)
+            filled = from_text(filled)
         if isinstance(value, list) and option.item not in (str, None):
             filled = [
-                _from_text(new) if isinstance(old, str) and new != old else new
+                from_text(new) if isinstance(old, str) and new != old else new
                 for old, new in zip(value, filled, strict=True)
             ]
         if filled == MASK:
@@ -496,7 +417,7 @@ class _Build:
             )
             return MISSING
         try:
-            return _converted(option, filled)
+            return converted(option, filled)
         except (ValueError, ImportError, AttributeError) as exc:
             self.problem(str(exc), path=path)
             return MISSING
@@ -519,198 +440,9 @@ def _deep(value: Any, environ: Mapping[str, str]) -> Any:
     return value
 
 
-def _from_text(text: str) -> Any:
-    """Read a number or truth value that came out of the environment."""
-    if text.strip().lower() in _WORDS:
-        return _WORDS[text.strip().lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _converted(option: Option, value: Any) -> Any:
-    accepts = option.accepts
-    if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
-        return None  # TOML has no null
-    if value is None:
-        if option.nullable:
-            return None
-        raise ValueError(f"must be {_expected(option)}, not null")
-    if option.duration and isinstance(value, str):
-        return parse_duration(value)
-    if option.duration and isinstance(value, timedelta):
-        return value.total_seconds()
-    if type in accepts and isinstance(value, str):
-        return _class(value)
-    if isinstance(value, bool):
-        if bool in accepts:
-            return value
-    elif isinstance(value, int):
-        if int in accepts:
-            return value
-        if float in accepts:
-            try:
-                return float(value)
-            except OverflowError:
-                raise ValueError("is too large a number") from None
-    elif isinstance(value, float):
-        if float in accepts:
-            return value
-    elif isinstance(value, str):
-        if option.choices and value not in option.choices:
-            near = nearest(value, [str(choice) for choice in option.choices])
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"must be {_expected(option)}{hint}")
-        if str in accepts:
-            return value
-    elif isinstance(value, list):
-        if list in accepts and all(
-            type(item) is option.item or (option.item is float and type(item) is int)
-            for item in value
-        ):
-            return option.collection(value)
-    elif isinstance(value, dict) and dict in accepts:
-        return value
-    if isinstance(value, list) and list in option.accepts:
-        raise ValueError(f"must be {_expected(option)}; an item is something else")
-    raise ValueError(f"must be {_expected(option)}, not {_word(value)}")
-
-
-def _class(text: str) -> type:
-    module, colon, name = text.partition(":")
-    if not (colon and name.isidentifier()):
-        raise ValueError('must name a class as "package.module:Class"')
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as exc:  # noqa: BLE001  importing runs anything
-        raise ValueError(f"this class cannot be imported ({type(exc).__name__})") from None
-    if not isinstance(found, type):
-        raise ValueError("names something that is no class")  # noqa: TRY004
-    return found
-
-
-_NAMES: Final = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "a table",
-    type: 'a class as "package.module:Class"',
-}
-
-
-_ITEMS: Final = {
-    str: "texts",
-    bool: "truth values",
-    int: "whole numbers",
-    float: "numbers",
-}
-
-
-def _expected(option: Option) -> str:
-    if option.choices:
-        return "one of " + ", ".join(repr(choice) for choice in option.choices)
-    kinds = [name for kind, name in _NAMES.items() if kind in option.accepts]
-    if list in option.accepts and option.item is not None:
-        kinds[kinds.index(_NAMES[list])] = f"a list of {_ITEMS[option.item]}"
-    if int in option.accepts and float in option.accepts:
-        kinds.remove(_NAMES[int])
-    if option.duration:
-        kinds = ['seconds or a duration such as "30s"']
-    return " or ".join(kinds) or "left out"
-
-
-def _word(value: object) -> str:
-    if isinstance(value, bool):
-        return "a truth value"
-    if isinstance(value, Mapping):
-        return "a table"
-    return _NAMES.get(type(value), type(value).__name__)
-
-
 def _because(doc: str) -> str:
     return f": {doc}" if doc else ""
 
 
 def _join(path: str, key: object) -> str:
     return f"{path}.{shown(key)}" if path else shown(key)
-
-
-def to_config(stack: StateStore) -> dict[str, Any]:
-    """Return the dict that :func:`load_stack` builds this stack from, secrets masked.
-
-    A masked secret, or an object that no file can hold (shown as ``"<ClassName>"``), has to be put
-    back by hand; loading says so. Everything else comes back as it was.
-
-    Raises:
-        ConfigError: a block has no kind, since it is no entry point of ``layered_store.blocks``.
-    """
-    seen: set[int] = set()
-    for place in walk(stack):
-        if id(place.store) in seen:
-            raise ConfigError(
-                f"the same {type(place.store).__name__} stands in two places; a file cannot say so",
-                option="stack",
-            )
-        seen.add(id(place.store))
-    return {"store": _table(stack)}
-
-
-def _table(store: StateStore) -> dict[str, Any]:
-    layers = []
-    while list(children_of(store)) == ["inner"]:
-        layers.append(_one(store))
-        store = children_of(store)["inner"]
-    table = _one(store)
-    for role, child in children_of(store).items():
-        table[role] = _table(child)
-    if layers:
-        table["layers"] = layers
-    return table
-
-
-def _one(store: StateStore) -> dict[str, Any]:
-    spec = spec_of_class(type(store))
-    table: dict[str, Any] = {"use": spec.kind}
-    if (block_id := getattr(store, "block_id", None)) is not None:
-        table["id"] = block_id
-    for option in spec.options:
-        value = getattr(store, option.name, option.default)
-        if option.store or value is MISSING or isinstance(value, StateStore):
-            continue
-        if type(value) is type(option.default) and (
-            value == option.default or not option.from_file
-        ):
-            continue
-        if value is None:
-            if option.default is not None:
-                table[option.name] = None
-            continue
-        if not option.from_file:
-            if not option.secret:
-                table[option.name] = f"<{type(value).__name__}>"
-            continue
-        table[option.name] = _plain(option, value)
-    return table
-
-
-def _plain(option: Option, value: Any) -> Any:
-    if option.mask is not None:
-        return option.mask(value)
-    if option.secret:
-        return MASK
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, type):
-        return f"{value.__module__}:{value.__qualname__}"
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    if isinstance(value, str):
-        return str(value).replace("${", "$${")
-    if isinstance(value, bool | int | float | dict):
-        return value
-    return f"<{type(value).__name__}>"

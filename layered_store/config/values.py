@@ -1,0 +1,131 @@
+"""What a config file says of an option, as the value that its block takes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.config.durations import parse_duration
+from layered_store.config.registry import nearest
+
+if TYPE_CHECKING:
+    from layered_store.config.registry import Option
+
+__all__ = ["converted", "expected", "from_text", "word"]
+
+_WORDS: Final = {"true": True, "false": False}
+
+
+def from_text(text: str) -> Any:
+    """Read a number or truth value that came out of the environment."""
+    if text.strip().lower() in _WORDS:
+        return _WORDS[text.strip().lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def converted(option: Option, value: Any) -> Any:
+    accepts = option.accepts
+    if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
+        return None  # TOML has no null
+    if value is None:
+        if option.nullable:
+            return None
+        raise ValueError(f"must be {expected(option)}, not null")
+    if option.duration and isinstance(value, str):
+        return parse_duration(value)
+    if option.duration and isinstance(value, timedelta):
+        return value.total_seconds()
+    if type in accepts and isinstance(value, str):
+        return _class(value)
+    if isinstance(value, bool):
+        if bool in accepts:
+            return value
+    elif isinstance(value, int):
+        if int in accepts:
+            return value
+        if float in accepts:
+            try:
+                return float(value)
+            except OverflowError:
+                raise ValueError("is too large a number") from None
+    elif isinstance(value, float):
+        if float in accepts:
+            return value
+    elif isinstance(value, str):
+        if option.choices and value not in option.choices:
+            near = nearest(value, [str(choice) for choice in option.choices])
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"must be {expected(option)}{hint}")
+        if str in accepts:
+            return value
+    elif isinstance(value, list):
+        if list in accepts and all(
+            type(item) is option.item or (option.item is float and type(item) is int)
+            for item in value
+        ):
+            return option.collection(value)
+    elif isinstance(value, dict) and dict in accepts:
+        return value
+    if isinstance(value, list) and list in option.accepts:
+        raise ValueError(f"must be {expected(option)}; an item is something else")
+    raise ValueError(f"must be {expected(option)}, not {word(value)}")
+
+
+def _class(text: str) -> type:
+    module, colon, name = text.partition(":")
+    if not (colon and name.isidentifier()):
+        raise ValueError('must name a class as "package.module:Class"')
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as exc:  # noqa: BLE001  importing runs anything
+        raise ValueError(f"this class cannot be imported ({type(exc).__name__})") from None
+    if not isinstance(found, type):
+        raise ValueError("names something that is no class")  # noqa: TRY004
+    return found
+
+
+_NAMES: Final = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a table",
+    type: 'a class as "package.module:Class"',
+}
+
+
+_ITEMS: Final = {
+    str: "texts",
+    bool: "truth values",
+    int: "whole numbers",
+    float: "numbers",
+}
+
+
+def expected(option: Option) -> str:
+    if option.choices:
+        return "one of " + ", ".join(repr(choice) for choice in option.choices)
+    kinds = [name for kind, name in _NAMES.items() if kind in option.accepts]
+    if list in option.accepts and option.item is not None:
+        kinds[kinds.index(_NAMES[list])] = f"a list of {_ITEMS[option.item]}"
+    if int in option.accepts and float in option.accepts:
+        kinds.remove(_NAMES[int])
+    if option.duration:
+        kinds = ['seconds or a duration such as "30s"']
+    return " or ".join(kinds) or "left out"
+
+
+def word(value: object) -> str:
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, Mapping):
+        return "a table"
+    return _NAMES.get(type(value), type(value).__name__)
