@@ -61,11 +61,13 @@ class Call(msgspec.Struct, eq=False):
         """Return when the caller began, as ``clock`` read then.
 
         A clock that stands still in a test tells nothing of another one: the call then counts as
-        begun now.
+        begun now. Every clock that ticks with the system's reads the same.
         """
         if clock is self.clock:
             return self.started
-        return self.system_started if clock is SYSTEM_CLOCK else clock.monotonic()
+        if clock.monotonic is SYSTEM_CLOCK.monotonic:
+            return self.system_started
+        return clock.monotonic()
 
     def id_of(self, snapshot: StateSnapshot) -> bytes:
         """Return the write id of ``snapshot``: the same for each attempt to store it.

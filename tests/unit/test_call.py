@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from layered_store import Cached, MemoryStore, Retry, StateSnapshot, StateStore, Timeout
+from layered_store import Cached, MemoryStore, Retry, SQLStore, StateSnapshot, StateStore, Timeout
 from layered_store.call import call_begins, current_call
-from layered_store.clock import SYSTEM_CLOCK
+from layered_store.clock import SYSTEM_CLOCK, SystemClock
 from layered_store.layer import Layer
 from layered_store.testing.clock import FakeClock
 
@@ -44,6 +45,33 @@ async def test_writes_after_an_erasure_count_whatever_the_clocks_say(
         await stack.upsert_latest(state(value))
         assert await stack.get_latest("u-1") == state(value)
     await stack.aclose()
+
+
+class OwnClock(SystemClock):
+    """What an application may derive, to note its sleeps say."""
+
+
+@pytest.mark.parametrize("clock", [SystemClock(), OwnClock()])
+async def test_a_clock_that_ticks_like_the_systems_tells_when_a_write_began(
+    clock: SystemClock, tmp_path: Path
+) -> None:
+    """A store with a system clock of its own, below a layer with the default one."""
+    gate = asyncio.Event()
+
+    @dataclass(eq=False, repr=False)
+    class Held(Layer):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await gate.wait()
+            await self.inner.upsert_latest(snapshot)
+
+    url = f"sqlite+aiosqlite:///{tmp_path}/store.db"
+    async with SQLStore(url) as other, Cached(Held(SQLStore(url, clock=clock))) as stack:
+        write = asyncio.create_task(stack.upsert_latest(state(0.1)))
+        await asyncio.sleep(0)
+        await other.delete("u-1")
+        gate.set()
+        await write
+        assert await other.get_latest("u-1") is None
 
 
 async def test_a_write_that_began_before_an_erasure_is_dropped_though_no_clock_moved() -> None:
