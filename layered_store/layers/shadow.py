@@ -456,9 +456,9 @@ class Shadow(Layer):
     def _start(self, user_id: str, lane: _Lane) -> None:
         if lane.jobs and lane.task is None and not lane.held:
             # A context of its own: what is done here is nobody's call.
-            lane.task = lane.loop.create_task(
-                self._run(user_id, lane), context=contextvars.Context()
-            )
+            task = lane.loop.create_task(self._run(user_id, lane), context=contextvars.Context())
+            if not task.done():  # an eager task may be at its end already
+                lane.task = task
         else:
             self._tidy(user_id, lane)
 
