@@ -94,7 +94,8 @@ class SharedProbe:
         """Return the report of a probe that runs now or is started now."""
         loop = asyncio.get_running_loop()
         probe = self._running.get(loop)
-        if probe is None:
+        # An eager task that is done already is an answer of before this call.
+        if probe is None or probe.task.done():
             # A context of its own: what belongs to the first caller is not the others'.
             task = loop.create_task(self._probe(check), context=contextvars.Context())
             probe = self._running[loop] = _Probe(task)
