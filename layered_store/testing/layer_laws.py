@@ -154,6 +154,7 @@ class _Inner:
         self.seen: list[Op] = []
         self.entered = asyncio.Event()
         self._fails: tuple[frozenset[Op], BaseException, bool] | None = None
+        self._once = False
         self._holds: frozenset[Op] = frozenset()
         self._gate: asyncio.Event | None = None
 
@@ -162,10 +163,17 @@ class _Inner:
         self._fails = None
         self.release()
 
-    def fail(self, *ops: Op, error: BaseException | None = None, after: bool = False) -> None:
-        """Let calls of these operations fail, before or after they took effect."""
+    def fail(
+        self,
+        *ops: Op,
+        error: BaseException | None = None,
+        after: bool = False,
+        once: bool = False,
+    ) -> None:
+        """Let calls of these operations fail, or the next one, before or after they took effect."""
         error = error or UnavailableError("out of order, for the check", layer="inner")
         self._fails = (frozenset(ops), error, after)
+        self._once = once
 
     def hold(self, *ops: Op) -> None:
         """Keep calls of these operations inside, with their answer in hand, until release."""
@@ -181,8 +189,7 @@ class _Inner:
     async def step(self, op: Op, call: Callable[[], Awaitable[Any]]) -> Any:
         """Do one operation as the law wants it."""
         self.seen.append(op)
-        if self._fails is not None and op in self._fails[0] and not self._fails[2]:
-            raise self._fails[1]
+        self._fail_if_told(op, after=False)
         self.inside += 1
         try:
             result = await call()
@@ -192,9 +199,16 @@ class _Inner:
                 await gate.wait()
         finally:
             self.inside -= 1
-        if self._fails is not None and op in self._fails[0] and self._fails[2]:
-            raise self._fails[1]
+        self._fail_if_told(op, after=True)
         return result
+
+    def _fail_if_told(self, op: Op, *, after: bool) -> None:
+        if self._fails is None or op not in self._fails[0] or self._fails[2] is not after:
+            return
+        error = self._fails[1]
+        if self._once:
+            self._fails = None
+        raise error
 
 
 class _VersionedInner(MemoryStore):
@@ -429,6 +443,7 @@ async def _delete_reaches(bench: _Bench) -> None:
     state = bench.state("d-1", 1)
     await bench.layer.upsert_latest(state)
     await bench.layer.get_latest("d-1")
+    await bench.layer.get_history("d-1", 5)
     try:
         await bench.layer.delete("d-1")
     except UnsupportedError as exc:
@@ -438,6 +453,7 @@ async def _delete_reaches(bench: _Bench) -> None:
     _expect(await bench.behind.get_latest("d-1") is None, "delete() did not reach the store inside")
     _expect(await bench.behind.get_history("d-1", 5) == [], "delete() left the history inside")
     _expect(await bench.layer.get_latest("d-1") is None, "a read after delete() shows the user")
+    _expect(await bench.layer.get_history("d-1", 5) == [], "a history after delete() is not []")
 
 
 async def _exact(bench: _Bench) -> None:
@@ -642,44 +658,116 @@ async def _readers_apart(bench: _Bench) -> None:
 async def _no_late_fill(bench: _Bench) -> None:
     """A read that began before a write or delete leaves nothing old behind."""
     for change in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE):
-        for read in _READS:
-            user_id = f"o-{change.value}-{read.value}"
-            await bench.behind.upsert_latest(bench.state(user_id, 1))
-            bench.law.hold(*_READS)
-            reading = asyncio.ensure_future(bench.calls(user_id)[read]())
-            reached = await _reached(bench, reading)
-            writing = asyncio.ensure_future(bench.calls(user_id)[change]())
-            await _settle()
-            if reached and not writing.done():
-                await asyncio.wait({writing}, timeout=0.05)  # it may wait for the reader
-            bench.inner.behave()
-            await _end(reading, f"{read.value}()")
-            await _end(writing, f"{change.value}()")
-            got = await bench.layer.get_latest(user_id)
-            _expect(
-                got == (None if change is Op.DELETE else bench.state(user_id, 7)),
-                f"a {read.value}() that began before {change.value}() put the older state back;"
-                " keep what was read only if nothing was written meanwhile",
-            )
+        for read in (*_READS, Op.GET_HISTORY):
+            await _late_fill(bench, read, change)
+            if change is not Op.DELETE:
+                await _late_fill(bench, read, change, absent=True)
+
+
+async def _late_fill(bench: _Bench, read: Op, change: Op, *, absent: bool = False) -> None:
+    user_id = f"o-{change.value}-{read.value}-{absent:d}"
+    if not absent:
+        await bench.behind.upsert_latest(bench.state(user_id, 1))
+    bench.law.hold(*_READS, Op.GET_HISTORY)
+    reading = asyncio.ensure_future(bench.calls(user_id)[read]())
+    reached = await _reached(bench, reading)
+    writing = asyncio.ensure_future(bench.calls(user_id)[change]())
+    await _settle()
+    if reached and not writing.done():
+        await asyncio.wait({writing}, timeout=0.05)  # it may wait for the reader
+    bench.inner.behave()
+    await _end(reading, f"{read.value}()")
+    await _end(writing, f"{change.value}()")
+    wanted = [] if change is Op.DELETE else [bench.state(user_id, 7)]
+    if read is Op.GET_HISTORY:
+        got = (await bench.calls(user_id)[read]())[:1]
+    else:
+        got = [state for state in [await bench.layer.get_latest(user_id)] if state is not None]
+    _expect(
+        got == wanted,
+        f"a {read.value}() that began before {change.value}() put"
+        f" {'the absence' if absent else 'the older state'} back; keep what was read only if"
+        " nothing was written meanwhile",
+    )
 
 
 async def _reads_follow_writes(bench: _Bench) -> None:
     """A read after a write gives what was written, whatever was read before."""
     layer = bench.layer
-    _expect(await layer.get_latest("s-1") is None, "an absent user is there")
-    for number, write in enumerate((Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.UPSERT_LATEST)):
-        state = bench.state("s-1", number)
-        if write is Op.UPSERT_LATEST:
-            await layer.upsert_latest(state)
-        else:
-            await layer.upsert_latest_many([bench.state("s-2"), state])
-        for _ in range(2):
-            got = await layer.get_latest("s-1")
-            _expect(got == state, f"a read after {write.value}() gives an older state")
-            many = await layer.get_latest_many(["s-1"])
-            _expect(many == {"s-1": state}, "get_latest_many() disagrees with get_latest()")
-    await layer.delete("s-1")
-    _expect(await layer.get_latest_many(["s-1", "none"]) == {}, "a batch shows a deleted user")
+    one, many = Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY
+    # Each kind of write first, since the absence may be kept; then the state of before again, which
+    # is a write although it equals one.
+    for user_id, writes in (("s-1", (one, many, one)), ("s-2", (many, one, many))):
+        _expect(await layer.get_latest(user_id) is None, "an absent user is there")
+        _expect(await layer.get_history(user_id, 5) == [], "an absent user has a history")
+        for number, write in enumerate(writes):
+            state = bench.state(user_id, number % 2)
+            if write is one:
+                await layer.upsert_latest(state)
+            else:
+                await layer.upsert_latest_many([bench.state("s-3"), state])
+            for _ in range(2):
+                got = await layer.get_latest(user_id)
+                _expect(got == state, f"a read after {write.value}() gives an older state")
+                found = await layer.get_latest_many([user_id])
+                _expect(found == {user_id: state}, "get_latest_many() disagrees with get_latest()")
+                kept = await layer.get_history(user_id, 5)
+                _expect(
+                    kept[:1] == [state] and len(kept) == number + 1,
+                    f"a history after {write.value}() does not begin with what was written",
+                )
+        await layer.delete(user_id)
+        found = await layer.get_latest_many([user_id, "none"])
+        _expect(found == {}, "a batch shows a deleted user")
+        await layer.upsert_latest(state)
+        got = await layer.get_latest(user_id)
+        _expect(got == state, "a deleted user cannot be written again with the state of before")
+
+
+async def _writes_at_once(bench: _Bench) -> None:
+    """Of two writes of one user at the same time none is lost."""
+    for write in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY):
+        user_id = f"b-{write.value}"
+        bench.law.hold(Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY)
+        first = asyncio.ensure_future(bench.layer.upsert_latest(bench.state(user_id, 1)))
+        await _reached(bench, first)
+        second = asyncio.ensure_future(bench.calls(user_id)[write]())
+        await _settle()
+        bench.inner.behave()
+        await _end(first, "upsert_latest()")
+        await _end(second, f"{write.value}() beside another write")
+        done = [
+            state
+            for task, state in ((first, bench.state(user_id, 1)), (second, bench.state(user_id, 7)))
+            if not task.cancelled() and task.exception() is None
+        ]
+        kept = await bench.behind.get_history(user_id, 5)
+        _expect(
+            all(state in kept for state in done),
+            f"an upsert_latest() and an {write.value}() of one user at the same time both returned"
+            " normally, and only one of them reached the store inside",
+        )
+
+
+async def _repeats_count_once(bench: _Bench) -> None:
+    """A write whose answer was lost and that the layer repeats stands in the history once."""
+    if not isinstance(bench.inner, _VersionedInner):
+        raise Unneeded("the store inside cannot tell a repeated write from another one")
+    for op in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY):
+        user_id = f"m-{op.value}"
+        bench.law.fail(Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, after=True, once=True)
+        try:
+            await bench.calls(user_id)[op]()
+        except StoreError:
+            continue  # it is its caller's to repeat
+        finally:
+            bench.inner.behave()
+        kept = await bench.behind.get_history(user_id, 5)
+        _expect(
+            len(kept) == 1,
+            f"{op.value}() was repeated after it took effect and is in the history {len(kept)}"
+            " times; repeat within AroundLayer.around, where all attempts count as one write",
+        )
 
 
 class _Falsy(StateSnapshot):
@@ -756,4 +844,6 @@ _LAWS: Final = (
     _passes_cancellation,
     _no_late_fill,
     _reads_follow_writes,
+    _writes_at_once,
+    _repeats_count_once,
 )

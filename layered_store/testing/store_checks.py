@@ -289,6 +289,10 @@ async def _replaces(suite: _Suite) -> None:
     await suite.store.upsert_latest(bare)
     got = await suite.store.get_latest(written[0].user_id)
     _expect(got == bare, "a state was mixed with the one before it; replace it whole")
+    tie = suite.snapshot(written[0].user_id, 4, axes={"other": 0.75})
+    await suite.store.upsert_latest(tie)
+    got = await suite.store.get_latest(written[0].user_id)
+    _expect(got == tie, "of two states of one moment the latest is not the one written last")
 
 
 async def _apart(suite: _Suite) -> None:
@@ -453,6 +457,8 @@ async def _history(suite: _Suite) -> None:
     suite.need_history()
     written = await suite.write("history", 4)
     user_id = written[0].user_id
+    written.append(suite.snapshot(user_id, 3, axes={"of": 1.0}))  # of the same moment as the last
+    await suite.store.upsert_latest(written[-1])
     newest_first = written[::-1]
     kept = await suite.store.get_history(user_id, 100)
     _expect(kept[:1] == newest_first[:1], _history_problem(kept, newest_first))
@@ -527,6 +533,7 @@ async def _deletes(suite: _Suite) -> None:
     other = (await suite.write("delete-other"))[0]
     user_id = written[0].user_id
     await store.get_latest(user_id)
+    await store.get_history(user_id, 5)
     await store.delete(user_id)
     _expect(await store.get_latest(user_id) is None, "get_latest() shows a deleted user")
     _expect(await store.get_latest_many([user_id]) == {}, "get_latest_many() shows a deleted user")
@@ -535,11 +542,13 @@ async def _deletes(suite: _Suite) -> None:
     _expect(await store.get_latest(other.user_id) == other, "delete() removed another user")
     await store.delete(user_id)
     await store.delete(suite.user("delete-absent"))
-    await store.upsert_latest(written[0])
-    _expect(await store.get_latest(user_id) == written[0], "a deleted user cannot be written again")
+    # Equal to the last one before: whoever leaves out what did not change must forget it as well.
+    await store.upsert_latest(written[-1])
+    again = await store.get_latest(user_id)
+    _expect(again == written[-1], "a deleted user cannot be written again")
     if suite.history:
         kept = await store.get_history(user_id, 5)
-        _expect(kept == [written[0]], "after delete() and a write the history holds older states")
+        _expect(kept == [written[-1]], "after delete() and a write the history holds older states")
 
 
 async def _health(suite: _Suite) -> None:
@@ -560,20 +569,38 @@ async def _at_once(suite: _Suite) -> None:
     """Writes at the same time leave one winner, and everybody reads their own."""
     store = suite.store
     user_id = suite.user("at-once")
-    written = [suite.snapshot(user_id, number) for number in range(12)]
+    # Of one moment, since a store may go by the snapshots' own time.
+    written = [suite.snapshot(user_id, number, updated_at_unix_ms=_NOW_MS) for number in range(12)]
+    mixed_up = (
+        "of several users read at the same time one got another's state; keep what belongs to a"
+        " call in that call, not on the store"
+    )
 
     async def own(number: int) -> None:
         mine = suite.snapshot(suite.user(f"own-{number}"), number)
         await store.upsert_latest(mine)
         got = await store.get_latest(mine.user_id)
+        _expect(got is None or got.user_id == mine.user_id, mixed_up)
         _expect(got == mine, "a state that was written is not what its writer reads next")
 
     await asyncio.gather(*map(store.upsert_latest, written), *map(own, range(12)))
+    ids = [user_id, *(f"check-{suite.run}-own-{number}" for number in range(12))]
+    found = await asyncio.gather(*map(store.get_latest, ids))
+    _expect([state and state.user_id for state in found] == ids, mixed_up)
     latest = await store.get_latest(user_id)
     _expect(latest in written, "after writes at the same time the latest state is none of them")
     if suite.history:
         newest = await store.get_history(user_id, 1)
         _expect(newest == [latest], "the latest state is not the newest of the history")
+        one_by_one = (await suite.write("one-by-one", len(written)))[0].user_id
+        kept = await store.get_history(user_id, len(written))
+        full = len(await store.get_history(one_by_one, len(written)))
+        differing = [state for number, state in enumerate(kept) if state not in kept[:number]]
+        _expect(
+            len(differing) == len(kept) == full,
+            f"of {len(written)} writes at the same time the history holds {len(differing)}, of as"
+            f" many one by one {full}; no write may undo another's entry",
+        )
     reads = await asyncio.gather(*(store.get_latest(user_id) for _ in range(20)))
     _expect(all(read == latest for read in reads), "readers at the same time see different states")
 

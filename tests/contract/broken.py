@@ -14,6 +14,7 @@ from layered_store import (
     StateSnapshot,
     StateStore,
     StoreError,
+    UnavailableError,
     ValidationError,
 )
 from layered_store.layer import AroundLayer
@@ -383,3 +384,138 @@ class ShiftsBatches(Plain):
         wanted = list(user_ids)
         found = [self.states[user] for user in wanted if user in self.states]
         return dict(zip(wanted, found, strict=False))
+
+
+class LosesHistoryEntries(Plain):
+    """Reads the history, waits for its database and writes back one entry more."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        kept = [snapshot, *self.kept.get(snapshot.user_id, [])]
+        await asyncio.sleep(0)
+        self.kept[snapshot.user_id] = kept
+        self.states[snapshot.user_id] = kept[0]
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        await StateStore.get_history(self, user_id, limit)
+        return self.kept.get(user_id, [])[:limit]
+
+
+class SharesItsQuery(Plain):
+    """Keeps the user whom it looks for on itself while it waits for its connection."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self.wanted = user_id
+        await asyncio.sleep(0)
+        return self.states.get(self.wanted)
+
+
+class TakesTheFirstOfAMoment(Plain):
+    """Sorts by the time of the states, and of two of one moment takes either."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        kept = self.kept.get(user_id, [])
+        return max(kept[::-1], key=lambda state: state.updated_at_unix_ms, default=None)
+
+
+class RepeatsWrites(Layer):
+    """A retry by hand: each attempt is a write of its own."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        try:
+            await super().upsert_latest(snapshot)
+        except UnavailableError:
+            await super().upsert_latest(snapshot)
+
+
+class RemembersAbsence(Layer):
+    """Forgets that a user was absent when a state is written, but not when a batch is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.absent: set[str] = set()
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if user_id in self.absent:
+            return None
+        found = await super().get_latest(user_id)
+        if found is None:
+            self.absent.add(user_id)
+        return found
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await super().upsert_latest(snapshot)
+        self.absent.discard(snapshot.user_id)
+
+
+class RemembersAbsenceLate(RemembersAbsence):
+    """The same with batches in mind, but not what was read meanwhile."""
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        await super().upsert_latest_many(batch)
+        self.absent -= {snapshot.user_id for snapshot in batch}
+
+
+class RemembersHistory(Layer):
+    """Keeps histories until the next write, and forgets erasures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.histories: dict[tuple[str, int], list[StateSnapshot]] = {}
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        key = (user_id, limit)
+        if key not in self.histories:
+            self.histories[key] = await super().get_history(user_id, limit)
+        return list(self.histories[key])
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await super().upsert_latest(snapshot)
+        self.histories.clear()
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await super().upsert_latest_many(snapshots)
+        self.histories.clear()
+
+
+class RemembersHistoryLate(RemembersHistory):
+    """The same with erasures in mind, but not what was read meanwhile."""
+
+    async def delete(self, user_id: str) -> None:
+        await super().delete(user_id)
+        self.histories.clear()
+
+
+class SkipsEqualWrites(Layer):
+    """Leaves out a write that equals the one before, whatever happened between them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.last: dict[str, StateSnapshot] = {}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        if self.last.get(snapshot.user_id) != snapshot:
+            await super().upsert_latest(snapshot)
+            self.last[snapshot.user_id] = snapshot
+
+
+class MergesWrites(Layer):
+    """Takes a write for done when another one of the user is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.writing: dict[str, asyncio.Event] = {}
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        if (other := self.writing.get(snapshot.user_id)) is not None:
+            await other.wait()
+            return
+        done = self.writing[snapshot.user_id] = asyncio.Event()
+        try:
+            await super().upsert_latest(snapshot)
+        finally:
+            del self.writing[snapshot.user_id]
+            done.set()

@@ -35,6 +35,13 @@ LAYERS = {
     "NaiveCache": "put the older state back",
     "SharedLoad": "a reader that was cancelled took another one with it",
     "BypassesItself": "written through capability(Authority) does not show",
+    "RepeatsWrites": "upsert_latest() was repeated after it took effect",
+    "RemembersAbsence": "a read after upsert_latest_many() gives an older state",
+    "RemembersAbsenceLate": "put the absence back",
+    "RemembersHistory": "a history after delete() is not []",
+    "RemembersHistoryLate": "a get_history() that began before upsert_latest() put the older",
+    "SkipsEqualWrites": "a read after upsert_latest() gives an older state",
+    "MergesWrites": "only one of them reached the store inside",
 }
 STORES = {
     "SharesItsList": "changing what get_history() returned changed what the store holds",
@@ -52,6 +59,9 @@ STORES = {
     "StoreSwallowsCancellation": "a cancelled call returned normally",
     "GrowsItsList": "a write changed the list that get_history() had returned",
     "ShiftsBatches": "users where get_latest() finds",
+    "LosesHistoryEntries": "no write may undo another's entry",
+    "SharesItsQuery": "of several users read at the same time one got another's state",
+    "TakesTheFirstOfAMoment": "of two states of one moment the latest is not the one written last",
 }
 
 
