@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import date, time, timedelta, tzinfo
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Self, dataclass_transform
+from typing import Annotated, Any, Final, Self, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -25,6 +25,8 @@ DEFAULT_AXIS: Final = 0.5
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _is_axis_name: Final = re.compile(r"[a-z0-9](?:[a-z0-9_]{0,62}[a-z0-9])?").fullmatch
+
+T = TypeVar("T")
 
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Int64 = Annotated[int, msgspec.Meta(ge=_INT64_MIN, le=_INT64_MAX)]
@@ -102,9 +104,10 @@ class _SnapshotMeta(msgspec.StructMeta):
         for field, slot in own.items():
             type.__setattr__(cls, field, property(_copier(slot)))
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        self = super().__call__(*args, **kwargs)
-        for slot in cls._containers.values():
+    # What it returns has to be the class's: else type checkers take a new snapshot for anything.
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        self: Any = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        for slot in cls._containers.values():  # type: ignore[attr-defined]
             if not isinstance(value := slot.__get__(self), _UNCHANGEABLE):
                 slot.__set__(self, copy.deepcopy(value))
         axes = _raw_axes(self)
@@ -130,7 +133,7 @@ class _SnapshotMeta(msgspec.StructMeta):
                 _set_field(self, "source", Source(source))
             except ValueError:
                 pass
-        return self
+        return self  # type: ignore[no-any-return]
 
     def __setattr__(cls, name: str, value: Any) -> None:
         # ``@dataclass(frozen=True)`` on a subclass is harmless: its methods are not needed.
