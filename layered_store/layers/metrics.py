@@ -50,7 +50,7 @@ class Metrics(AroundLayer):
     of stacks share a registry, told apart by ``name``; stacks of one name are added up. It may
     stand anywhere and several times in one stack, under names of their own. Counting is plain
     integers; the work is done when somebody scrapes. A stack that is closed or gone takes its
-    series along.
+    series along; while another of its name is open, what it counted stays in their sum.
 
     With ``PROMETHEUS_MULTIPROC_DIR`` set, what was counted is handed to the client's own metric
     objects at each scrape, four times a second, and at the end of the process.

@@ -102,6 +102,11 @@ class Exporter:
             weakref.WeakKeyDictionary()
         )
         self._warned: set[str] = set()
+        # What closed stacks counted whose name open ones still have: a sum that fell would look to
+        # Prometheus like a restart, after which all that is left of it is new.
+        self._past: dict[Key, float] = {}
+        self._past_durations: dict[Labels, Durations] = {}
+        self._changing = threading.Lock()  # who scrapes may do so in another thread
 
     def add(self, metrics: Metrics) -> None:
         """Export one more stack; those of one name are added up."""
@@ -114,8 +119,22 @@ class Exporter:
         self._stacks.append(weakref.ref(metrics))
 
     def closed(self, metrics: Metrics) -> None:
-        """Stop exporting a stack."""
-        self._stacks = [ref for ref in self._stacks if ref() not in (None, metrics)]
+        """Stop exporting a stack; its counts stay as long as another one of its name is open."""
+        with self._changing:
+            exported = metrics in self.open_stacks()
+            self._stacks = [ref for ref in self._stacks if ref() not in (None, metrics)]
+            names = {each.name for each in self.open_stacks()}
+            if exported and metrics.name in names:
+                for key, value in self.figures(metrics):
+                    if CATALOGUE[key[0]].kind == "counter":
+                        self._past[key] = self._past.get(key, 0) + value
+                for operation, each in metrics.durations():
+                    labels = (metrics.name, operation)
+                    self._past_durations[labels] = summed(self._past_durations.get(labels), each)
+            for key in [key for key in self._past if key[1][0] not in names]:
+                del self._past[key]
+            for gone in [labels for labels in self._past_durations if labels[0] not in names]:
+                del self._past_durations[gone]
 
     def open_stacks(self) -> list[Metrics]:
         """Return the stacks to export now."""
@@ -132,7 +151,13 @@ class Exporter:
 
     def collect(self) -> Iterator[Any]:
         """Yield all families; what the client calls at a scrape. Nothing while no stack is open."""
-        stacks = self.open_stacks()
+        with self._changing:
+            stacks = self.open_stacks()
+            names = {metrics.name for metrics in stacks}
+            figures = {key: value for key, value in self._past.items() if key[1][0] in names}
+            durations = {
+                labels: each for labels, each in self._past_durations.items() if labels[0] in names
+            }
         if not stacks:
             return
         from prometheus_client.core import (  # noqa: PLC0415
@@ -150,8 +175,6 @@ class Exporter:
             key: classes[metric.kind](metric.name, metric.help, labels=metric.all_labels)
             for key, metric in CATALOGUE.items()
         }
-        figures: dict[Key, float] = {}
-        durations: dict[Labels, Durations] = {}
         exemplars: dict[Labels, dict[int, Any]] = {}
         labels: Labels
         for metrics in stacks:
@@ -164,7 +187,7 @@ class Exporter:
         for (name, labels), value in figures.items():
             families[name].add_metric(labels, value)
         for labels, (counts, seconds) in durations.items():
-            buckets = _buckets(counts, exemplars[labels])
+            buckets = _buckets(counts, exemplars.get(labels, {}))
             families["operation_duration"].add_metric(labels, buckets, seconds)
         yield from families.values()
 

@@ -625,6 +625,40 @@ async def test_of_states_of_one_name_the_worst_one_shows(registry: CollectorRegi
     assert figures(registry, "layered_store_health_status")["s", "0.metrics"] == 0
 
 
+async def test_no_counter_falls_when_one_of_a_name_is_closed(registry: CollectorRegistry) -> None:
+    """What a closed stack counted stays while another of its name is open: to Prometheus a sum that
+    falls is a restart, and all that is left of it new traffic.
+    """
+
+    def counts() -> list[float | None]:
+        once = {"stack": "s", "operation": "get_latest"}
+        at_cache = {"stack": "s", "layer": "1.cached", "result": "miss"}
+        return [
+            registry.get_sample_value("layered_store_operations_total", {**once, "outcome": "ok"}),
+            registry.get_sample_value("layered_store_operation_duration_seconds_count", once),
+            registry.get_sample_value("layered_store_reads_total", at_cache),
+        ]
+
+    old, new = (Metrics(Cached(MemoryStore()), name="s", registry=registry) for _ in range(2))
+    other = Metrics(MemoryStore(), name="other", registry=registry)
+    for stack in (old, old, old, new):
+        await stack.get_latest("u-1")
+    await old.aclose()
+    await old.aclose()
+    assert counts() == [4, 4, 4]
+    newest = Metrics(Cached(MemoryStore()), name="s", registry=registry)
+    await newest.get_latest("u-1")
+    await new.aclose()
+    assert counts() == [5, 5, 5]
+    await newest.aclose()
+    assert counts() == [None, None, None], "the last one takes them along"
+    fresh = Metrics(Cached(MemoryStore()), name="s", registry=registry)
+    await fresh.get_latest("u-1")
+    assert counts() == [1, 1, 1]
+    for stack in (fresh, other):
+        await stack.aclose()
+
+
 async def test_closing_a_stack_takes_its_series_away(registry: CollectorRegistry) -> None:
     """Those of the others stay; with the last one the registry is as empty as before."""
     one = Metrics(Cached(MemoryStore()), name="a", registry=registry)
