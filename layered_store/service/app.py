@@ -142,9 +142,11 @@ def _routes(stack: StateStore) -> list[Route]:
 
     async def one_user(request: Request) -> Response:
         # One route: the Allow header of a 405 is that of the first route that knows the path.
+        _refuse_encoded_slash(request)
         return await (delete if request.method == "DELETE" else get)(request)
 
     async def history(request: Request) -> Response:
+        _refuse_encoded_slash(request)
         limit = _limit(request.query_params.get("limit"))
         user_id = request.path_params["user_id"]
         snapshots = check_history(await stack.get_history(user_id, limit), user_id, stack.name)
@@ -193,6 +195,15 @@ def _registry(stack: StateStore) -> Any:
     return None
 
 
+def _refuse_encoded_slash(request: Request) -> None:
+    """Refuse a user id with a '/' in it, which was decoded before the route was looked for.
+
+    Else an id such as ``ada/history`` would be answered with what another user has.
+    """
+    if b"%2f" in request.scope.get("raw_path", b"").lower():
+        raise ValidationError("may not hold '/'", field="user_id")
+
+
 def _limit(text: str | None) -> int:
     if text is None:
         return _DEFAULT_LIMIT
@@ -226,9 +237,11 @@ async def _store_error(request: Request, exc: Exception) -> Response:
 
 async def _http_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    if exc.status_code == 404 and b"%2f" in request.scope.get("raw_path", b"").lower():
-        # Meant as part of a user id, where no '/' may be, and not as a path of its own.
-        return _error(request, 400, "VALIDATION_ERROR", "a user id may not hold '/'")
+    if exc.status_code in (404, 405):
+        try:
+            _refuse_encoded_slash(request)
+        except ValidationError as refused:
+            return _error(request, 400, "VALIDATION_ERROR", str(refused))
     code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(exc.status_code, "BAD_REQUEST")
     headers = dict(exc.headers) if exc.headers else None
     message = {

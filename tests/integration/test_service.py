@@ -408,6 +408,10 @@ async def test_routes() -> None:
         ("GET", "/v1/state/u/history?limit=99999999999999999999", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/u/history?limit=", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/a%2Fb", b"", 400, "VALIDATION_ERROR"),
+        # The id is "u/history", and not the history of u.
+        ("GET", "/v1/state/u%2Fhistory", b"", 400, "VALIDATION_ERROR"),
+        ("DELETE", "/v1/state/u%2fhistory", b"", 400, "VALIDATION_ERROR"),
+        ("GET", "/v1/state%2Fu", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/%00", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/u/history?limit=%D9%A1", b"", 400, "VALIDATION_ERROR"),
         ("GET", "/v1/state/u/history?limit=1001", b"", 400, "VALIDATION_ERROR"),
