@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
-from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
+from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
 from layered_store.eviction import Node, S3FIFOCache
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Holdings:
         with self.lock:
             self.detach(user_id)
             self._end(user_id)
-            if isinstance(exc, NOT_HAPPENED):
+            if not_happened(exc):
                 return
             self.quarantine.pop(user_id, None)
             self.quarantine[user_id] = self._monotonic() + QUARANTINE_SECONDS

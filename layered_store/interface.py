@@ -120,10 +120,16 @@ class StateStore(ABC):
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         """Store several snapshots, in their order; all are validated before the first is stored.
 
-        When it fails part way, those stored before stay stored; repeating the call is safe.
+        When it fails part way, those stored before stay stored, and ``outcome_unknown`` of the
+        error is set; repeating the call is safe.
         """
-        for snapshot in check_snapshots(snapshots, self.snapshot_type):
-            await self.upsert_latest(snapshot)
+        for index, snapshot in enumerate(check_snapshots(snapshots, self.snapshot_type)):
+            try:
+                await self.upsert_latest(snapshot)
+            except StoreError as exc:
+                if index:
+                    exc.outcome_unknown = True
+                raise
 
     async def health_check(self) -> bool:
         """Tell whether the store can serve; never raises for an unhealthy backend."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import TRUST_SECONDS, Invalidations, Notice
-from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
+from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
 from layered_store.errors import (
     ClosedError,
     ErasureIncompleteError,
@@ -315,7 +315,7 @@ class GuardedCopies(Invalidations):
 
         Nor is it known when: until it must have ended, each read asks the authority.
         """
-        if isinstance(exc, NOT_HAPPENED):
+        if not_happened(exc):
             return
         now = self._clock.monotonic()
         with self._lock:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["NOT_HAPPENED", "QUARANTINE_SECONDS", "LocalCopies", "may_take_effect"]
+__all__ = ["QUARANTINE_SECONDS", "LocalCopies", "may_take_effect", "not_happened"]
 
 _MAX_DOUBTFUL: Final = 100_000
 """How many users' doubtful copies are noted; beyond, all but the copies known to be right are."""
@@ -40,16 +40,23 @@ QUARANTINE_SECONDS: Final = 5.0
 limit.
 """
 
-NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
-"""Errors after which a write surely did not take effect, now or later."""
+_NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
 
 _CALLER_ERRORS = (ValidationError, ClosedError)
+
+
+def not_happened(exc: BaseException) -> bool:
+    """Tell whether a write that raised this surely did not take effect, now or later.
+
+    Of a batch a part may have been stored before the rest was refused; the error says so.
+    """
+    return isinstance(exc, _NOT_HAPPENED) and not exc.outcome_unknown
 
 
 def may_take_effect(exc: BaseException) -> bool:
     """Tell whether a write that raised this may still take effect, now or later."""
     late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
-    return late and not isinstance(exc, NOT_HAPPENED)
+    return late and not not_happened(exc)
 
 
 class _User:

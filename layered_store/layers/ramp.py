@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from layered_store.call import call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
-from layered_store.coherence.local import NOT_HAPPENED, QUARANTINE_SECONDS
+from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
 from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import (
     ConfigError,
@@ -207,7 +207,7 @@ class Ramp(Layer):
         try:
             yield ways
         except BaseException as exc:
-            if not isinstance(exc, NOT_HAPPENED):
+            if not not_happened(exc):
                 self._doubt(direct)
             raise
         finally:
@@ -348,7 +348,7 @@ class Ramp(Layer):
                 try:
                     await _upsert(self.inner, batch, op)
                 except BaseException as exc:
-                    if not isinstance(exc, NOT_HAPPENED):
+                    if not not_happened(exc):
                         self._fall_behind(users)
                     raise
                 in_share = any(place_of(user_id, self.salt) < self.share for user_id in users)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.local import NOT_HAPPENED, may_take_effect
+from layered_store.coherence.local import may_take_effect, not_happened
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.interface import Op, not_of_user
@@ -178,7 +178,7 @@ class Retry(AroundLayer):
         made = 1
         longest = self._base_delay
         while True:
-            if op.is_write and not isinstance(error, NOT_HAPPENED):
+            if op.is_write and not not_happened(error):
                 doubt = error if doubt is None or not doubt.outcome_unknown else doubt
             delay = self.random.uniform(0.0, longest)
             longest = min(longest * 2.0, self._max_delay)
@@ -271,7 +271,7 @@ def _told(error: StoreError, doubt: StoreError | None, made: int) -> StoreError:
         made: how many attempts there were.
     """
     if doubt is not None and doubt is not error:
-        if isinstance(error, NOT_HAPPENED):
+        if not_happened(error):
             # "Refused, nothing happened" is true of the last attempt only.
             doubt.__cause__ = doubt.__cause__ or error
             error = doubt

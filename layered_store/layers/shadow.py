@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from layered_store.call import Call, call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
-from layered_store.coherence.local import NOT_HAPPENED
+from layered_store.coherence.local import not_happened
 from layered_store.coherence.offering import offered
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
@@ -287,8 +287,9 @@ class Shadow(Layer):
         try:
             result = await write()
             written = True
-        except NOT_HAPPENED:
-            lanes, deletes = self._left(lanes), {}
+        except StoreError as exc:
+            if not_happened(exc):
+                lanes, deletes = self._left(lanes), {}
             raise
         finally:
             for user_id, lane in lanes.items():

@@ -16,7 +16,7 @@ from layered_store.coherence.contract import (
     Invalidations,
 )
 from layered_store.coherence.guarded import GuardedCopies
-from layered_store.coherence.local import NOT_HAPPENED, LocalCopies
+from layered_store.coherence.local import LocalCopies, not_happened
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
@@ -327,7 +327,7 @@ class WriteThrough(Layer):
 
     def _unknown(self, user_id: str, exc: BaseException) -> None:
         """Note a write of the origin that failed and may still take effect."""
-        if not isinstance(exc, NOT_HAPPENED):
+        if not not_happened(exc):
             self._copies.doubt(user_id, quarantine=True)
 
     async def _write(self, snapshot: StateSnapshot) -> StateSnapshot | None:

@@ -14,10 +14,12 @@ from redis_servers import BINARY, Server, free_port, running
 from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
+from layered_store.stores.redis.failures import NotSentError
+from layered_store.stores.redis.links import LaneLink
 from layered_store.testing.clock import FakeClock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="redis-server is not installed")
 
@@ -344,3 +346,21 @@ async def test_cancelled_while_connecting(server: Server) -> None:
     alone.cancel()
     await asyncio.gather(alone, return_exceptions=True)
     await store.aclose()
+
+
+async def test_a_batch_that_ends_half_way_says_that_it_took_effect(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was never sent did not happen, but what went ahead of it did."""
+
+    async def not_sent(self: LaneLink, commands: Sequence[object]) -> list[object]:  # noqa: ARG001
+        return [NotSentError() for _ in commands]
+
+    monkeypatch.setattr(LaneLink, "call_all", not_sent)
+    async with RedisStore(server.url) as store:
+        batch = [StateSnapshot("half-1"), StateSnapshot("half-2")]
+        with pytest.raises(UnavailableError) as caught:
+            await store.upsert_latest_many(batch)
+        assert caught.value.outcome_unknown
+        assert await store.get_latest("half-1") == batch[0]
+        assert await store.get_latest("half-2") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import uuid
 from collections import defaultdict
 from random import Random
@@ -15,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from layered_store.call import Call, call_continues
 from layered_store.clock import SYSTEM_CLOCK
-from layered_store.errors import UnavailableError
+from layered_store.errors import StoreError, UnavailableError
 from layered_store.layers.retry import Retry
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
@@ -349,3 +350,27 @@ async def test_a_counter_that_somebody_emptied_is_told(
         found = await store.get_latest("ann")
         assert found is not None and values([found]) == [1]
         assert values(await store.get_history("ann", 9)) == [1]
+
+
+async def test_a_batch_of_which_the_database_refuses_a_part_says_that_it_took_effect(
+    tmp_path: Path,
+) -> None:
+    """The others are stored, and the error does not read as if nothing had been."""
+    path = tmp_path / "states.db"
+    async with SQLStore(f"sqlite+aiosqlite:///{path}") as store:
+        await store.upsert_latest(state("ann", 1))
+        await store.upsert_latest(state("bob", 1))
+        with sqlite3.connect(path) as connection:
+            connection.execute(
+                "CREATE TRIGGER refusing BEFORE UPDATE ON layered_store_latest"
+                " WHEN new.user_id = 'bob' BEGIN SELECT RAISE(ABORT, 'not bob'); END"
+            )
+        connection.close()
+        with pytest.raises(StoreError) as caught:
+            await store.upsert_latest_many([state("bob", 2)])
+        assert not caught.value.outcome_unknown
+        with pytest.raises(StoreError) as caught:
+            await store.upsert_latest_many([state("ann", 2), state("bob", 2)])
+        assert caught.value.outcome_unknown
+        assert values(await store.get_history("ann", 9)) == [1, 2]
+        assert values(await store.get_history("bob", 9)) == [1]

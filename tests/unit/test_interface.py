@@ -19,9 +19,12 @@ from layered_store import (
     Layer,
     MemoryStore,
     Op,
+    OverloadedError,
+    Retry,
     SQLStore,
     StateSnapshot,
     StateStore,
+    StoreError,
     UnavailableError,
     UnsupportedError,
     ValidationError,
@@ -347,3 +350,26 @@ async def test_a_history_that_is_not_the_users_is_never_returned(
     with pytest.raises(CorruptDataError) as caught:
         await layer(Elsewhere()).get_history("u-1", 5)
     assert (caught.value.operation, caught.value.user_id) == ("get_history", "u-1")
+
+
+@pytest.mark.parametrize("failure", [UnavailableError(), OverloadedError()])
+async def test_a_batch_that_fails_part_way_says_that_it_took_effect(failure: StoreError) -> None:
+    """Refused or not sent: what came before in the batch is stored, and not hidden by a cache."""
+
+    class Refusing(Two):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if snapshot.user_id == "u-2":
+                raise failure
+            await super().upsert_latest(snapshot)
+
+    batch = [StateSnapshot("u-1", axes={"a": 0.9}), StateSnapshot("u-2")]
+    async with Cached(Retry(Refusing(), attempts=1)) as stack:
+        await stack.upsert_latest(STATE)
+        with pytest.raises(type(failure)) as caught:
+            await stack.upsert_latest_many(batch[1:])
+        assert not caught.value.outcome_unknown
+        assert await stack.get_latest("u-1") == STATE
+        with pytest.raises(type(failure)) as caught:
+            await stack.upsert_latest_many(batch)
+        assert caught.value.outcome_unknown
+        assert await stack.get_latest("u-1") == batch[0]

@@ -307,8 +307,14 @@ class RedisStore(StateStore, Enumerable):
         for index, reply in enumerate(replies):
             if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
                 replies[index] = await self._send(link, commands[index], UPSERT)
-        for reply in replies:
-            self._checked(reply, Op.UPSERT_LATEST_MANY, write=True)
+        failed = [reply for reply in replies if isinstance(reply, Exception)]
+        if failed:
+            place: Any = {"operation": Op.UPSERT_LATEST_MANY, "layer": self.name}
+            errors = [translate(reply, write=True, **place) for reply in failed]
+            # Repeating the call is safe. That some are stored, or may be, is not hidden.
+            if len(failed) < len(replies) or any(error.outcome_unknown for error in errors):
+                errors[0].outcome_unknown = True
+            raise errors[0] from failed[0]
         last = {write.digest: index for index, write in enumerate(writes)}
         for index, write in enumerate(writes):
             latest = last[write.digest]

@@ -398,9 +398,12 @@ class SQLStore(StateStore, Authority, Enumerable):
         rows = await self._all(self._access.home().writes, items)
         failed = [row for row in rows if isinstance(row, Exception)]
         if failed:
-            # Some may be stored: repeating the call is safe. One that says so is not hidden.
+            # Repeating the call is safe. That some are stored, or may be, is not hidden.
             worst = max(failed, key=lambda error: getattr(error, "outcome_unknown", False))
-            raise self._own_error(worst, Op.UPSERT_LATEST_MANY, self.name)
+            told = self._own_error(worst, Op.UPSERT_LATEST_MANY, self.name)
+            if len(failed) < len(rows) and isinstance(told, StoreError):
+                told.outcome_unknown = True
+            raise told
         records = {}
         for snapshot, item, row in zip(snapshots, items, rows, strict=True):
             records[snapshot.user_id] = self._after(snapshot, item, row, Op.UPSERT_LATEST_MANY)
