@@ -18,6 +18,7 @@ from layered_store.errors import (
     ClosedError,
     ConfigError,
     CorruptDataError,
+    StoreError,
 )
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
