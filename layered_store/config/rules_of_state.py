@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.lint_view import RULES, At, Rule, Severity, is_a, number, rule
 from layered_store.interface import StateStore
-from layered_store.stack import Place, children_of, walk
+from layered_store.stack import Place, children_of, staleness, walk
 
 __all__ = ["shared_keys"]
 
@@ -39,9 +39,10 @@ def _no_channel(at: At) -> str | None:
         return None
     if getattr(at.store, "invalidation", "auto") != "off" and _channel_below(at):
         return None
-    ttl = number(at.store, "ttl") or 0.0
+    late, no_bound = staleness(at.store)
+    when = "late or never" if no_bound else f"up to {late or number(at.store, 'ttl') or 0:g} s late"
     return (
-        f"another process's write or erasure shows here up to {ttl:g} s late; use"
+        f"another process's write or erasure shows here {when}; use"
         " WriteThrough(RedisStore(url), origin=SQLStore(url)) below with invalidation='auto'"
     )
 
@@ -80,11 +81,17 @@ def _forwards(at: At) -> str | None:
     )
 
 
-@rule("LS022", Severity.WARNING, "memory as the system of record", of="memory")
+@rule("LS022", Severity.WARNING, "memory as the system of record, or as a fallback", of="memory")
 def _memory_of_record(at: At) -> str | None:
-    if not at.is_origin:
+    if at.is_origin:
+        return "everything is lost when this process ends; use SQLStore outside tests"
+    fallback = at.under("fallback")
+    if fallback is None or at.place.path.rpartition(".")[2] != "secondary":
         return None
-    return "everything is lost when this process ends; use SQLStore outside tests"
+    return (
+        "no write of the stack goes there, so while inner is away every user is told to be absent"
+        " instead of unavailable; use a replica, or take Fallback out"
+    )
 
 
 @rule("LS023", Severity.NOTE, "metrics missing, or only inside the cache")
@@ -106,19 +113,31 @@ def _twice(at: At) -> str | None:
     return "this very object stands in the stack twice and shares its state; build a second one"
 
 
-@rule("LS034", Severity.WARNING, "answers may be older than max_staleness", of="cached")
+@rule("LS034", Severity.WARNING, "answers may be older than max_staleness")
 def _staleness(at: At) -> str | None:
-    if at.max_staleness is None:
+    if at.max_staleness is None or not (at.is_a("cached") or at.is_a("write_through")):
         return None
-    ttl = number(at.store, "ttl") or 0.0
-    stale = number(at.store, "stale_if_error") or 0.0
-    bounded = 0.0 if _channel_below(at) else max(ttl, number(at.store, "negative_ttl") or 0.0)
-    oldest = max(ttl + stale if stale else 0.0, bounded)
-    if oldest <= at.max_staleness:
+    if at.is_a("write_through") and at.under("cached") is not None:
+        return None  # told of the cache, to which it adds
+    bound, why = staleness(at.store)
+    ttl, stale = number(at.store, "ttl") or 0.0, number(at.store, "stale_if_error") or 0.0
+    own = getattr(at.store, "staleness", (None, ""))[0]
+    if own is None:  # a third party's cache
+        own = 0.0 if _channel_below(at) else max(ttl, number(at.store, "negative_ttl") or 0.0)
+        bound += own
+    if why:
+        return (
+            f"there is no bound for the age of an answer ({why}), and max_staleness is"
+            f" {at.max_staleness:g} s; use WriteThrough(RedisStore(url), origin=SQLStore(url))"
+        )
+    if stale:
+        below = 0.0 if _channel_below(at) else bound - own
+        bound = max(bound, below + ttl + stale)
+    if bound <= at.max_staleness:
         return None
     return (
-        f"an answer may be {oldest:g} s old (ttl, negative_ttl and stale_if_error), over the"
-        f" max_staleness of {at.max_staleness:g} s; lower one of them"
+        f"an answer may be {bound:g} s old (ttl, negative_ttl and stale_if_error, with what caches"
+        f" below add), over the max_staleness of {at.max_staleness:g} s; lower one of them"
     )
 
 

@@ -192,7 +192,11 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
     ),
     ("LS017", lambda: Swallows(Sql()), lambda: Layer(Sql())),
     ("LS022", lambda: Cached(MemoryStore()), lambda: WriteThrough(MemoryStore(), origin=Sql())),
-    ("LS022", MemoryStore, lambda: Fallback(Sql(), secondary=MemoryStore())),
+    (
+        "LS022",
+        lambda: Fallback(Sql(), secondary=MemoryStore()),
+        lambda: Fallback(Sql(), secondary=Cached(WriteThrough(MemoryStore(), origin=Sql()))),
+    ),
     ("LS023", lambda: Cached(Sql()), lambda: Metrics(Cached(Sql()))),
     ("LS023", lambda: Cached(Metrics(Sql())), lambda: Metrics(Cached(Metrics(Sql())))),
     ("LS023", lambda: Retry(Cached(Metrics(Sql()))), lambda: Retry(Metrics(Cached(Sql())))),
@@ -282,6 +286,22 @@ def test_max_staleness() -> None:
     assert "LS034" in rules(absent, max_staleness=50)
     assert "LS034" not in rules(absent, max_staleness=60)
     assert "LS034" not in rules(stack)
+
+
+def test_max_staleness_adds_up() -> None:
+    """LS034 compares what ``describe`` says, which counts all caches on the way down."""
+    two = Cached(Layer(Cached(Sql(), ttl=60)), ttl=60)
+    assert "LS034" in rules(two, max_staleness=119)
+    assert "LS034" not in rules(two, max_staleness=120)
+    old = Cached(Cached(Sql(), ttl=60), ttl=60, stale_if_error=30)
+    assert "LS034" in rules(old, max_staleness=149)
+    assert "LS034" not in rules(old, max_staleness=150)
+    endless = WriteThrough(Redis(ttl=30), origin=Sql())
+    for stack in (endless, Cached(endless, ttl=5)):
+        (finding,) = [f for f in lint(stack, max_staleness=10**6) if f.rule == "LS034"]
+        assert "no bound" in finding.reason
+        assert "outermost" in finding.place
+    assert "LS034" not in rules(endless)
 
 
 def test_two_stacks_on_one_redis() -> None:

@@ -249,6 +249,14 @@ async def test_ls022_a_restart_forgets_everybody() -> None:
     assert await Cached(MemoryStore()).get_latest("u") is None
 
 
+async def test_ls022_a_fallback_of_memory_calls_users_absent() -> None:
+    """While inner is away nobody is told so: the user does not exist."""
+    stack = Fallback(Scripted(None, UnavailableError("down")), secondary=MemoryStore())
+    assert "LS022" in rules(stack)
+    await stack.upsert_latest(NEW)
+    assert await stack.get_latest("u") is None
+
+
 async def test_ls023_hits_are_not_counted() -> None:
     """Metrics inside the cache see one read of a hundred at most."""
     from prometheus_client import CollectorRegistry
