@@ -181,8 +181,9 @@ def _start_again(server: Server) -> None:
         "postgresql+psycopg://app:{password}@127.0.0.1:{port}/app"
         "?sslmode=verify-full&sslrootcert={authority}",
         "postgresql+asyncpg://app:{password}@127.0.0.1:{port}/app?ssl=verify-full",
+        "postgres://app:{password}@127.0.0.1:{port}/app?sslmode=verify-full",
     ],
-    ids=["asyncpg", "psycopg", "asyncpg verifies"],
+    ids=["asyncpg", "psycopg", "asyncpg verifies", "hosted"],
 )
 async def test_tls_and_a_password(
     secure_postgres: tuple[Server, Path], url: str, monkeypatch: pytest.MonkeyPatch

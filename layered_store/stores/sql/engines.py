@@ -19,6 +19,7 @@ from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ConfigError
 from layered_store.stores.sql.desks import let_go_of_parents
 from layered_store.stores.sql.dialects import FAMILIES
+from layered_store.stores.sql.url_options import check_options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -127,7 +128,7 @@ def parse_url(url: object, owner: str) -> URL:
             option="url",
             layer=owner,
         )
-    return parsed
+    return check_options(parsed, owner)
 
 
 def family_of(dialect_name: str, option: str, owner: str) -> str:

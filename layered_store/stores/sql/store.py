@@ -99,7 +99,8 @@ class SQLStore(StateStore, Authority, Enumerable):
         clock: source of time.
 
     Raises:
-        ConfigError: an option is out of range, or not exactly one of ``url`` and ``engine``; from
+        ConfigError: an option is out of range, the URL has a query option that its driver does not
+            know, or not exactly one of ``url`` and ``engine``; from
             the first operation, the tables are of a version that this release does not know.
         CorruptDataError: a user's row cannot be read back or is another user's. In a batch read
             the other users are returned and this one is left out; asked for alone, it raises.

@@ -1,0 +1,106 @@
+"""Query options of a database URL: one that the driver does not know is told before it is used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy.exc import ArgumentError
+
+from layered_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+__all__ = ["check_options"]
+
+_SSL_OF_MYSQL: Final = (
+    "ssl_ca",
+    "ssl_capath",
+    "ssl_cert",
+    "ssl_check_hostname",
+    "ssl_cipher",
+    "ssl_key",
+)
+# Those that SQLAlchemy takes itself, or passes on under another name.
+_OF_SQLALCHEMY: Final[dict[str, tuple[str, ...]]] = {
+    "asyncpg": ("prepared_statement_cache_size", "prepared_statement_name_func"),
+    "aiomysql": _SSL_OF_MYSQL,
+    "asyncmy": _SSL_OF_MYSQL,
+}
+_OF_SQLITE: Final = (
+    "cached_statements",
+    "check_same_thread",
+    "detect_types",
+    "isolation_level",
+    "timeout",
+    "uri",
+)
+
+
+_TRUE: Final = ("true", "yes", "on", "y", "t", "1")
+
+
+def check_options(url: URL, owner: str) -> URL:
+    """Return the URL as its driver takes it.
+
+    SQLite's driver leaves out what it does not know (``?mode=ro`` without ``uri=true`` would be
+    writable); the others fail at the first call, with an error that does not say why. The
+    ``sslmode`` of PostgreSQL's own tools and of hosted databases' URLs is the ``ssl`` of asyncpg.
+
+    Raises:
+        ConfigError: an option that the driver does not know, or that has no such value.
+    """
+    if not url.query:
+        return url
+    driver = url.get_driver_name().removesuffix("_async")
+    if driver == "asyncpg" and "sslmode" in url.query and "ssl" not in url.query:
+        query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
+        url = url.set(query=query)
+    try:
+        known = _known(driver)
+    except ImportError:  # of a library of the driver's own; told at the first call
+        return url
+    if driver == "aiosqlite" and str(url.query.get("uri", "")).lower() in _TRUE:
+        known = [*known, *url.query]  # the rest is SQLite's
+    for name in url.query:
+        if name not in known:
+            raise _unknown(name, known, driver, owner)
+    try:
+        url.get_dialect()().create_connect_args(url)
+    except (ArgumentError, ValueError, TypeError):
+        pass
+    else:
+        return url
+    # Out here, since the error would show the value.
+    raise ConfigError(
+        f"has a query option with a value that {driver} does not take", option="url", layer=owner
+    )
+
+
+def _known(driver: str) -> list[str]:
+    if driver == "aiosqlite":
+        return list(_OF_SQLITE)
+    module = importlib.import_module(driver)
+    if driver == "psycopg":
+        # What it does not take itself it hands to libpq.
+        of_libpq = (option.keyword.decode() for option in module.pq.Conninfo.get_defaults())
+        return [*of_libpq, *inspect.signature(module.AsyncConnection.connect).parameters]
+    return [*_OF_SQLALCHEMY[driver], *inspect.signature(module.connect).parameters]
+
+
+def _unknown(name: str, known: list[str], driver: str, owner: str) -> ConfigError:
+    shown = re.fullmatch(r"[a-z][a-z_]{0,40}", name) is not None
+    hint = "; SQLite's own options need uri=true" if driver == "aiosqlite" else ""
+    close = get_close_matches(name, known, n=1) if shown else []
+    if (driver, name) == ("asyncpg", "connect_timeout"):
+        close = ["timeout"]  # that is its name for it
+    return ConfigError(
+        f"has a query option that {driver} does not know{f': {name}' if shown else ''}{hint}",
+        option="url",
+        suggestion=close[0] if close else None,
+        layer=owner,
+    )
