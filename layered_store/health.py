@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.errors import StoreError
+from layered_store.errors import StoreError, StoreTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -124,6 +124,8 @@ class SharedProbe:
                 healthy = await check()
             if not healthy:
                 message = "the health check said no"
+        except StoreTimeoutError as exc:  # the backend's own limit, which is the shorter one
+            healthy, message = False, str(exc)
         except TimeoutError:
             healthy, message = False, f"no answer within {self._limit:g} s"
         except asyncio.CancelledError:

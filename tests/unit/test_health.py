@@ -25,6 +25,7 @@ from layered_store import (
     Shadow,
     StateSnapshot,
     StateStore,
+    StoreTimeoutError,
     Timeout,
     UnavailableError,
     WriteThrough,
@@ -264,6 +265,7 @@ async def test_bounded() -> None:
         (OSError("marked 4711"), "OSError"),
         (RuntimeError("marked 4711"), "RuntimeError"),
         (TimeoutError("marked"), "no answer within 1 s"),
+        (StoreTimeoutError("no answer in 0.3 s", layer="SQLStore"), "SQLStore: no answer in 0.3 s"),
     ],
 )
 async def test_never_raises(answer: Any, message: str) -> None:
