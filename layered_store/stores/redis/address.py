@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from copy import copy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -21,6 +23,7 @@ _SCHEMES: Final = (
     " redis+sentinel://host1,host2/service or rediss+sentinel://..."
 )
 _SENTINEL_PORT: Final = 26379
+_UNKNOWN: Final = re.compile(r"unexpected keyword argument '([a-z][a-z_]{0,40})'").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,16 @@ def address_of_url(
         raise
     except Exception as exc:  # noqa: BLE001  whatever the driver makes of a strange URL
         kind = type(exc).__name__
+        # A password with an unescaped '?' makes options of its rest.
+        named = isinstance(exc, TypeError) and "@" not in url.partition("?")[2]
+        unknown = _UNKNOWN(str(exc)) if named else None
+    if unknown:
+        raise ConfigError(
+            f"has a query option that the driver does not know: {unknown[1]}",
+            option="url",
+            suggestion=_nearest(unknown[1]),
+            layer="RedisStore",
+        )
     # The driver's text may show a part of the URL, so only its class is told; and raised out here,
     # since inside the handler the driver's error would go along as the context.
     raise ConfigError(
@@ -102,6 +115,18 @@ def address_of_url(
         option="url",
         layer="RedisStore",
     )
+
+
+def _nearest(name: str) -> str | None:
+    from redis.asyncio.connection import Connection, SSLConnection  # noqa: PLC0415
+
+    known = {
+        parameter
+        for kind in (*Connection.__mro__, *SSLConnection.__mro__)
+        for parameter in inspect.signature(kind).parameters
+    }
+    close = get_close_matches(name, sorted(known), n=1)
+    return close[0] if close else None
 
 
 def _parse(url: str) -> dict[str, Any]:

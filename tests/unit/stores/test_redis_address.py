@@ -35,6 +35,10 @@ def connection(url: str) -> Any:
         ("redis+sentinel://a,b", "write redis+sentinel://host1,host2/service"),
         ("redis://a/s3cret", "names a database that is no number"),
         ("redis://a/1x", "names a database that is no number"),
+        ("redis://:pa?s3cret=x@h/0", "cannot be read"),
+        ("redis://h?bogus=s3cret", "does not know: bogus"),
+        ("redis+cluster://a,b?bogus=s3cret", "does not know: bogus"),
+        ("redis+sentinel://a/service?bogus=s3cret", "does not know: bogus"),
     ],
 )
 def test_a_url_that_cannot_be_read_is_a_mistake_that_is_named(url: str, text: str) -> None:
@@ -46,6 +50,22 @@ def test_a_url_that_cannot_be_read_is_a_mistake_that_is_named(url: str, text: st
     assert (error.option, error.layer) == ("url", "RedisStore")
     assert error.__cause__ is None and error.__context__ is None
     assert "s3cret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("url", "near"),
+    [
+        ("redis://h?socket_timout=1", "socket_timeout"),
+        ("rediss://h?ssl_cacerts=x", "ssl_ca_certs"),
+        ("unix:///x?timeout=1", "socket_timeout"),
+        ("redis://h?bogus=1", None),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest(url: str, near: str | None) -> None:
+    """What the driver's connections take is known from their constructors."""
+    with pytest.raises(ConfigError) as caught:
+        address(url)
+    assert caught.value.suggestion == near
 
 
 def test_connections_have_the_limits_and_repeat_nothing() -> None:
