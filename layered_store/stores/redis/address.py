@@ -234,7 +234,9 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
 
         return Address(connection=lambda: _hold(pool.make_connection(), pool), release=release)
 
-    make()
+    address = make()
+    assert address.connection is not None
+    address.connection()  # an option that the driver does not know fails here
     return make
 
 
