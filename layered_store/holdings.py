@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
 from layered_store.eviction import Node, S3FIFOCache
+from layered_store.given_cache import GivenCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -106,10 +107,10 @@ class Holdings:
         monotonic: Callable[[], float],
     ) -> None:
         self.lock = threading.Lock()
-        self.store = store
         self.s3 = store if isinstance(store, S3FIFOCache) else None
+        self.store: Any = store if self.s3 is not None else GivenCache(store)
         self.entries: Mapping[str, Entry]
-        self.entries = self.s3.nodes if self.s3 is not None else store  # type: ignore[assignment]
+        self.entries = self.s3.nodes if self.s3 is not None else self.store  # type: ignore[assignment]
         self.flights: dict[str, Flight] = {}
         self.writing: dict[str, Writers] = {}
         self.quarantine: dict[str, float] = {}
@@ -298,16 +299,17 @@ class Holdings:
                 self._sweep(self.s3, now)
             self._put(entry)
             return
-        try:
-            self.store[user_id] = entry
-        except ValueError:  # larger than the given cache takes
-            self.store.pop(user_id, None)
+        self.store.put(user_id, entry)
 
     def remove(self, user_id: str) -> bool:
         """Take away a user's entry; tell whether there was one."""
         if self.s3 is not None:
             return self.s3.remove(user_id) is not None
-        return self.store.pop(user_id, None) is not None
+        return self.store.pop(user_id) is not None
+
+    def look(self, user_id: str) -> Entry | None:
+        """Return a user's entry; it does not count as used."""
+        return self.s3.nodes.get(user_id) if self.s3 is not None else self.store.look(user_id)  # type: ignore[return-value]
 
     def close(self) -> None:
         """Drop everything, and keep nothing of what still lands."""

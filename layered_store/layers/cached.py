@@ -584,12 +584,7 @@ class Cached(Layer):
 
     async def peek(self, user_id: str) -> Peek:
         """Tell what is cached of a user; the entry does not count as used."""
-        entry: Any = None
-        if self._held.s3 is not None:
-            entry = self._held.s3.nodes.get(user_id)
-        elif user_id in self._held.store:
-            # The base's method: those of the given cache's class would note the use.
-            entry = Cache.__getitem__(self._held.store, user_id)
+        entry = self._held.look(user_id)
         if entry is None:
             return Peek(Held.ABSENT, answers=False)
         now = self._monotonic()

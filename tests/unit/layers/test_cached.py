@@ -961,6 +961,62 @@ def test_event_loops_of_several_threads_share_one_cache() -> None:
     asyncio.run(compare())
 
 
+GIVEN: list[Any] = [
+    lambda: cachetools.TTLCache(50, 0.0005),
+    lambda: cachetools.TLRUCache(50, lambda key, value, now: now + 0.0005),
+    lambda: cachetools.LFUCache(50),
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=["TTLCache", "TLRUCache", "LFUCache"])
+def test_a_given_cache_may_be_scraped_and_shared_by_event_loops(given: Any) -> None:
+    """They have no locks, and finding or counting entries changes them; no call or scrape fails."""
+    cache = Cached(MemoryStore(), cache=given(), negative_ttl=60)
+    failures: list[BaseException] = []
+    working = threading.Event()
+
+    async def work(chance: random.Random) -> None:
+        for _ in range(10_000):
+            user = f"u-{chance.randrange(90)}"
+            if chance.random() < 0.5:
+                await cache.get_latest(user)
+            elif chance.random() < 0.8:
+                await cache.upsert_latest(state(0.5, user))
+            else:
+                await cache.delete(user)
+
+    def scrape() -> None:
+        while not working.is_set():
+            list(cache.samples())
+
+    def body(run: Any) -> None:
+        try:
+            run()
+        except BaseException as exc:
+            failures.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        scraper = threading.Thread(target=body, args=(scrape,))
+        workers = [
+            threading.Thread(
+                target=body, args=(lambda seed=seed: asyncio.run(work(random.Random(seed))),)
+            )
+            for seed in range(3)
+        ]
+        for thread in (scraper, *workers):
+            thread.start()
+        for thread in workers:
+            thread.join(60)
+        working.set()
+        scraper.join(60)
+    finally:
+        working.set()
+        sys.setswitchinterval(interval)
+    assert not failures
+
+
 def test_a_load_of_an_event_loop_that_was_stopped_is_no_obstacle() -> None:
     """A loop that was closed in mid-load leaves a load that nobody ends; the next one replaces
     it."""

@@ -323,7 +323,9 @@ async def test_a_hit_counts_for_the_eviction_whichever_way_it_takes() -> None:
     given = Slow(MemoryStore(), cache=cachetools.LRUCache(10))
     await given.upsert_latest(OLD)
     await given.get_latest("u-1")
-    assert given._entries["u-1"].freq == 0
+    entry = given._entries.get("u-1")
+    assert entry is not None
+    assert entry.freq == 0
 
 
 async def test_a_refresh_is_due_once_and_not_before_its_time() -> None:
