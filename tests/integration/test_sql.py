@@ -234,6 +234,32 @@ async def test_a_locked_file_is_retryable(tmp_path: Path) -> None:
     await store.aclose()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "timeout=3",
+        "sslmode=prefer&command_timeout=3",
+        "statement_cache_size=0&prepared_statement_cache_size=0",
+        "max_cached_statement_lifetime=0&max_cacheable_statement_size=0",
+        "direct_tls=false",
+    ],
+)
+async def test_options_in_a_url_are_asyncpgs(postgres_url: str, options: str) -> None:
+    """It takes numbers and truth values only as such, and a URL has text."""
+    async with SQLStore(f"{postgres_url}?{options}") as store:
+        await store.upsert_latest(StateSnapshot("u-1"))
+        assert await store.get_latest("u-1") is not None
+
+
+@pytest.mark.parametrize("options", ["prepare_threshold=0", "prepare_threshold=none"])
+async def test_options_in_a_url_are_psycopgs(postgres_url: str, options: str) -> None:
+    """As asyncpg's."""
+    url = postgres_url.replace("asyncpg", "psycopg")
+    async with SQLStore(f"{url}?{options}&sslmode=prefer") as store:
+        await store.upsert_latest(StateSnapshot("u-1"))
+        assert await store.get_latest("u-1") is not None
+
+
 async def test_a_killed_connection_costs_one_retryable_error(postgres_url: str) -> None:
     """After a restart of the server each pooled connection fails at most once."""
     store = SQLStore(postgres_url, pool_size=1, **tables())

@@ -19,7 +19,7 @@ from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ConfigError
 from layered_store.stores.sql.desks import let_go_of_parents
 from layered_store.stores.sql.dialects import FAMILIES
-from layered_store.stores.sql.url_options import check_options
+from layered_store.stores.sql.url_options import check_options, typed_options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -169,7 +169,7 @@ def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> 
     }
     # SQLAlchemy logs whole rows at DEBUG, whatever hide_parameters says.
     logging.getLogger(f"sqlalchemy.engine.Engine.{_LOG_NAME}").addFilter(_no_rows)
-    arguments = _connect_arguments(url, wait)
+    arguments = typed_options(url) | _connect_arguments(url, wait)
     if prepares:
         arguments |= _session_arguments(url, wait)
     else:

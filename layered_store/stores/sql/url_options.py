@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.exc import ArgumentError
 
@@ -15,7 +16,7 @@ from layered_store.errors import ConfigError
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "typed_options"]
 
 _SSL_OF_MYSQL: Final = (
     "ssl_ca",
@@ -39,9 +40,32 @@ _OF_SQLITE: Final = (
     "timeout",
     "uri",
 )
-
-
 _TRUE: Final = ("true", "yes", "on", "y", "t", "1")
+_FALSE: Final = ("false", "no", "off", "n", "f", "0")
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise ValueError
+    return text.lower() in _TRUE
+
+
+def _threshold(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+# What a URL can only say as text, and these drivers take only as it is meant.
+_TYPES: Final[dict[str, dict[str, Callable[[str], Any]]]] = {
+    "asyncpg": {
+        "command_timeout": float,
+        "direct_tls": _truth,
+        "max_cacheable_statement_size": int,
+        "max_cached_statement_lifetime": int,
+        "statement_cache_size": int,
+        "timeout": float,
+    },
+    "psycopg": {"autocommit": _truth, "prepare_threshold": _threshold},
+}
 
 
 def check_options(url: URL, owner: str) -> URL:
@@ -71,6 +95,7 @@ def check_options(url: URL, owner: str) -> URL:
             raise _unknown(name, known, driver, owner)
     try:
         url.get_dialect()().create_connect_args(url)
+        typed_options(url)
     except (ArgumentError, ValueError, TypeError):
         pass
     else:
@@ -79,6 +104,16 @@ def check_options(url: URL, owner: str) -> URL:
     raise ConfigError(
         f"has a query option with a value that {driver} does not take", option="url", layer=owner
     )
+
+
+def typed_options(url: URL) -> dict[str, Any]:
+    """Return those options of a URL that its driver does not take as text, as what they mean."""
+    types = _TYPES.get(url.get_driver_name().removesuffix("_async"), {})
+    return {
+        name: types[name](value if isinstance(value, str) else value[-1])
+        for name, value in url.query.items()
+        if name in types
+    }
 
 
 def _known(driver: str) -> list[str]:

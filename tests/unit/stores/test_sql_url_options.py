@@ -7,7 +7,7 @@ from sqlalchemy.engine import make_url
 
 from layered_store.errors import ConfigError
 from layered_store.stores.sql.store import SQLStore
-from layered_store.stores.sql.url_options import check_options
+from layered_store.stores.sql.url_options import check_options, typed_options
 
 KNOWN = [
     "sqlite+aiosqlite:///x.db?timeout=3&check_same_thread=false",
@@ -53,6 +53,9 @@ def test_unknown(url: str, match: str) -> None:
     [
         "sqlite:///x.db?timeout=marked",
         "postgresql://h/d?prepared_statement_cache_size=marked",
+        "postgresql://h/d?timeout=marked",
+        "postgresql://h/d?direct_tls=marked",
+        "postgresql+psycopg://h/d?prepare_threshold=marked",
         "mysql://h/d?connect_timeout=marked",
         "postgresql://h/d?marked@h=x",
         "postgresql://h/d?marked-value=3",
@@ -65,6 +68,20 @@ def test_no_value_is_shown(url: str) -> None:
     assert "marked" not in str(told.value)
     assert told.value.__cause__ is None
     assert told.value.__context__ is None
+
+
+def test_what_is_no_text_for_the_driver_is_none() -> None:
+    """A URL has only text, with which asyncpg and psycopg fail in their midst."""
+    asyncpg = "postgresql+asyncpg://h/d?timeout=3&statement_cache_size=0&direct_tls=off&ssl=prefer"
+    assert typed_options(make_url(asyncpg)) == {
+        "timeout": 3.0,
+        "statement_cache_size": 0,
+        "direct_tls": False,
+    }
+    for text, value in (("0", 0), ("none", None)):
+        psycopg = f"postgresql+psycopg_async://h/d?prepare_threshold={text}&sslmode=prefer"
+        assert typed_options(make_url(psycopg)) == {"prepare_threshold": value}
+    assert typed_options(make_url("sqlite+aiosqlite:///x.db?timeout=3")) == {}
 
 
 def test_sslmode_is_ssl_for_asyncpg() -> None:
