@@ -154,7 +154,7 @@ async def test_messages_are_flushed_away_with_nothing_lost(tmp_path: Path) -> No
 
 
 async def test_a_client_passed_in_hears_the_channel_too(tmp_path: Path) -> None:
-    """redis-py's own default protocol hands messages on another way."""
+    """redis-py's own default protocol hands messages on another way; a URL may ask for it too."""
     from layered_store import RedisStore, SQLStore
 
     with serving(start_redis) as server:
@@ -164,6 +164,9 @@ async def test_a_client_passed_in_hears_the_channel_too(tmp_path: Path) -> None:
             await stack.upsert_latest(state("u", 1))
             await leased(stack, "u")
         await client.aclose()
+        url = f"{redis_url(server.port)}?protocol=3"
+        async with Cached(RedisStore(url), fallback=SQLStore(sql)) as stack:
+            await leased(stack, "u")
 
 
 async def test_the_channel_of_a_server_before_7(

@@ -23,6 +23,9 @@ _SCHEMES: Final = (
     " redis+sentinel://host1,host2/service or rediss+sentinel://..."
 )
 _SENTINEL_PORT: Final = 26379
+# Whatever a URL says: records are bytes, and in version 3 of the protocol the driver swallows the
+# messages that stand between replies, those of the invalidation channel among them.
+_ALWAYS: Final = {"decode_responses": False, "protocol": 2}
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '([a-z][a-z_]{0,40})'").search
 
 
@@ -57,7 +60,7 @@ def _quiet(connect_timeout: float, timeout: float) -> dict[str, Any]:
         "retry": Retry(NoBackoff(), 0),
         "socket_connect_timeout": connect_timeout,
         "socket_timeout": timeout,
-        "protocol": 2,
+        **_ALWAYS,
     }
     # Commands with which the driver announces itself; older servers answer them with errors. Which
     # options turn them off differs between the driver's versions.
@@ -148,8 +151,8 @@ def _single(url: str, quiet: dict[str, Any]) -> Callable[[], Address]:
             option="url",
             layer="RedisStore",
         )
-    pool = ConnectionPool.from_url(url, **{**quiet, "decode_responses": False})
-    pool.connection_kwargs["decode_responses"] = False
+    pool = ConnectionPool.from_url(url, **quiet)
+    pool.connection_kwargs.update(_ALWAYS)
     address = _of_pool(pool)
     assert address.connection is not None
     address.connection()  # an option that the driver does not know fails here
@@ -168,7 +171,7 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         given["ssl"] = True
     for name in ("host", "port", "db"):
         given.pop(name, None)
-    options = {**quiet, "max_connections": limit, **given, "decode_responses": False}
+    options = {**quiet, "max_connections": limit, **given, **_ALWAYS}
 
     def client() -> Any:
         return RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **options)
@@ -202,7 +205,7 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
         for name in list(given)
         if name.startswith("sentinel_")
     }
-    options = {**quiet, **given, "decode_responses": False, **({"ssl": True} if secure else {})}
+    options = {**quiet, **given, **_ALWAYS, **({"ssl": True} if secure else {})}
     shared = {name: value for name, value in given.items() if name.startswith(("ssl_", "socket_"))}
     sentinel_options = {**quiet, **shared, **own, **({"ssl": True} if secure else {})}
 

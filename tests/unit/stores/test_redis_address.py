@@ -79,10 +79,17 @@ def test_connections_have_the_limits_and_repeat_nothing() -> None:
 
 
 def test_options_in_the_url_are_the_drivers_and_win() -> None:
-    """Except for decoding: records are bytes."""
-    made = connection("redis://h?socket_timeout=9&decode_responses=True")
-    assert made.socket_timeout == 9
-    assert not made.encoder.decode_responses
+    """Except for decoding, since records are bytes, and for the version of the protocol: in its
+    third the driver swallows what the invalidation channel tells.
+    """
+    for start in ("redis://h", "redis+sentinel://h/service"):
+        made = connection(f"{start}?socket_timeout=9&decode_responses=True&protocol=3")
+        assert made.socket_timeout == 9
+        assert not made.encoder.decode_responses
+        assert int(made.protocol) == 2
+    client = address("redis+cluster://h?protocol=3").client
+    assert client is not None
+    assert client().get_connection_kwargs()["protocol"] == 2
 
 
 def test_a_socket_and_tls_are_told_by_the_scheme() -> None:
