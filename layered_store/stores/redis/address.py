@@ -181,6 +181,7 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
 
 
 def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Address]:
+    from redis.asyncio.connection import URL_QUERY_ARGUMENT_PARSERS  # noqa: PLC0415
     from redis.asyncio.sentinel import Sentinel  # noqa: PLC0415
 
     plain = scheme.removesuffix("+sentinel")
@@ -205,6 +206,8 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
         for name in list(given)
         if name.startswith("sentinel_")
     }
+    # The driver makes numbers of those options only that it knows by these names.
+    own = {name: URL_QUERY_ARGUMENT_PARSERS.get(name, str)(own[name]) for name in own}
     options = {**quiet, **given, **_ALWAYS, **({"ssl": True} if secure else {})}
     shared = {name: value for name, value in given.items() if name.startswith(("ssl_", "socket_"))}
     sentinel_options = {**quiet, **shared, **own, **({"ssl": True} if secure else {})}

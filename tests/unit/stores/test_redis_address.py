@@ -92,6 +92,18 @@ def test_options_in_the_url_are_the_drivers_and_win() -> None:
     assert client().get_connection_kwargs()["protocol"] == 2
 
 
+def test_options_for_the_sentinels_are_numbers_where_the_driver_wants_such() -> None:
+    """And text where it wants that."""
+    url = "redis+sentinel://h/service?socket_timeout=9&sentinel_socket_timeout=3&sentinel_password=7"
+    made = connection(url)
+    assert made.socket_timeout == 9
+    (sentinel,) = made.layered_store_pool.sentinel_manager.sentinels
+    options = sentinel.connection_pool.connection_kwargs
+    assert (options["socket_timeout"], options["password"]) == (3.0, "7")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        address("redis+sentinel://h/service?sentinel_socket_timeout=soon")
+
+
 def test_a_socket_and_tls_are_told_by_the_scheme() -> None:
     """As the driver reads them."""
     assert connection("unix:///run/redis.sock?db=2").path == "/run/redis.sock"
