@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachetools import Cache
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["GivenCache"]
 
@@ -63,7 +60,3 @@ class GivenCache:
     def __len__(self) -> int:
         with self._lock:
             return len(self._cache)
-
-    def __iter__(self) -> Iterator[str]:
-        with self._lock:
-            return iter(list(self._cache))

@@ -60,6 +60,15 @@ class Breaker(_Around):
 
 
 @dataclass(eq=False, repr=False)
+class TheirCache(_Around):
+    """A third party's, which only has the usual options."""
+
+    ttl: float = field(kw_only=True)
+    negative_ttl: float = field(kw_only=True)
+    kind: ClassVar[str] = "cached"
+
+
+@dataclass(eq=False, repr=False)
 class Bulkhead(_Around):
     max_in_flight: int = field(default=64, kw_only=True)
     kind: ClassVar[str] = "bulkhead"
@@ -296,6 +305,9 @@ def test_max_staleness_adds_up() -> None:
     old = Cached(Cached(Sql(), ttl=60), ttl=60, stale_if_error=30)
     assert "LS034" in rules(old, max_staleness=149)
     assert "LS034" not in rules(old, max_staleness=150)
+    theirs = TheirCache(Sql(), ttl=60, negative_ttl=90)
+    assert "LS034" in rules(theirs, max_staleness=89)
+    assert "LS034" not in rules(theirs, max_staleness=90)
     endless = WriteThrough(Redis(ttl=30), origin=Sql())
     for stack in (endless, Cached(endless, ttl=5)):
         (finding,) = [f for f in lint(stack, max_staleness=10**6) if f.rule == "LS034"]

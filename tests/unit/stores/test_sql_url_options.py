@@ -84,6 +84,19 @@ def test_what_is_no_text_for_the_driver_is_none() -> None:
     assert typed_options(make_url("sqlite+aiosqlite:///x.db?timeout=3")) == {}
 
 
+def test_a_driver_that_cannot_be_loaded_is_told_at_the_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when libpq is missing below psycopg: what it would know cannot be told."""
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    url = make_url("postgresql+psycopg://h/d?bogus=3")
+    assert check_options(url, "SQLStore") is url
+
+
 def test_sslmode_is_ssl_for_asyncpg() -> None:
     """URLs of hosted databases say it in the words of PostgreSQL's own tools."""
     url = make_url("postgresql+asyncpg://h/d?sslmode=require&timeout=3")
