@@ -160,6 +160,17 @@ class GuardedCopies(Invalidations):
         return self._clock.monotonic() < self._leased_until
 
     @property
+    def trouble(self) -> str:
+        """What keeps the tier from being of full use, though it may answer a probe; or ''."""
+        if self._loop is None or self._loop.is_closed():
+            return ""  # nobody keeps watch
+        if not self._reachable:
+            return "the cache tier is passed by: it refuses commands, or is too slow for them"
+        if self._leased_once and self.channel_up is False:
+            return "the invalidation channel is away: caches above do not answer"
+        return ""
+
+    @property
     def has_channel(self) -> bool:
         """Whether the tier tells of other processes' writes."""
         return self._tier.has_channel

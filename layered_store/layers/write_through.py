@@ -262,6 +262,8 @@ class WriteThrough(Layer):
             status, message = HealthStatus.DEGRADED, "the cache tier is down"
         else:
             status, message = min(tier.status, origin.status, key=lambda s: s.level), ""
+            if self._guard is not None and (trouble := self._guard.trouble):
+                status, message = HealthStatus.DEGRADED, trouble
         latency = max(tier.latency_ms, origin.latency_ms)
         return HealthReport(self.name, status, latency, message, (tier, origin))
 
