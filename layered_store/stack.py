@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -175,6 +177,25 @@ def _mask_option(option: str) -> str:
     return option if not value or name in _SHOWN_IN_QUERIES else f"{name}{sign}***"
 
 
+_says_secret: Final = re.compile(
+    r"(?:.*_)?(?:password|passwd|pwd|passphrase|secret|token|credential|apikey|dsn|"
+    r"connection_string|(?:access|api|auth|encryption|private|secret|shared|signing)_key)s?"
+    r"|keys?|auth"
+).fullmatch
+
+
+def masked(name: str, value: Any) -> Any:
+    """Return the value of an option that has no mask of its own as it may be shown.
+
+    A third party's block need not know of masks: what its name says is secret is hidden, and so are
+    the passwords of URLs.
+    """
+    if isinstance(value, str) and "://" in value:
+        return mask_url(value)
+    hides = not isinstance(value, bool | int | float | timedelta | type | None)
+    return "***" if hides and _says_secret(name) else value
+
+
 def options(store: StateStore) -> dict[str, Any]:
     """Return the options of a block that differ from their defaults, secrets masked.
 
@@ -194,10 +215,14 @@ def options(store: StateStore) -> dict[str, Any]:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
+        if isinstance(value, timedelta):
+            value = value.total_seconds()  # as a config file has it
         if default is not dataclasses.MISSING and type(value) is type(default) and value == default:
             continue
         mask = field.metadata.get("mask")
-        shown[field.name] = mask(value) if mask is not None and value is not None else value
+        if value is not None:
+            value = masked(field.name, value) if mask is None else mask(value)
+        shown[field.name] = value
     return shown
 
 
@@ -344,18 +369,44 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
             )
         twin = copy.copy(store)
     else:
-        arguments: dict[str, Any] = {}
-        for field in dataclasses.fields(store):
-            if field.init:
-                value = getattr(store, field.name)
-                arguments[field.name] = (
-                    _rebuild(value, done) if isinstance(value, StateStore) else unshared(value)
-                )
-        twin = type(store)(**arguments)
+        given = {
+            name: _rebuild(value, done) if isinstance(value, StateStore) else unshared(value)
+            for name, value in arguments(store).items()
+        }
+        twin = type(store)(**given)
         if (block_id := getattr(store, "block_id", None)) is not None:
             twin.__dict__["block_id"] = block_id
     done[id(store)] = twin
     return twin
+
+
+def arguments(store: Any) -> dict[str, Any]:
+    """Return what a block was built with: its fields, or what an ``__init__`` of its own takes."""
+    fields = {
+        field.name: getattr(store, field.name) for field in dataclasses.fields(store) if field.init
+    }
+    builder = next(cls for cls in type(store).__mro__ if "__init__" in vars(cls))
+    if "__dataclass_params__" in vars(builder) and builder.__dataclass_params__.init:  # type: ignore[attr-defined]
+        return fields
+    wanted = inspect.signature(type(store)).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
+        return fields
+    found = {}
+    for parameter in wanted:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        names = (parameter.name, f"_{parameter.name}")
+        # What every store has, such as its name, is not what this one was built with.
+        own = (n for n in names if n in vars(store) or not hasattr(StateStore, n))
+        name = next((n for n in own if hasattr(store, n)), None)
+        if name is None or parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ConfigError(
+                f"cannot rebuild {type(store).__name__}, whose __init__ takes"
+                f" {parameter.name!r} and keeps it under another name; make it a dataclass",
+                option="stack",
+            )
+        found[parameter.name] = getattr(store, name)
+    return found
 
 
 def unshared(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from layered_store.config.registry import MISSING, spec_of_class
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
-from layered_store.stack import children_of, walk
+from layered_store.stack import children_of, masked, walk
 
 if TYPE_CHECKING:
     from layered_store.config.registry import Option
@@ -82,6 +82,7 @@ def _plain(option: Option, value: Any) -> Any:
         return option.mask(value)
     if option.secret:
         return MASK
+    value = masked(option.name, value)
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, type):

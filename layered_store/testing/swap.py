@@ -9,7 +9,7 @@ from layered_store.clock import Clock
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.options import check_a, check_store
-from layered_store.stack import unshared, walk
+from layered_store.stack import arguments, unshared, walk
 
 __all__ = ["on_clock"]
 
@@ -55,17 +55,13 @@ def _again(store: StateStore, clock: Clock, done: dict[int, StateStore]) -> Stat
             " build it on this clock",
             option="stack",
         )
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(store):
-        if not field.init:
-            continue
-        value = getattr(store, field.name)
+    given: dict[str, Any] = {}
+    for name, value in arguments(store).items():
         if isinstance(value, StateStore):
-            value = _build(value, clock, done)
-        elif field.name == "clock":
-            value = clock
-        arguments[field.name] = unshared(value)
-    twin = type(store)(**arguments)
+            given[name] = _build(value, clock, done)
+        else:
+            given[name] = clock if name == "clock" else unshared(value)
+    twin = type(store)(**given)
     if (block_id := getattr(store, "block_id", None)) is not None:
         twin.__dict__["block_id"] = block_id
     return twin

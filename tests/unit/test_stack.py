@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import pytest
 
@@ -10,13 +12,16 @@ from layered_store import (
     Cached,
     ConfigError,
     Fallback,
+    Layer,
     MemoryStore,
+    SQLStore,
     StateSnapshot,
     StateStore,
     SyncStore,
     describe,
     find,
     lint,
+    load_stack,
     replace,
     to_config,
 )
@@ -58,6 +63,82 @@ def test_a_layer_that_cannot_be_built_again_is_told() -> None:
     assert twin.inner is not plain  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="cannot rebuild Around, which is no dataclass"):
         replace(Cached(Around(MemoryStore())), MemoryStore, MemoryStore())
+
+
+class Slow(Layer):
+    """A layer as many write it: with an ``__init__`` of its own."""
+
+    def __init__(self, inner: StateStore, seconds: float = 1.0, *, name: str = "slow") -> None:
+        super().__init__(inner)
+        self.seconds = seconds
+        self._name = name
+
+
+class Hides(Layer):
+    """One that keeps its option under another name."""
+
+    def __init__(self, inner: StateStore, limit: int = 3) -> None:
+        super().__init__(inner)
+        self.most = limit
+
+
+class Any_(Layer):
+    """One that takes whatever its base takes."""
+
+    def __init__(self, *args: StateStore, **kwargs: StateStore) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda stack: replace(stack, MemoryStore, MemoryStore()),
+        lambda stack: on_clock(stack, FakeClock()),
+    ],
+)
+def test_a_layer_with_an_init_of_its_own(again: Callable[[StateStore], StateStore]) -> None:
+    """It is built with the options it was built with; one that does not tell them is refused."""
+    (slow,) = find(again(Cached(Any_(Slow(MemoryStore(), 5.0, name="mine")))), Slow)
+    assert (slow.seconds, slow._name) == (5.0, "mine")
+    with pytest.raises(ConfigError, match="cannot rebuild Hides, whose __init__ takes 'limit'"):
+        again(Cached(Hides(MemoryStore(), 7)))
+
+
+@dataclass(eq=False, repr=False)
+class Remote(Plain):
+    """A third party's store, whose author knows nothing of masks."""
+
+    url: str
+    token: str = field(default="", kw_only=True)
+    api_key: bytes | None = field(default=None, kw_only=True)
+    dsn: str = field(default="", kw_only=True)
+    tokens: int = field(default=0, kw_only=True)
+    monkey: str = field(default="", kw_only=True)
+
+
+def test_secrets_of_a_third_party_are_masked() -> None:
+    """By the name of the option, or within a URL; what is none is shown."""
+    store = Remote(
+        "https://ada:marked@host/path?sig=marked",
+        token="marked",
+        api_key=b"marked",
+        dsn="Server=host;Password=marked",
+        tokens=5,
+        monkey="shown",
+    )
+    stack = Cached(store)
+    for text in (repr(stack), str(describe(stack)), repr(describe(stack))):
+        assert "marked" not in text
+        assert "https://ada:***@host/path?sig=***" in text
+        assert "tokens" in text
+        assert "shown" in text
+
+
+def test_a_duration_is_shown_in_seconds() -> None:
+    """As a file has it, so that a stack looks the same before and after it was one."""
+    stack = SQLStore("sqlite+aiosqlite:///x.db", history_max_age=timedelta(hours=1))
+    assert "history_max_age=3600.0" in repr(stack)
+    assert str(describe(load_stack(to_config(stack)))) == str(describe(stack))
 
 
 @pytest.mark.parametrize("ask", [describe, lint, to_config, lambda stack: find(stack, Cached)])
