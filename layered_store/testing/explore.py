@@ -199,7 +199,10 @@ def _explore(
             raise
         except BaseException as exc:
             # Also a cancellation that reached the scenario, and pytest.fail().
-            message = f"schedule {seed} failed: {type(exc).__name__}: {exc}"
+            text = str(exc)
+            if isinstance(exc, NotImplementedError) and not text:
+                text = "explore has no network, files or processes; use stores in memory"
+            message = f"schedule {seed} failed: {type(exc).__name__}: {text}"
             raise ScheduleError(message, seed=seed, trace=schedule.trace) from exc
         steps += len(schedule.trace)
         _check_heard(unheard)

@@ -35,6 +35,7 @@ LAYERS = {
     "NaiveCache": "put the older state back",
     "SharedLoad": "a reader that was cancelled took another one with it",
     "BypassesItself": "written through capability(Authority) does not show",
+    "LeaksPlaces": "after 128 cancelled calls it refuses the next one (OverloadedError)",
     "RepeatsWrites": "upsert_latest() was repeated after it took effect",
     "RemembersAbsence": "a read after upsert_latest_many() gives an older state",
     "RemembersAbsenceLate": "put the absence back",

@@ -159,3 +159,13 @@ def test_generators_left_behind_and_tasks_of_tasks_end_with_the_schedule() -> No
 
     explore(scenario, schedules=1)
     assert "generator" in closed
+
+
+def test_what_its_loop_cannot_do_is_told() -> None:
+    """A scenario that connects is told why it cannot, and not an empty NotImplementedError."""
+
+    async def connects() -> None:
+        await asyncio.open_connection("127.0.0.1", 1)
+
+    with pytest.raises(ScheduleError, match="explore has no network, files or processes"):
+        explore(connects, schedules=1)
