@@ -81,9 +81,12 @@ def test_the_laws_hold() -> None:
     """Of a store, and of a layer."""
 
     async def scenario() -> None:
-        await check_store(lambda: Shadow(MemoryStore(), candidate=MemoryStore()))
-        await check_store(lambda: Cached(MemoryStore()))
-        await check_layer(lambda inner: Shadow(inner, candidate=MemoryStore()))
-        await check_layer(lambda inner: Cached(inner))
+        for report in (
+            await check_store(lambda: Shadow(MemoryStore(), candidate=MemoryStore())),
+            await check_store(lambda: Cached(MemoryStore())),
+            await check_layer(lambda inner: Shadow(inner, candidate=MemoryStore())),
+            await check_layer(Cached),
+        ):
+            assert report.ok, str(report)
 
     eagerly(scenario)
