@@ -17,6 +17,7 @@ from servers import Server, start_postgres, start_redis
 from layered_store import (
     Cached,
     CircuitBreaker,
+    HealthStatus,
     RedisStore,
     Retry,
     SQLStore,
@@ -357,9 +358,23 @@ async def test_a_full_redis_shows_no_older_state_and_nobody_who_was_erased(tmp_p
                 assert await number(two, user) is None
             (tier,) = find(one, RedisStore)
             assert not client.exists(tier.key(tier.digest("erased")))
+            # It answers a probe, and serves nobody.
+            async def health() -> HealthStatus:
+                return (await one.health_report()).status
+
+            async def degraded() -> bool:
+                return await health() is HealthStatus.DEGRADED
+
+            await until(degraded, "degraded")
+            assert await tier.health_check()
             client.config_set("maxmemory", 0)
             await trusted(two, "kept")
             assert await number(two, "kept") == 2
+
+            async def healthy() -> bool:
+                return await health() is HealthStatus.HEALTHY
+
+            await until(healthy, "healthy again")
 
 
 async def test_case_54_a_cold_redis_is_no_stampede(tmp_path: Path) -> None:

@@ -314,10 +314,14 @@ async def test_the_channel_of_the_tier_is_offered_to_the_cache_above() -> None:
     assert tier.calls == []
     figures = sampled(store)
     assert figures["channel_up",] == 1
+    assert (await cache.health_report()).status is HealthStatus.HEALTHY
     tier.messages.put_nowait(Notice(b"", -1))
     await settle()
     figures = sampled(store)
     assert (figures["channel_up",], figures["channel_losses",]) == (0, 1)
+    (report,) = (await cache.health_report()).children
+    assert report.status is HealthStatus.DEGRADED
+    assert "channel" in report.message
     await cache.aclose()
     quiet, _, _, _ = build()
     assert quiet.capability(Invalidations) is None
