@@ -86,9 +86,9 @@ class Workload:
         }
 
     async def call_until(self, store: StateStore, end: float) -> None:
-        """Call one operation after the other."""
+        """Call one operation after the other, at least one."""
         now = self._now
-        began = now()
+        began = float("-inf")
         turns = 0
         while began < end:
             operation, call = self._next(store)

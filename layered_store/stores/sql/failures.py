@@ -82,6 +82,7 @@ _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1969, 3024), (_SLOW, True)),
     **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (_LOST, True)),
     1049: (_NO_DATABASE, False),
+    1153: ("a state is larger than the server takes (max_allowed_packet)", False),
     1146: (_MISSING_TABLE, False),
     2012: (_GARBAGE, True),
     2027: (_GARBAGE, True),

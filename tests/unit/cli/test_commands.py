@@ -21,6 +21,7 @@ from rich.console import Console
 
 import layered_store
 from layered_store.cli.group import cli
+from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import UnavailableError, ValidationError
 from layered_store.health import HealthReport
 from layered_store.snapshot import StateSnapshot
@@ -334,6 +335,17 @@ async def test_zipf() -> None:
     harmonic = sum(1 / n for n in range(1, 101))
     assert await share_of_first(1.0) == pytest.approx(1 / harmonic, abs=0.03)
     assert await share_of_first(0.0) == pytest.approx(0.01, abs=0.01)
+
+
+async def test_each_caller_of_a_bench_makes_a_call() -> None:
+    """However slowly the machine comes to it: there is always something to show."""
+    from layered_store.cli.workload import Mix, Workload
+
+    workload = Workload("u-", 10, Mix(), zipf=1.0, axes=0, seed=1)
+    store = MemoryStore()
+    now = workload.begin(store, SYSTEM_CLOCK.monotonic)
+    await workload.call_until(store, now - 1.0)
+    assert workload.calls == {"get_latest": 1}
 
 
 def test_no_colour_when_not_a_terminal(memory: str) -> None:

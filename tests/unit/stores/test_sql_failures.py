@@ -191,6 +191,13 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         True,
     ),
     (
+        "mysql packet",
+        wrapped(sa.InternalError, mysql.InternalError(1153, SECRET)),
+        UnavailableError,
+        "a state is larger than the server takes (max_allowed_packet)",
+        False,
+    ),
+    (
         "mysql unknown number",
         wrapped(sa.OperationalError, mysql.OperationalError(9999, SECRET)),
         UnavailableError,
