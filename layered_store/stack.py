@@ -86,7 +86,13 @@ def walk(stack: StateStore) -> Iterator[Place]:
 
 
 def find(stack: StateStore, cls: type[T]) -> list[T]:
-    """Return the blocks of a class, outermost first."""
+    """Return the blocks of a class, outermost first.
+
+    Raises:
+        ConfigError: ``cls`` is no class.
+    """
+    if not isinstance(cls, type):
+        raise ConfigError("must be a class, such as RedisStore", option="cls")
     return [place.store for place in walk(stack) if isinstance(place.store, cls)]
 
 

@@ -163,9 +163,10 @@ class _Build:
     def check_overrides(self) -> None:
         for name, store in self.overrides.items():
             if not isinstance(store, StateStore):
-                self.problem(
-                    f"must be a StateStore, not {type(store).__name__}", path=f"overrides.{name}"
-                )
+                what = type(store).__name__
+                if isinstance(store, type):
+                    what = f"the class {store.__name__}; pass an instance"
+                self.problem(f"must be a StateStore, not {what}", path=f"overrides.{name}")
             if name not in self._ids:
                 known = ", ".join(sorted(self._ids)) or "none"
                 self.problem(

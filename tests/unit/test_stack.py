@@ -185,3 +185,9 @@ def test_a_sealed_state_holds_bytes(sealed: object) -> None:
     with pytest.raises(ValidationError) as caught:
         SealedSnapshot("u-1", 5, sealed=sealed).validate()  # type: ignore[arg-type]
     assert caught.value.field == "sealed"
+
+
+def test_find_wants_a_class() -> None:
+    """A kind or an id is no class; the error says so."""
+    with pytest.raises(ConfigError, match="must be a class"):
+        find(Cached(MemoryStore()), "cached")  # type: ignore[type-var]

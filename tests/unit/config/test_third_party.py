@@ -206,6 +206,6 @@ def test_a_block_that_is_broken_is_told(module: Any, kind: str, words: str) -> N
 def test_an_override_must_be_a_store() -> None:
     """The class of what was given is told, and which override it was."""
     make: Callable[[], object] = MemoryStore
-    with pytest.raises(ConfigError, match="must be a StateStore, not ABCMeta") as caught:
+    with pytest.raises(ConfigError, match="not the class .*; pass an instance") as caught:
         load_stack({"use": "memory", "id": "cache"}, overrides={"cache": make})  # type: ignore[dict-item]
     assert caught.value.path == "overrides.cache"
