@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.figures import Spread, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-__all__ = ["Cost", "Costs", "closed_loop", "compare", "load", "micro", "timed", "uncollected"]
+__all__ = ["Cost", "Costs", "closed_loop", "compare", "load", "micro", "timed"]
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,15 @@ async def compare(
     for number in range(rounds + 1):
         random.shuffle(order)
         for name in order:
-            with uncollected():
+            gc.collect()
+            gc.disable()
+            try:
                 cost = await contenders[name]()
+            finally:
+                gc.enable()
             if number:
                 costs[name].append(cost)
     return Costs(costs)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep the garbage of the others from being collected at a contender's expense."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def timed(work: Awaitable[Any], operations: int) -> Cost:

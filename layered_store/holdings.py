@@ -152,17 +152,25 @@ class Holdings:
             current = self.flights.pop(user_id, None)
             if current is flight:
                 self.keep(user_id, value, version, flight.digest)
-                return
-            # Another load's may be newer, and read before the channel told of it; whoever sees it
-            # must not see the older one afterwards.
-            if current is not None:
-                self.flights[user_id] = current
-            if self.key_of is None:
-                return
-            entry = self.entries.get(user_id)
-            if entry is not None and entry.value != value:
-                self.remove(user_id)
-                self._unindex(user_id)
+            else:
+                self.overtaken(user_id, current, value)
+
+    def overtaken(
+        self, user_id: str, current: Flight | None, value: StateSnapshot | None
+    ) -> None:
+        """Take out what another load left here, if this one found something else. Under the lock.
+
+        It may be newer, and read before the channel told of it; whoever sees it must not see the
+        older one afterwards.
+        """
+        if current is not None:
+            self.flights[user_id] = current
+        if self.key_of is None:
+            return
+        entry = self.entries.get(user_id)
+        if entry is not None and entry.value != value:
+            self.remove(user_id)
+            self._unindex(user_id)
 
     def leave(self, user_id: str, flight: Flight) -> bool:
         """End a load that keeps nothing; tell whether it was still current."""
@@ -268,17 +276,13 @@ class Holdings:
         digest: bytes | None = None,
     ) -> None:
         """Store what a load or a lone write found, unless something makes it doubtful."""
-        if self.quarantine:
-            self._end_quarantines()
         lifetime = self._lifetime if value is not None else self._negative_lifetime
-        if (
-            not lifetime
-            or (self.writing and user_id in self.writing)
-            or (self.quarantine and self._quarantined(user_id))
-        ):
-            self.remove(user_id)
-            self._unindex(user_id, digest)
-            return
+        if not lifetime or self.writing or self.quarantine:
+            self._end_quarantines()
+            if not lifetime or self.doubtful(user_id):
+                self.remove(user_id)
+                self._unindex(user_id, digest)
+                return
         if self._jitter is not None:
             lifetime = self._jitter(lifetime)
         now = self._monotonic()

@@ -267,7 +267,13 @@ class Cached(Layer):
             self._abandoned(user_id, flight)
             raise
         self._reads.miss += 1
-        self._held.landed(user_id, flight, value)
+        held = self._held
+        with held.lock:  # as ``Holdings.landed`` does; written out, since each miss comes by here
+            current = held.flights.pop(user_id, None)
+            if current is flight:
+                held.keep(user_id, value, 0, flight.digest)
+            else:
+                held.overtaken(user_id, current, value)
         if flight.joined:
             flight.land(value)
         return value
