@@ -85,7 +85,11 @@ class Load:
         self.users = Metrics(
             Cached(
                 CircuitBreaker(
-                    Timeout(RedisStore(redis_url), seconds=0.2), minimum_calls=5, open_for=1.0
+                    Timeout(RedisStore(redis_url), seconds=0.2),
+                    minimum_calls=5,
+                    # The calls that went well before an outage do not keep it closed for long.
+                    window=5.0,
+                    open_for=1.0,
                 ),
                 fallback=Retry(Timeout(self.database, seconds=LIMIT), base_delay=0.02),
                 ttl=0.4,
