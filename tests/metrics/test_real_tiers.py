@@ -124,7 +124,9 @@ async def test_the_laws_hold_for_the_guarded_tier_under_faults(
     cache.share = origin.share = 0.2
     seen: Counter[str] = Counter()
     schedule = SimpleNamespace(random=random, clock=clock)
-    for _ in range(20):
+    for turn in range(200):
+        if turn >= 20 and "miss" in reads(tier):  # whether one came about is up to chance
+            break
         await asyncio.gather(
             *(caller(stack, schedule, seen, cancelled, users) for _ in range(8))  # type: ignore[arg-type]
         )
