@@ -1,13 +1,16 @@
-"""Checks of constructor options: one sentence each that names the option, range and remedy."""
+"""Checks of options: one sentence each that names the option, range and remedy."""
 
 from __future__ import annotations
 
 import math
 from datetime import timedelta
 from types import FunctionType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from layered_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "Seconds",
@@ -19,6 +22,7 @@ __all__ = [
     "check_share",
     "check_snapshot_type",
     "check_store",
+    "nearest",
 ]
 
 type_of = type
@@ -185,3 +189,11 @@ def check_a(value: object, kind: type[Any], option: str, owner: object) -> None:
     """Refuse anything but a ``kind``: a collaborator such as a clock or a source of randomness."""
     if not isinstance(value, kind):
         raise _refuse(f"must be a {kind.__name__}", option, owner, value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` was probably meant to be."""
+    from difflib import get_close_matches  # noqa: PLC0415  only when something is wrong
+
+    close = get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return close[0] if close else None

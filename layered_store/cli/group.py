@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from layered_store import __version__
-from layered_store.config.registry import nearest
+from layered_store.options import nearest
 
 __all__ = ["cli"]
 

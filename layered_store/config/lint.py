@@ -17,9 +17,10 @@ from typing import Final
 from layered_store.config import rules_of_blocks, rules_of_calls, rules_of_state
 from layered_store.config.durations import parse_duration
 from layered_store.config.lint_view import RULES, Severity, places_of, where
-from layered_store.config.registry import nearest, shown
+from layered_store.config.registry import shown
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
+from layered_store.options import nearest
 from layered_store.stack import walk
 
 __all__ = ["RULES", "Finding", "LintPolicy", "LintWarning", "Severity", "enforce", "lint"]

@@ -12,10 +12,11 @@ from layered_store.coherence.contract import Invalidations
 from layered_store.config.dumping import MASK
 from layered_store.config.environment import interpolate
 from layered_store.config.files import read_file
-from layered_store.config.registry import MISSING, Option, nearest, shown, spec_of
+from layered_store.config.registry import MISSING, Option, shown, spec_of
 from layered_store.config.values import converted, from_text, word
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
+from layered_store.options import nearest
 
 if TYPE_CHECKING:
     from layered_store.config.lint import LintPolicy

@@ -17,15 +17,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Final, Literal
 
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
+from layered_store.options import nearest
 
-__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "nearest", "shown", "spec_of"]
+__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "shown", "spec_of"]
 
 ENTRY_POINT_GROUP: Final = "layered_store.blocks"
 """Entry points of this group name further blocks: ``kind = "module:Class"``."""
@@ -130,12 +130,6 @@ def kinds() -> dict[str, str]:
     """Return every known kind with the place of its class, third parties' included."""
     found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
     return {**found, **BUILT_IN}
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """Return the known name that ``name`` was probably meant to be."""
-    close = get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return close[0] if close else None
 
 
 def shown(key: object) -> str:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.config.durations import parse_duration
-from layered_store.config.registry import nearest
+from layered_store.options import nearest
 
 if TYPE_CHECKING:
     from layered_store.config.registry import Option

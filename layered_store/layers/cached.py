@@ -34,6 +34,7 @@ from layered_store.interface import (
     check_history,
     check_snapshot,
     check_snapshots,
+    check_state,
     check_user_ids,
     is_state_of,
     not_of_user,
@@ -510,9 +511,7 @@ class Cached(Layer):
 
     async def _refresh_quietly(self, user_id: str, flight: Flight) -> None:
         try:
-            value = await self.inner.get_latest(user_id)
-            if value is not None and not is_state_of(value, user_id):
-                raise not_of_user(user_id, Op.GET_LATEST, self.name)
+            value = check_state(await self.inner.get_latest(user_id), user_id, self)
         except Exception as exc:  # noqa: BLE001
             # The entry answers until its deadline whatever happens here; then a caller sees it.
             try:

@@ -27,9 +27,9 @@ from layered_store.interface import (
     check_history,
     check_snapshot,
     check_snapshots,
+    check_state,
     check_user_ids,
     is_state_of,
-    not_of_user,
     report_of,
 )
 from layered_store.layer import Layer
@@ -120,9 +120,7 @@ class WriteThrough(Layer):
                 return snapshot
             mark = self._copies.watch(user_id) if copy.fillable else None
             try:
-                snapshot = await self.origin.get_latest(user_id)
-                if snapshot is not None and not is_state_of(snapshot, user_id):
-                    raise not_of_user(user_id, Op.GET_LATEST, self.name)
+                snapshot = check_state(await self.origin.get_latest(user_id), user_id, self)
             except BaseException:
                 self._copies.unwatch(user_id, mark)
                 raise

@@ -7,11 +7,11 @@ import inspect
 import re
 from copy import copy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from layered_store.errors import ConfigError
+from layered_store.options import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,8 +128,7 @@ def _nearest(name: str) -> str | None:
         for kind in (*Connection.__mro__, *SSLConnection.__mro__)
         for parameter in inspect.signature(kind).parameters
     }
-    close = get_close_matches(name, sorted(known), n=1)
-    return close[0] if close else None
+    return nearest(name, sorted(known))
 
 
 def _parse(url: str) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.exc import ArgumentError
 
 from layered_store.errors import ConfigError
+from layered_store.options import nearest
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -130,12 +130,12 @@ def _known(driver: str) -> list[str]:
 def _unknown(name: str, known: list[str], driver: str, owner: str) -> ConfigError:
     shown = re.fullmatch(r"[a-z][a-z_]{0,40}", name) is not None
     hint = "; SQLite's own options need uri=true" if driver == "aiosqlite" else ""
-    close = get_close_matches(name, known, n=1) if shown else []
+    close = nearest(name, known) if shown else None
     if (driver, name) == ("asyncpg", "connect_timeout"):
-        close = ["timeout"]  # that is its name for it
+        close = "timeout"  # that is its name for it
     return ConfigError(
         f"has a query option that {driver} does not know{f': {name}' if shown else ''}{hint}",
         option="url",
-        suggestion=close[0] if close else None,
+        suggestion=close,
         layer=owner,
     )
