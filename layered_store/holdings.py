@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
-from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
 from layered_store.eviction import Node, S3FIFOCache
 from layered_store.given_cache import GivenCache
 

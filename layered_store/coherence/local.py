@@ -12,15 +12,12 @@ from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from layered_store.call import call_continues, current_call
-from layered_store.errors import (
-    ClosedError,
-    ConfigError,
-    ErasureIncompleteError,
-    RejectedError,
-    StoreTimeoutError,
-    UnsupportedError,
-    ValidationError,
+from layered_store.coherence.outcomes import (
+    CALLER_ERRORS,
+    QUARANTINE_SECONDS,
+    may_take_effect,
 )
+from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
 
 if TYPE_CHECKING:
@@ -30,33 +27,10 @@ if TYPE_CHECKING:
     from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["QUARANTINE_SECONDS", "LocalCopies", "may_take_effect", "not_happened"]
+__all__ = ["LocalCopies"]
 
 _MAX_DOUBTFUL: Final = 100_000
 """How many users' doubtful copies are noted; beyond, all but the copies known to be right are."""
-
-QUARANTINE_SECONDS: Final = 5.0
-"""How long a write whose outcome is unknown may still take effect: longer than any backend's
-limit.
-"""
-
-_NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
-
-_CALLER_ERRORS = (ValidationError, ClosedError)
-
-
-def not_happened(exc: BaseException) -> bool:
-    """Tell whether a write that raised this surely did not take effect, now or later.
-
-    Of a batch a part may have been stored before the rest was refused; the error says so.
-    """
-    return isinstance(exc, _NOT_HAPPENED) and not exc.outcome_unknown
-
-
-def may_take_effect(exc: BaseException) -> bool:
-    """Tell whether a write that raised this may still take effect, now or later."""
-    late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
-    return late and not not_happened(exc)
 
 
 class _User:
@@ -149,7 +123,7 @@ class LocalCopies:
             return CopyRead(None, fillable=settled)
         try:
             snapshot = await self._tier.get_latest(user_id)
-        except _CALLER_ERRORS:
+        except CALLER_ERRORS:
             raise
         except Exception:  # noqa: BLE001  see the class
             self.failures["read"] += 1
@@ -168,7 +142,7 @@ class LocalCopies:
             usable = {
                 key: found[key] for key in asked if key in found and self._believed(key, found[key])
             }
-        except _CALLER_ERRORS:
+        except CALLER_ERRORS:
             raise
         except Exception:  # noqa: BLE001  see the class
             self.failures["read"] += 1
@@ -199,7 +173,7 @@ class LocalCopies:
             user.busy = True
             try:
                 await self._store(user_id, snapshot)
-            except _CALLER_ERRORS:
+            except CALLER_ERRORS:
                 raise
             except Exception:  # noqa: BLE001, S110
                 pass  # counted, and the copy is doubtful: the caller has its answer all the same
@@ -246,7 +220,7 @@ class LocalCopies:
                 await self.bury(user_id)
             else:
                 await self._store(user_id, snapshot)
-        except _CALLER_ERRORS:
+        except CALLER_ERRORS:
             raise
         except Exception:  # noqa: BLE001
             return  # acknowledged by the origin; the copy is not read until it is repaired
@@ -262,7 +236,7 @@ class LocalCopies:
             # The origin may have erased again what was written since an earlier attempt.
             with call_continues(current_call(self._clock).anew()):
                 await self._tier.delete(user_id)
-        except _CALLER_ERRORS:
+        except CALLER_ERRORS:
             raise
         except Exception as exc:
             self.failures["erase"] += 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from layered_store.call import call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
-from layered_store.coherence.local import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
 from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import (
     ConfigError,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.local import may_take_effect, not_happened
+from layered_store.coherence.outcomes import may_take_effect, not_happened
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.interface import Op, not_of_user

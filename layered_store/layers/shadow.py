@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from layered_store.call import Call, call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
-from layered_store.coherence.local import not_happened
 from layered_store.coherence.offering import offered
+from layered_store.coherence.outcomes import not_happened
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus

@@ -16,7 +16,8 @@ from layered_store.coherence.contract import (
     Invalidations,
 )
 from layered_store.coherence.guarded import GuardedCopies
-from layered_store.coherence.local import LocalCopies, not_happened
+from layered_store.coherence.local import LocalCopies
+from layered_store.coherence.outcomes import not_happened
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus

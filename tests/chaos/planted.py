@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from layered_store import Cached, SQLStore
-from layered_store.coherence.guarded import GuardedCopies
+from layered_store.coherence.guarded.erasing import GuardedErasures
+from layered_store.coherence.guarded.seen import Seen
 from layered_store.coherence.redis_tier import RedisTier
 
 
@@ -13,7 +14,7 @@ def _no_erasure_wait() -> None:
     async def at_once(self: Any, *args: Any) -> None:
         pass
 
-    GuardedCopies._wait_for_leases = at_once  # type: ignore[method-assign]
+    GuardedErasures._wait_for_leases = at_once  # type: ignore[method-assign]
 
 
 def _no_lease() -> None:
@@ -38,7 +39,8 @@ def _no_stamp() -> None:
         return read(self, user_id, server, [guard, value])
 
     RedisTier._read = believe  # type: ignore[method-assign]
-    GuardedCopies._floor = lambda self, user_id: 0  # type: ignore[assignment,method-assign]
+    Seen.floor = lambda self, user_id: 0  # type: ignore[assignment,method-assign]
+    Seen.believes = lambda self, user_id, version: True  # type: ignore[assignment,method-assign]
 
 
 def _doubled() -> None:

@@ -14,6 +14,7 @@ import redis
 from servers import Server, start_redis
 
 from layered_store import Cached
+from layered_store.coherence.contract import CacheTier
 
 from .proxy import Mode, Proxy
 from .stacks import (
@@ -173,16 +174,16 @@ async def test_the_channel_of_a_server_before_7(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where scripts outlive a server run, they look themselves whether it is still the same."""
-    from layered_store.coherence import redis_tier
+    from layered_store.coherence.redis_tier import loading
 
-    monkeypatch.setattr(redis_tier, "_FORGETS_SINCE", 99)
+    monkeypatch.setattr(loading, "_FORGETS_SINCE", 99)
     async with two(tmp_path) as both:
         assert await shown_late(both) < LEASE_SECONDS
-        guard = both.writer.inner._guard  # type: ignore[attr-defined]
-        known = guard._tier._bound["0"]
+        tier = both.writer.inner.inner.capability(CacheTier)  # type: ignore[attr-defined]
+        (known,) = tier._scripts.loaded.values()
         await asyncio.to_thread(both.server.restart)
         # As if a replica or an append-only file had handed the scripts on.
-        for script in known.sources.values():
+        for script in known.scripts.values():
             both.ask("SCRIPT", "LOAD", script.source)
         with pytest.raises(redis.exceptions.NoScriptError):
             both.ask("EVALSHA", known.sha["READ"].decode(), 2, "a", "b")

@@ -26,7 +26,7 @@ from layered_store import (
     UnavailableError,
     find,
 )
-from layered_store.coherence import guarded
+from layered_store.coherence.guarded import repair
 
 from .proxy import Mode
 from .run import send, tree
@@ -115,7 +115,7 @@ async def check_repaired(redis_port: int, sql: str) -> None:
         assert set(found.values()) == {2}
         await trusted(stack, "user-1")
         assert sum(origin.pages) >= USERS
-        assert max(origin.pages) <= guarded.PAGE
+        assert max(origin.pages) <= repair.PAGE
         assert set((await read_all(stack)).values()) == {2}
         for user in ("user-0", "user-77", f"user-{USERS - 1}"):
             assert await number(stack.inner, user) == 2

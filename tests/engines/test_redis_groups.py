@@ -20,6 +20,7 @@ from chaos.stacks import build, count, leased, number, started, state, trusted, 
 
 from layered_store import Cached, RedisStore, SQLStore  # noqa: E402
 from layered_store.coherence.contract import CacheTier, Change  # noqa: E402
+from layered_store.coherence.redis_tier.buckets import buckets_of  # noqa: E402
 
 USERS = [f"user-{index}" for index in range(40)]
 
@@ -57,13 +58,11 @@ async def delivered(one: Cached, other: Cached, value: int, bound: float) -> Non
 async def test_every_key_and_channel_of_a_bucket_is_in_one_slot(cluster: Cluster) -> None:
     """Whatever a script touches, its channel included, shares the hash tag of the user."""
     store = RedisStore(cluster.url)
-    tier = store.capability(CacheTier)
     for user in USERS:
         digest = store.digest(user)
-        bucket = store.bucket_of(digest)
-        names = [store.key(digest), store.key(digest, "h"), tier._guard(bucket)]
-        names += [tier._register(bucket), tier._repair(bucket), tier._lock(bucket)]
-        names += [tier._channel(bucket)]
+        bucket = buckets_of(store)[store.bucket_of(digest)]
+        names = [store.key(digest), store.key(digest, "h"), bucket.guard, bucket.register]
+        names += [bucket.repair, bucket.lock, bucket.channel]
         assert len({key_slot(name) for name in names}) == 1
     assert len({key_slot(store.bucket_key(bucket, "id")) for bucket in store.buckets}) == 16
     await store.aclose()

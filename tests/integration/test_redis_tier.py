@@ -29,7 +29,7 @@ class Setting:
         return self.store.key(self.store.digest(user_id))
 
     async def publish(self, message: bytes) -> None:
-        await self.store.command("PUBLISH", self.tier._channel("0"), message)
+        await self.store.command("PUBLISH", self.store.bucket_key("0", "channel"), message)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ async def test_a_stale_copy_is_one_that_was_trusted_and_is_no_tombstone(setting:
     corrupt = setting.store.corrupt_records
     assert await setting.tier.read_stale("u-3", 60) is None
     assert setting.store.corrupt_records == corrupt + 1
-    await setting.store.command("DEL", setting.tier._repair("0"))
+    await setting.store.command("DEL", setting.store.bucket_key("0", "repair"))
     assert await setting.tier.read_stale("u-1", 60) is None
     assert setting.store.reads.stale == 1
 
@@ -171,9 +171,8 @@ async def test_a_server_that_cannot_be_a_tier_is_told(
     async def new_connection(_: str) -> Told:
         return connection
 
-    store = RedisStore("redis://127.0.0.1:1")
+    store = RedisStore("redis+cluster://127.0.0.1:1" if cluster else "redis://127.0.0.1:1")
     monkeypatch.setattr(store, "new_connection", new_connection)
-    monkeypatch.setattr(store, "_cluster", cluster)
     with pytest.raises(UnavailableError, match=text) as caught:
         await RedisTier(store).read("u-1")
     assert caught.value.retryable is retryable

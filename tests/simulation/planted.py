@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from layered_store.coherence import redis_tier, scripts
-from layered_store.coherence.guarded import GuardedCopies
+from layered_store.coherence.guarded.erasing import GuardedErasures
+from layered_store.coherence.guarded.leases import Leases
+from layered_store.coherence.guarded.reading import GuardedReads
+from layered_store.coherence.guarded.repair import Repair
+from layered_store.coherence.guarded.seen import Seen
+from layered_store.coherence.guarded.writing import GuardedWrites
 from layered_store.coherence.local import LocalCopies
-from layered_store.coherence.redis_tier import RedisTier
+from layered_store.coherence.redis_tier import RedisTier, scripts
+from layered_store.coherence.redis_tier.connection import Connection
 from layered_store.flights import AGAIN, Flight
 from layered_store.holdings import Holdings
 from layered_store.layers.cached import Cached
@@ -70,11 +75,11 @@ def _method(owner: Any, name: str, new: Any) -> Callable[[contextlib.ExitStack],
 def _script(name: str, *edits: tuple[str, str]) -> Callable[[contextlib.ExitStack], None]:
     def plant(stack: contextlib.ExitStack) -> None:
         # What is there now may have been changed by the weather.
-        source = redis_tier._SOURCES[name]
+        source = scripts.SCRIPTS[name]
         for before, after in edits:
             assert before in source, (name, before)
             source = source.replace(before, after)
-        stack.enter_context(patch.dict(redis_tier._SOURCES, {name: source}))
+        stack.enter_context(patch.dict(scripts.SCRIPTS, {name: source}))
 
     return plant
 
@@ -133,21 +138,21 @@ elseif r then"""
 SLOW_FILLS = _method(RedisTier, "fill", _fill_late)
 """Not a fault: readers that take their time between the database and the copy."""
 
-_repair = GuardedCopies._repair
+_repair = Repair._pass
 
 
-async def _repair_late(self: GuardedCopies) -> None:
-    if self._repaired_once and CLOCK.monotonic() < 5.0:
+async def _repair_late(self: Repair) -> None:
+    if self.watch.repaired and CLOCK.monotonic() < 5.0:
         await CLOCK.sleep(6.0)
     await _repair(self)
 
 
-async def _put_nowhere(self: GuardedCopies, user_id: str, record: Any, ticket: Any) -> None:
-    self._note_behind(user_id)
+async def _put_nowhere(self: GuardedWrites, user_id: str, record: Any, ticket: Any) -> None:
+    self.backlog.add(user_id)
 
 
 NO_REPAIRS = _both(
-    _method(GuardedCopies, "_repair", _repair_late), _method(GuardedCopies, "_put", _put_nowhere)
+    _method(Repair, "_pass", _repair_late), _method(GuardedWrites, "_put", _put_nowhere)
 )
 """Not a fault: writers whose copies never arrive, and repairs that come after seconds only."""
 
@@ -171,7 +176,7 @@ no erased user is shown, as long as nothing is evicted. It shows what a tombston
 shipped fills need their token, which a DEL takes away as well as a tombstone does."""
 
 SILENT_WRITERS = _both(
-    _method(GuardedCopies, "_put", _put_nowhere), _plan(redis_flushes=30, redis_crashes=0)
+    _method(GuardedWrites, "_put", _put_nowhere), _plan(redis_flushes=30, redis_crashes=0)
 )
 """Not a fault: writers whose copies never arrive, a server that is emptied under its channel."""
 
@@ -185,7 +190,7 @@ async def _stamp_late(self: RedisTier, begun: Any, cursor: str, seconds: float) 
 
 
 LATE_STAMPS = _both(
-    _method(RedisTier, "stamp", _stamp_late), _method(GuardedCopies, "_put", _put_nowhere)
+    _method(RedisTier, "stamp", _stamp_late), _method(GuardedWrites, "_put", _put_nowhere)
 )
 """Not a fault: repairers that stop between what they looked at and what they vouch for."""
 
@@ -198,7 +203,7 @@ async def _bury_late(self: RedisTier, user_id: str, version: int, me: str) -> An
 
 
 LATE_BURIALS = _both(
-    _method(RedisTier, "bury", _bury_late), _method(GuardedCopies, "_put", _put_nowhere)
+    _method(RedisTier, "bury", _bury_late), _method(GuardedWrites, "_put", _put_nowhere)
 )
 """Not a fault: erasures that reach the tier when their users were written again."""
 
@@ -210,8 +215,8 @@ async def _begin_now(self: RedisTier, me: str, head: str) -> Any:
     return None if begun is None else begun._replace(cursor=head)
 
 
-def _distrust_leases_only(self: GuardedCopies) -> None:
-    for cache in self._caches:
+def _distrust_leases_only(self: Leases) -> None:
+    for cache in self.caches:
         cache.lease(float("-inf"))
 
 
@@ -277,17 +282,24 @@ def _no_doubt(self: LocalCopies, user_id: str, *, quarantine: bool = False) -> N
     self._doubtful[user_id] = 0.0
 
 
-_server = redis_tier._server
+_server_run = Connection.server_run
 
 
-def _same_server(info: Any) -> Any:
-    return "0" * 40, _server(info)[1]
+async def _same_server(self: Connection) -> Any:
+    return (await _server_run(self))._replace(run_id="0" * 40)
 
 
-async def _fill_anything(self: GuardedCopies, user_id: str, record: Any, ticket: Any) -> None:
+async def _fill_anything(self: GuardedReads, user_id: str, record: Any, ticket: Any) -> None:
     with contextlib.suppress(Exception):
         if record.version:
-            await self._tier.fill(user_id, record, ticket)
+            await self.tier.fill(user_id, record, ticket)
+
+
+_believes = Seen.believes
+
+
+def _believe_any(self: Seen, user_id: str, version: int) -> bool:
+    return _believes(self, user_id, max(version, self._floors.get(user_id, (0, 0.0))[0]))
 
 
 _STAMP_LEFT = "math.min(tonumber(ARGV[4]) - now(), tonumber(ARGV[6]))"
@@ -299,7 +311,10 @@ FAULTS = {
             "no floor",
             "without_l1",
             ("own writes", "monotonic"),
-            _method(GuardedCopies, "_floor", lambda self, user_id: 0),
+            _both(
+                _method(Seen, "floor", lambda self, user_id: 0),
+                _method(Seen, "believes", _believe_any),
+            ),
             first=49,
         ),
         Fault(
@@ -367,7 +382,7 @@ FAULTS = {
             "no erasure wait",
             "three_tiers",
             ("erased",),
-            _method(GuardedCopies, "_wait_for_leases", _nothing),
+            _method(GuardedErasures, "_wait_for_leases", _nothing),
             first=4,
         ),
         Fault(
@@ -402,7 +417,7 @@ FAULTS = {
             "L1 kept after channel loss",
             "three_tiers",
             ("stale", "erased", "monotonic"),
-            _method(GuardedCopies, "_distrust", _distrust_leases_only),
+            _method(Leases, "distrust", _distrust_leases_only),
             first=51,
         ),
         Fault(
@@ -486,13 +501,13 @@ FAULTS = {
             "a restored server is believed",
             "without_l1",
             ("stale", "erased", "monotonic", "converged"),
-            _method(redis_tier, "_server", _same_server),
+            _method(Connection, "server_run", _same_server),
         ),
         Fault(
             "erasures are filled and not told",
             "three_tiers",
             ("stale", "erased"),
-            _method(GuardedCopies, "_fill", _fill_anything),
+            _method(GuardedReads, "_fill", _fill_anything),
         ),
         Fault(
             "debts are never paid",

@@ -466,8 +466,8 @@ class _World:
                 if block._copies._users:
                     raise Violation("books", "a write-through still keeps turns of users")
                 guard = block._guard
-                if guard is not None and guard._unrepaired:
-                    raise Violation("books", f"{len(guard._unrepaired)} users count as unrepaired")
+                if guard is not None and guard.pending:
+                    raise Violation("books", f"{guard.pending} users count as unrepaired")
         if self.shape.bound is None:
             return
         for user, row in self.database.store._users.items():

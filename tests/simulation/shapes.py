@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from layered_store.coherence import redis_tier, tombstones
+from layered_store.coherence import tombstones
+from layered_store.coherence.redis_tier import tier
 from layered_store.interface import StateStore
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
@@ -212,7 +213,7 @@ def _short_lives(stack: contextlib.ExitStack) -> None:
     for owner, name, value in (
         (memory, "TOMBSTONE_SECONDS", 3.0),
         (tombstones, "LATEST_SECONDS", 1.5),
-        (redis_tier, "_COPY_MS", 3_000),
+        (tier, "_COPY_MS", 3_000),
     ):
         stack.enter_context(patch.object(owner, name, value))
 

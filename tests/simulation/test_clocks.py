@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from layered_store.coherence import scripts
+from layered_store.coherence.redis_tier import scripts
 from layered_store.testing.explore import explore
 from tests.simulation.clocks import WallClock
 from tests.simulation.network import Network

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from layered_store.coherence import guarded
 from layered_store.coherence.contract import (
     CacheTier,
     Change,
@@ -23,7 +22,7 @@ from layered_store.coherence.contract import (
     TierRead,
     Versioned,
 )
-from layered_store.coherence.guarded import GuardedCopies
+from layered_store.coherence.guarded import GuardedCopies, backlog
 from layered_store.errors import ClosedError, StoreError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
@@ -233,7 +232,7 @@ async def test_what_is_noted_as_behind_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long outage costs no memory without end; the repair finds the rest in the log."""
-    monkeypatch.setattr(guarded, "MAX_UNREPAIRED", 3)
+    monkeypatch.setattr(backlog, "MAX_UNREPAIRED", 3)
     for step in ("put", "begin", "ping"):
         world.tier.fails[step] = UnavailableError("away")
     for number in range(10):
@@ -428,10 +427,10 @@ async def test_event_loops_of_two_threads_forget_what_is_old_at_the_same_time(
     world: World,
 ) -> None:
     """What one of them was told of is not raised as an error by the other."""
-    guard = world.guard
-    guard._floors = floors = Meanwhile(guard._floors)
-    floors.done = lambda: guard._raise_floor("u-2", 7)
+    guard, seen = world.guard, world.guard._seen
+    seen._floors = floors = Meanwhile(seen._floors)
+    floors.done = lambda: seen.raise_floor("u-2", 7)
     await guard.upsert_latest(state())
     floors.thread.join()
-    assert guard._floor("u-2") == 7
-    assert guard._floor("u-1") > 0
+    assert seen.floor("u-2") == 7
+    assert seen.floor("u-1") > 0

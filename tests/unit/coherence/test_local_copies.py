@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from layered_store.call import Call, call_continues
-from layered_store.coherence.local import QUARANTINE_SECONDS, LocalCopies
+from layered_store.coherence.local import LocalCopies
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
     StoreError,

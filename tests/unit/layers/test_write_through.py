@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layered_store.coherence.contract import CacheTier
-from layered_store.coherence.local import QUARANTINE_SECONDS
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
     ConfigError,

@@ -33,8 +33,10 @@ __all__ = [
     "HOLDERS",
     "PING",
     "PUT",
+    "READ",
     "RENEW",
     "REPAIR",
+    "SCRIPTS",
     "STALE",
     "STAMP",
     "TICKET",
@@ -133,6 +135,9 @@ local function holders(key)
   return {text(t), redis.call('HGET', key, 'born'), redis.call('HGETALL', key)}
 end
 """
+
+READ: Final = "return redis.call('MGET', unpack(KEYS))"
+"""Keys: guard, records. So it is one step: what was trusted stood there at that moment."""
 
 TICKET: Final = (
     _LIBRARY
@@ -339,3 +344,19 @@ return redis.call('PTTL', KEYS[2])
 """
 )
 """Keys: register, guard. Arguments: process, lease in ms, seen, number, channel."""
+
+SCRIPTS: Final = {
+    "READ": READ,
+    "TICKET": TICKET,
+    "FILL": FILL,
+    "PUT": PUT,
+    "BURY": BURY,
+    "HOLDERS": HOLDERS,
+    "BEGIN": BEGIN,
+    "RENEW": RENEW,
+    "REPAIR": REPAIR,
+    "STAMP": STAMP,
+    "STALE": STALE,
+    "PING": PING,
+}
+"""By name."""

@@ -1,0 +1,40 @@
+"""What a write that failed may still do, and which failures no tier is to blame for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from layered_store.errors import (
+    ClosedError,
+    ConfigError,
+    RejectedError,
+    StoreTimeoutError,
+    UnsupportedError,
+    ValidationError,
+)
+
+__all__ = ["CALLER_ERRORS", "QUARANTINE_SECONDS", "may_take_effect", "not_happened"]
+
+QUARANTINE_SECONDS: Final = 5.0
+"""How long a write whose outcome is unknown may still take effect: longer than any backend's
+limit.
+"""
+
+CALLER_ERRORS: Final = (ValidationError, ClosedError)
+"""Mistakes of the program's: the caller is told, and the tier counts as sound."""
+
+_NOT_HAPPENED: Final = (ValidationError, RejectedError, ClosedError, ConfigError, UnsupportedError)
+
+
+def not_happened(exc: BaseException) -> bool:
+    """Tell whether a write that raised this surely did not take effect, now or later.
+
+    Of a batch a part may have been stored before the rest was refused; the error says so.
+    """
+    return isinstance(exc, _NOT_HAPPENED) and not exc.outcome_unknown
+
+
+def may_take_effect(exc: BaseException) -> bool:
+    """Tell whether a write that raised this may still take effect, now or later."""
+    late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
+    return late and not not_happened(exc)

@@ -1,0 +1,150 @@
+"""The invalidation channel of all buckets: pings go out, messages and echoes come back."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from layered_store.coherence.contract import Notice
+from layered_store.coherence.redis_tier.connection import connected
+from layered_store.coherence.redis_tier.messages import Message, parse
+from layered_store.coherence.together import together
+from layered_store.errors import StoreError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from layered_store.coherence.redis_tier.buckets import Bucket
+    from layered_store.coherence.redis_tier.connection import Connection
+    from layered_store.coherence.redis_tier.loading import Scripts
+    from layered_store.stores.redis.store import RedisStore
+
+    Received = tuple[Bucket, bytes, Message]
+
+__all__ = ["RedisChannel"]
+
+_SILENCE_SECONDS: Final = 2.0
+"""How long a channel may be silent: six echoes."""
+
+_ECHOES: Final = 9
+"""Of how many pings the echoes are awaited."""
+
+
+class RedisChannel:
+    """One channel per bucket, seen as one; a ping is echoed when every bucket's echo has come.
+
+    In a cluster each server has a clock of its own, so up to where messages were taken in is kept
+    here, by bucket and server run.
+
+    Args:
+        store: where it is.
+        buckets: of the store, by name.
+        scripts: publish the echoes.
+    """
+
+    def __init__(
+        self, store: RedisStore, buckets: Mapping[str, Bucket], scripts: Scripts
+    ) -> None:
+        self._store = store
+        self._buckets = buckets
+        self._scripts = scripts
+        self._seen: dict[tuple[Bucket, bytes], int] = {}
+        # By number of a ping: the buckets whose echo has come.
+        self._echoes: dict[int, set[Bucket]] = {}
+
+    async def ping(self, me: str, seconds: float, number: int) -> float:
+        """See :meth:`CacheTier.ping`; believed is only what every bucket's server vouches for."""
+
+        async def ping(bucket: Bucket) -> int:
+            server = (await self._scripts.load(bucket)).server
+            seen = self._seen.get((bucket, server), 0)
+            keys = (bucket.register, bucket.guard)
+            args = (me, int(seconds * 1000), seen, number, bucket.channel)
+            return int(await self._scripts.run(bucket, "PING", keys, *args))
+
+        return max(0, min(await together(map(ping, self._buckets.values())))) / 1000
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[AsyncIterator[Notice]]:
+        """See :meth:`CacheTier.listen`."""
+        received: asyncio.Queue[Received | StoreError] = asyncio.Queue()
+        readers: list[asyncio.Task[None]] = []
+        self._seen.clear()
+        self._echoes.clear()
+        async with AsyncExitStack() as connections:
+            try:
+                for names in await self._store.group_buckets():
+                    group = [self._buckets[name] for name in names]
+                    opening = connected(self._store, group[0])
+                    connection = await connections.enter_async_context(opening)
+                    server = await self._subscribe(connection, group)
+                    reading = self._receive(connection, server, group, received)
+                    readers.append(asyncio.create_task(reading))
+                yield self._notices(received)
+            finally:
+                for reader in readers:
+                    reader.cancel()
+                await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _subscribe(self, connection: Connection, group: Sequence[Bucket]) -> bytes:
+        """Subscribe to the channels of buckets of one server; return its run."""
+        run = await connection.server_run()
+        command = "SSUBSCRIBE" if self._store.is_cluster else "SUBSCRIBE"
+        for bucket in group:
+            await connection.ask(command, bucket.channel)
+        return run.run_id.encode()
+
+    async def _receive(
+        self,
+        connection: Connection,
+        server: bytes,
+        group: Sequence[Bucket],
+        received: asyncio.Queue[Received | StoreError],
+    ) -> None:
+        """Pass on what one server says, until it is no longer the one who says it all."""
+        buckets = {bucket.channel: bucket for bucket in group}
+        kind = b"smessage" if self._store.is_cluster else b"message"
+        try:
+            while True:
+                # The echoes keep it busy: a silent channel is one that was lost.
+                reply = await connection.next_message(_SILENCE_SECONDS)
+                if reply is None or bytes(reply[0]) != kind:
+                    raise self._lost()  # silent, or the bucket went to another server
+                message = parse(bytes(reply[2]))
+                if message is None:
+                    continue
+                if message.server != server:
+                    # Handed on by another server, so neither in order nor surely whole.
+                    raise self._lost()
+                received.put_nowait((buckets[bytes(reply[1])], server, message))
+        except StoreError as exc:
+            received.put_nowait(exc)
+
+    async def _notices(
+        self, received: asyncio.Queue[Received | StoreError]
+    ) -> AsyncIterator[Notice]:
+        while True:
+            item = await received.get()
+            if isinstance(item, StoreError):
+                raise item
+            bucket, server, message = item
+            sent = message.sent / 1000
+            if message.echo:
+                if self._echoed(bucket, message.number):
+                    yield Notice(b"", message.number, sent=sent, echo=message.body.decode())
+            else:
+                yield Notice(message.body, message.number, message.erased, sent)
+            # Only now it was taken in. It may be earlier than before: clocks are set.
+            self._seen[bucket, server] = message.sent
+
+    def _echoed(self, bucket: Bucket, number: int) -> bool:
+        """Note the echo of one bucket; tell whether all have come."""
+        came = self._echoes.setdefault(number, set())
+        came.add(bucket)
+        for old in [each for each in self._echoes if each <= number - _ECHOES]:
+            del self._echoes[old]
+        return len(came) == len(self._buckets)
+
+    def _lost(self) -> UnavailableError:
+        return UnavailableError("the invalidation channel was lost", layer=self._store.name)

@@ -1,0 +1,134 @@
+"""The scripts as they are loaded on each run of each server, and how they are called."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import TYPE_CHECKING, Any, Final
+
+from layered_store.coherence.redis_tier import scripts
+from layered_store.coherence.redis_tier.connection import connected
+from layered_store.errors import StoreError, UnavailableError
+from layered_store.stores.redis.scripts import RedisScript
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from layered_store.coherence.redis_tier.buckets import Bucket
+    from layered_store.coherence.redis_tier.connection import ServerRun
+    from layered_store.stores.redis.store import RedisStore
+
+__all__ = ["LoadedScripts", "Scripts"]
+
+_FORGETS_SINCE: Final = 7
+"""Since this Redis scripts are known to the one server run that was given them."""
+
+_SHARDED_SINCE: Final = 7
+"""Since this Redis a cluster has channels that belong to a slot."""
+
+_WRITES: Final = frozenset({"PUT", "BURY"})
+"""Scripts of which it matters to the caller whether they took effect."""
+
+
+class LoadedScripts:
+    """The scripts on one run of one server.
+
+    Attributes:
+        server: its run id.
+        scripts: by name.
+        sha: how each is called, by name.
+    """
+
+    __slots__ = ("scripts", "server", "sha")
+
+    def __init__(self, run: ServerRun, *, sharded: bool) -> None:
+        self.server = run.run_id.encode()
+        forgets = run.major >= _FORGETS_SINCE
+        self.scripts = {
+            name: RedisScript(scripts.source(body, run.run_id, sharded=sharded, forgets=forgets))
+            for name, body in scripts.SCRIPTS.items()
+        }
+        self.sha = {name: script.sha for name, script in self.scripts.items()}
+
+
+class Scripts:
+    """Calls the scripts on the servers of a store, loading them once per server run.
+
+    Args:
+        store: where they run.
+
+    Attributes:
+        loaded: by bucket; what is not there, or not any more, is loaded by :meth:`load`.
+    """
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._loading: dict[Bucket, asyncio.Task[LoadedScripts]] = {}
+        self.loaded: dict[Bucket, LoadedScripts] = {}
+
+    async def run(self, bucket: Bucket, name: str, keys: Sequence[bytes], *args: Any) -> Any:
+        """Run a script and return its reply."""
+        loaded = self.loaded.get(bucket) or await self.load(bucket)
+        try:
+            return await self._store.command(
+                "EVALSHA", loaded.sha[name], len(keys), *keys, *args, write=name in _WRITES
+            )
+        except StoreError as exc:
+            refused = self.refused(loaded, exc, exc.__cause__)
+            if refused is exc:
+                raise
+            raise refused from exc
+
+    def refused(
+        self, loaded: LoadedScripts, error: StoreError, cause: BaseException | None
+    ) -> StoreError:
+        """Return the error to raise, after forgetting scripts that the server does not know."""
+        if getattr(cause, "code", "") != "NOSCRIPT":
+            return error
+        # Another server run, or its scripts were flushed: then all its buckets' are gone.
+        for each in [each for each, other in self.loaded.items() if other is loaded]:
+            del self.loaded[each]
+        return UnavailableError(
+            "the server of the cache tier changed; it is repaired before it is believed",
+            layer=self._store.name,
+        )
+
+    async def load(self, bucket: Bucket) -> LoadedScripts:
+        """Load the scripts on the server that answers for a bucket now."""
+        loaded = self.loaded.get(bucket)
+        if loaded is not None:
+            return loaded
+        loop = asyncio.get_running_loop()
+        task = self._loading.get(bucket)
+        if task is None or task.get_loop() is not loop:
+            # A task of its own: it serves all who wait, and a caller may be cancelled.
+            task = loop.create_task(self._load(bucket), context=contextvars.Context())
+            self._loading[bucket] = task
+            task.add_done_callback(lambda done: self._ended(bucket, done))
+        return await asyncio.shield(task)
+
+    def _ended(self, bucket: Bucket, task: asyncio.Task[LoadedScripts]) -> None:
+        if self._loading.get(bucket) is task:
+            del self._loading[bucket]
+        if not task.cancelled():
+            task.exception()  # seen: whoever waited for it may be gone
+
+    async def _load(self, bucket: Bucket) -> LoadedScripts:
+        # One connection, so that the id and the scripts belong to the same run.
+        async with connected(self._store, bucket) as connection:
+            run = await connection.server_run()
+            known = run.run_id.encode()
+            loaded = next((each for each in self.loaded.values() if each.server == known), None)
+            if loaded is None:
+                sharded = self._store.is_cluster
+                if sharded and run.major < _SHARDED_SINCE:
+                    raise UnavailableError(
+                        "a cluster as a shared cache tier needs Redis 7 (sharded channels)",
+                        layer=self._store.name,
+                        retryable=False,
+                    )
+                loaded = LoadedScripts(run, sharded=sharded)
+                for script in loaded.scripts.values():
+                    await connection.ask("SCRIPT", "LOAD", script.source)
+        self.loaded[bucket] = loaded
+        return loaded
