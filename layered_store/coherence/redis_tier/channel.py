@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -31,11 +32,41 @@ _ECHOES: Final = 9
 """Of how many pings the echoes are awaited."""
 
 
+class _Listener:
+    """What one who listens has taken in.
+
+    Args:
+        count: how many buckets there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        # By bucket and server run: each server of a cluster has a clock of its own.
+        self.seen: dict[tuple[Bucket, bytes], int] = {}
+        # By who pinged and the number of the ping: the buckets whose echo has come.
+        self._echoes: dict[tuple[bytes, int], set[Bucket]] = {}
+
+    @property
+    def listens(self) -> bool:
+        """Whether it can take in anything still: in a child of ``os.fork``, none from before."""
+        return self._process == os.getpid() and not self._loop.is_closed()
+
+    def echoed(self, bucket: Bucket, me: bytes, number: int) -> bool:
+        """Note the echo of one bucket; tell whether all have come."""
+        came = self._echoes.setdefault((me, number), set())
+        came.add(bucket)
+        for old in [each for each in self._echoes if each[0] == me and each[1] <= number - _ECHOES]:
+            del self._echoes[old]
+        return len(came) == self._count
+
+
 class RedisChannel:
     """One channel per bucket, seen as one; a ping is echoed when every bucket's echo has come.
 
-    In a cluster each server has a clock of its own, so up to where messages were taken in is kept
-    here, by bucket and server run.
+    Several may listen, each for caches of its own: two stacks over one store. What one of them has
+    not taken in is not acknowledged.
 
     Args:
         store: where it is.
@@ -49,16 +80,21 @@ class RedisChannel:
         self._store = store
         self._buckets = buckets
         self._scripts = scripts
-        self._seen: dict[tuple[Bucket, bytes], int] = {}
-        # By number of a ping: the buckets whose echo has come.
-        self._echoes: dict[int, set[Bucket]] = {}
+        self._listeners: set[_Listener] = set()
+        # Whose echoes are awaited: other processes number their pings likewise.
+        self._pinging: set[bytes] = set()
 
     async def ping(self, me: str, seconds: float, number: int) -> float:
         """See :meth:`CacheTier.ping`; believed is only what every bucket's server vouches for."""
+        if seconds > 0:
+            self._pinging.add(me.encode())
+        else:
+            self._pinging.discard(me.encode())
 
         async def ping(bucket: Bucket) -> int:
             server = (await self._scripts.load(bucket)).server
-            seen = self._seen.get((bucket, server), 0)
+            taken_in = (each.seen.get((bucket, server), 0) for each in self._listeners)
+            seen = min(taken_in, default=0)
             keys = (bucket.register, bucket.guard)
             args = (me, int(seconds * 1000), seen, number, bucket.channel)
             return int(await self._scripts.run(bucket, "PING", keys, *args))
@@ -70,8 +106,9 @@ class RedisChannel:
         """See :meth:`CacheTier.listen`."""
         received: asyncio.Queue[Received | StoreError] = asyncio.Queue()
         readers: list[asyncio.Task[None]] = []
-        self._seen.clear()
-        self._echoes.clear()
+        listener = _Listener(len(self._buckets))
+        # Those whose event loop ended under them did not leave.
+        self._listeners = {each for each in self._listeners if each.listens} | {listener}
         async with AsyncExitStack() as connections:
             try:
                 for names in await self._store.group_buckets():
@@ -81,8 +118,9 @@ class RedisChannel:
                     server = await self._subscribe(connection, group)
                     reading = self._receive(connection, server, group, received)
                     readers.append(asyncio.create_task(reading))
-                yield self._notices(received)
+                yield self._notices(listener, received)
             finally:
+                self._listeners.discard(listener)
                 for reader in readers:
                     reader.cancel()
                 await asyncio.gather(*readers, return_exceptions=True)
@@ -122,7 +160,7 @@ class RedisChannel:
             received.put_nowait(exc)
 
     async def _notices(
-        self, received: asyncio.Queue[Received | StoreError]
+        self, listener: _Listener, received: asyncio.Queue[Received | StoreError]
     ) -> AsyncIterator[Notice]:
         while True:
             item = await received.get()
@@ -130,21 +168,14 @@ class RedisChannel:
                 raise item
             bucket, server, message = item
             sent = message.sent / 1000
-            if message.echo:
-                if self._echoed(bucket, message.number):
-                    yield Notice(b"", message.number, sent=sent, echo=message.body.decode())
-            else:
+            if not message.echo:
                 yield Notice(message.body, message.number, message.erased, sent)
+            elif message.body in self._pinging and listener.echoed(
+                bucket, message.body, message.number
+            ):
+                yield Notice(b"", message.number, sent=sent, echo=message.body.decode())
             # Only now it was taken in. It may be earlier than before: clocks are set.
-            self._seen[bucket, server] = message.sent
-
-    def _echoed(self, bucket: Bucket, number: int) -> bool:
-        """Note the echo of one bucket; tell whether all have come."""
-        came = self._echoes.setdefault(number, set())
-        came.add(bucket)
-        for old in [each for each in self._echoes if each <= number - _ECHOES]:
-            del self._echoes[old]
-        return len(came) == len(self._buckets)
+            listener.seen[bucket, server] = message.sent
 
     def _lost(self) -> UnavailableError:
         return UnavailableError("the invalidation channel was lost", layer=self._store.name)
