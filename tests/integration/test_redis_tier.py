@@ -137,6 +137,33 @@ async def test_an_older_put_never_lowers_a_copy(setting: Setting) -> None:
     assert (await setting.tier.read("u-1")).found == read.found
 
 
+async def test_who_is_refused_a_pass_takes_nothing_from_the_one_under_way(redis_url: str) -> None:
+    """Two stacks over one store: the pass of the first ends with a stamp all the same."""
+    store = RedisStore(redis_url, prefix="two-passes:")
+    tier = RedisTier(store)
+    begun = await tier.begin("one", "5")
+    assert begun is not None
+    assert await tier.begin("another", "6") is None
+    assert await tier.stamp(begun, "7", 2.0)
+    assert (await tier.read("u-1")).trusted
+    again = await tier.begin("one", "8")
+    assert again is not None and again.cursor == "7"
+    await store.aclose()
+
+
+async def test_a_pass_that_was_never_begun_stamps_nothing(redis_url: str) -> None:
+    """Nor one that ended with its last stamp."""
+    store = RedisStore(redis_url, prefix="no-pass:")
+    tier = RedisTier(store)
+    begun = await tier.begin("one", "5")
+    assert begun is not None
+    assert not await tier.stamp(begun._replace(owner="another"), "7", 2.0)
+    assert await tier.stamp(begun, "6", 0.0)
+    assert await tier.stamp(begun, "7", 2.0)
+    assert not await tier.stamp(begun, "8", 2.0)
+    await store.aclose()
+
+
 class Told:
     """A driver's connection whose server answers INFO so."""
 

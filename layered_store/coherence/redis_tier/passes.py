@@ -45,6 +45,26 @@ class _Part(NamedTuple):
     number: int
 
 
+class _Open:
+    """A pass under way.
+
+    Args:
+        began: when, on our own clock.
+        parts: what the buckets told.
+    """
+
+    __slots__ = ("began", "parts")
+
+    def __init__(self, began: float, parts: list[_Part]) -> None:
+        self.began = began
+        self.parts = parts
+
+    @property
+    def next_number(self) -> int:
+        """The number of the cursor that is stored next: higher than those of all buckets."""
+        return max(part.number for part in self.parts) + 1
+
+
 class RepairPasses:
     """Repairs the buckets of a store together.
 
@@ -63,13 +83,13 @@ class RepairPasses:
         self._store = store
         self._buckets = buckets
         self._scripts = scripts
-        self._parts: list[_Part] = []
-        self._began = 0.0
+        # By owner: several stacks over one store make their passes in turn.
+        self._open: dict[str, _Open] = {}
 
     async def begin(self, me: str, head: str) -> Pass | None:
         """See :meth:`CacheTier.begin`; who holds the first bucket's lock repairs them all."""
-        self._parts = []
-        self._began = self._store.clock.monotonic()
+        self._open.pop(me, None)
+        started = self._store.clock.monotonic()
 
         async def ask(bucket: Bucket) -> _Part | None:
             keys = (bucket.guard, bucket.repair, bucket.lock)
@@ -91,7 +111,7 @@ class RepairPasses:
         # number of the pass that left it tells which that is.
         known = [part for part in told if part.number]
         oldest = min(known or told, key=lambda part: part.number)
-        self._parts = told
+        self._open[me] = _Open(started, told)
         generation = b"".join(part.generation for part in told)
         began = min(part.began for part in told) / 1000
         return Pass(began, generation, oldest.cursor, not known, me)
@@ -100,7 +120,7 @@ class RepairPasses:
         """See :meth:`CacheTier.renew`."""
         size = _GENERATION_BYTES
         old = [generation[at : at + size] for at in range(0, len(generation), size)]
-        number = self._next_number()
+        number = max((each.next_number for each in self._open.values()), default=1)
 
         async def renew(bucket: Bucket, before: bytes) -> None:
             keys = (bucket.guard, bucket.repair)
@@ -134,9 +154,12 @@ class RepairPasses:
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
         """See :meth:`CacheTier.stamp`."""
-        number = self._next_number()
+        under_way = self._open.get(begun.owner)
+        if under_way is None:
+            return False
+        number = under_way.next_number
         # On our own clock too, since those of the servers may have been set back meanwhile.
-        left = max(0.0, seconds - (self._store.clock.monotonic() - self._began))
+        left = max(0.0, seconds - (self._store.clock.monotonic() - under_way.began))
 
         async def stamp(part: _Part) -> bool:
             bucket = part.bucket
@@ -158,14 +181,13 @@ class RepairPasses:
             )
             return bool(reply)
 
-        stamped = all(await together(map(stamp, self._parts)))
+        stamped = all(await together(map(stamp, under_way.parts)))
+        if seconds or not stamped:
+            self._open.pop(begun.owner, None)
         # Each cursor has a number of its own: a bucket that loses its newest must not look like
         # one that has it.
-        self._parts = [part._replace(number=number) for part in self._parts]
+        under_way.parts = [part._replace(number=number) for part in under_way.parts]
         return stamped
-
-    def _next_number(self) -> int:
-        return max((part.number for part in self._parts), default=0) + 1
 
 
 def _new_generation() -> bytes:
