@@ -292,7 +292,10 @@ class Authority(Capability):
 
     @abstractmethod
     async def covers(self, cursor: str) -> bool:
-        """Tell whether changes after ``cursor`` are all still known (erasures: 7 days)."""
+        """Tell whether changes after ``cursor`` are all still known (erasures: 7 days).
+
+        Never of a cursor that another store made.
+        """
 
 
 class CacheTier(Capability):

@@ -308,6 +308,14 @@ async def test_a_cursor_of_the_future_is_not_covered(bench: Bench) -> None:
     assert not await store.covers(ahead)
 
 
+async def test_a_cursor_of_another_store_is_not_covered(bench: Bench) -> None:
+    """A cache tier may have been in front of one, and tells it to the next."""
+    store = bench.build()
+    await store.head()
+    for cursor in ("", "4f0c.17", "another program's", "1.zz.1"):
+        assert not await store.covers(cursor)
+
+
 @pytest.mark.parametrize("bench", ["postgres", "psycopg"], indirect=True)
 async def test_an_open_transaction_holds_the_log_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch

@@ -325,6 +325,29 @@ async def test_whatever_stands_under_the_keys_is_replaced(
             pytest.fail("the tier was not repaired")
 
 
+@pytest.mark.parametrize("cursor", [b"4f0c.17", b"another program's", b"\xff"])
+async def test_a_cursor_that_the_database_does_not_know_begins_a_new_generation(
+    cursor: bytes, pair: tuple[Process, Process], redis_url: str
+) -> None:
+    """As another kind of store left it, which was the system of record before: no copy of that
+    time counts, and soon the tier holds copies again."""
+    one, other = pair
+    await one.stack.upsert_latest(state(0.1))
+    with contextlib.closing(redis.Redis.from_url(redis_url)) as client:
+        (key,) = client.keys("*:repair")
+        (guard,) = client.keys("*:guard")
+        generation = client.hget(key, "gen")
+        client.hset(key, "cursor", cursor)
+        client.delete(guard)
+        for _ in range(100):
+            if client.hget(key, "gen") != generation and client.exists(guard):
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("the tier was not repaired")
+    assert await other.stack.get_latest("u-1") == state(0.1)
+
+
 async def test_reads_of_one_turn_share_a_script(redis_url: str, sqlite_url: str) -> None:
     """A hundred copies are two script calls, the first of which leaves before the turn is over.
 

@@ -98,7 +98,8 @@ class RepairPasses:
             if not reply:
                 return None
             began, generation, cursor, number = reply
-            return _Part(bucket, int(began), generation, cursor.decode(), number)
+            # Another program's need not be text; the authority knows no such cursor either.
+            return _Part(bucket, int(began), generation, cursor.decode(errors="replace"), number)
 
         first, *others = self._buckets.values()
         parts = [await ask(first)]

@@ -122,8 +122,11 @@ class ChangeLog:
             await session.run(self._statements.adopt, [{"max_rows": _ADOPTED_ROWS}])
 
     async def covers(self, cursor: str) -> bool:
-        """Tell whether nothing behind the cursor is forgotten yet."""
-        position, _, issued = _read_cursor(cursor)
+        """Tell whether nothing behind the cursor is forgotten yet; another store's never counts."""
+        try:
+            position, _, issued = _read_cursor(cursor)
+        except ValidationError:
+            return False
         horizon, now_us = await self._access.run("covers", self._horizon)
         # A position from the future is another database's, or this one was restored.
         return position < horizon and now_us - issued < _COVERED_US
