@@ -10,8 +10,10 @@ from layered_store.errors import StoreError
 from layered_store.events import log_event, log_warning
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from layered_store.clock import Clock
-    from layered_store.coherence.contract import Authority, CacheTier, Change
+    from layered_store.coherence.contract import Authority, CacheTier, Change, Pass
     from layered_store.coherence.guarded.backlog import Backlog
     from layered_store.coherence.guarded.leases import Leases
     from layered_store.coherence.guarded.reachability import Reachability
@@ -82,17 +84,34 @@ class Repair:
         begun = await self.tier.begin(self.watch.me, head)
         if begun is None:
             return
-        cursor = begun.cursor
         if begun.fresh:
             self._look_for_debts = True
-        elif not await self.authority.covers(cursor):
+        elif not await self.authority.covers(begun.cursor):
             # Erasures since then may be forgotten: no copy of that time may count.
             self._look_for_debts = True
             await self.tier.renew(begun.generation, head)
             return
         repaired = self.repaired
-        looking = self._look_for_debts
         owed: list[Change] = []
+        try:
+            if await self._replay(begun, owed):
+                self.backlog.repaired(started)
+                if self.leases.until <= self.clock.monotonic():
+                    self.watch.ping_now.set()  # what the last ping was refused for is there now
+            if self.reach.was_away() and self.repaired > repaired:
+                users = self.repaired - repaired
+                log_event("tier_repaired", tier=self.tier.tier_name, users=users)
+            await self._settle(owed)
+        except BaseException:
+            # No replay comes upon them again.
+            self._look_for_debts = self._look_for_debts or bool(owed)
+            raise
+
+    async def _replay(self, begun: Pass, owed: list[Change]) -> bool:
+        """Bring the tier up to the authority, adding what it is owed to ``owed``; tell whether it
+        was stamped.
+        """
+        cursor = begun.cursor
         while True:
             page = await self.authority.changes(cursor, PAGE)
             # The last page holds ordinary writes of just now, which are in the tier already.
@@ -100,31 +119,25 @@ class Repair:
             if page.items:
                 self.repaired += len(await self.tier.repair(page.items))
                 owed += [change for change in page.items if change.owed]
-                # No replay comes upon them again, should this process not come to settle them.
-                self._look_for_debts = self._look_for_debts or bool(owed)
             cursor = page.cursor
             # After each page, so that a long way back is gone once, whoever goes on with it.
             stamped = await self.tier.stamp(begun, cursor, 0.0 if page.more else TRUST_SECONDS)
             if not page.more or not stamped:
-                break
-        self.behind = 0
-        if stamped:
-            self.backlog.repaired(started)
-            if self.leases.until <= self.clock.monotonic():
-                self.watch.ping_now.set()  # what the last ping was refused for is there now
-        if self.reach.was_away() and self.repaired > repaired:
-            users = self.repaired - repaired
-            log_event("tier_repaired", tier=self.tier.tier_name, users=users)
-        for change in owed:
-            await self.authority.settle(change.digest, change.version, self.tier.tier_name)
-        if owed:
-            self._look_for_debts = looking
+                self.behind = 0
+                return stamped
 
     async def _pay_debts(self) -> None:
         """Make up for erasures that a process began and did not finish, however long ago."""
-        tier = self.tier.tier_name
-        while owed := await self.authority.owing(tier, PAGE):
-            await self.tier.repair(owed)
-            for change in owed:
-                await self.authority.settle(change.digest, change.version, tier)
+        # First, so that whoever asks from here on has them looked for again.
         self._look_for_debts = False
+        try:
+            while owed := await self.authority.owing(self.tier.tier_name, PAGE):
+                await self.tier.repair(owed)
+                await self._settle(owed)
+        except BaseException:
+            self._look_for_debts = True
+            raise
+
+    async def _settle(self, owed: Sequence[Change]) -> None:
+        for change in owed:
+            await self.authority.settle(change.digest, change.version, self.tier.tier_name)

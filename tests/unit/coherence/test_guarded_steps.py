@@ -45,6 +45,7 @@ class Tier(CacheTier):
         self.log: list[str] = []
         self.tickets_come_with_reads = False
         self.notices: asyncio.Queue[Notice] = asyncio.Queue()
+        self.cursor = ""
 
     def _step(self, name: str) -> None:
         self.log.append(name)
@@ -88,7 +89,8 @@ class Tier(CacheTier):
 
     async def begin(self, me: str, head: str) -> Pass | None:
         self._step("begin")
-        return Pass(0.0, b"g" * 16, head, False, me)
+        self.cursor = self.cursor or head
+        return Pass(0.0, b"g" * 16, self.cursor, False, me)
 
     async def renew(self, generation: bytes, head: str) -> None:
         self._step("renew")
@@ -99,6 +101,7 @@ class Tier(CacheTier):
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
         self._step("stamp")
+        self.cursor = cursor
         return True
 
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
@@ -225,6 +228,52 @@ async def test_an_erasure_that_cannot_be_noted_as_paid_is_done_and_noted_later(
     assert await world.guard.get_latest("u-1") is None
     assert await world.authority.debts("u-1") == ["tier"]
     await world.clock.advance(1.0)
+    assert await world.authority.debts("u-1") == []
+
+
+async def test_what_asks_for_a_look_at_the_debts_during_a_pass_is_not_forgotten_by_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass settles what it came upon; what was left behind meanwhile is looked for by the
+    next."""
+    real_settle, real_owing = world.authority.settle, world.authority.owing
+    looks: list[str] = []
+
+    async def settle(digest: bytes, version: int, tier: str) -> None:
+        if digest == world.authority.digest("u-2"):
+            raise UnavailableError("away")
+        await real_settle(digest, version, tier)
+        looks.clear()
+        await world.guard.delete("u-2")
+
+    async def owing(tier: str, limit: int) -> Sequence[Change]:
+        looks.append(tier)
+        return await real_owing(tier, limit)
+
+    await world.authority.erase("u-1", ("tier",))  # by a process that died
+    monkeypatch.setattr(world.authority, "settle", settle)
+    monkeypatch.setattr(world.authority, "owing", owing)
+    await world.clock.advance(0.3)
+    assert "tier" in looks
+
+
+async def test_a_pass_that_could_not_settle_looks_for_the_debt_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No replay comes upon it again."""
+    real, failing = world.authority.settle, [True]
+
+    async def settle(digest: bytes, version: int, tier: str) -> None:
+        if failing:
+            failing.clear()
+            raise UnavailableError("away")
+        await real(digest, version, tier)
+
+    monkeypatch.setattr(world.authority, "settle", settle)
+    await world.authority.erase("u-1", ("tier",))  # by a process that died
+    await world.clock.advance(0.3)
+    assert await world.authority.debts("u-1") == ["tier"]
+    await world.clock.advance(0.3)
     assert await world.authority.debts("u-1") == []
 
 
