@@ -32,11 +32,10 @@ def _no_stamp() -> None:
     """A cache tier that is believed whatever became of its server."""
     read = RedisTier._read
 
-    def believe(self: Any, user_id: str, server: bytes, reply: Any) -> Any:
-        guard, value = reply
+    def believe(self: Any, user_id: str, server: bytes, guard: Any, value: Any) -> Any:
         if value is not None and len(value) > 28:
             guard = value[12:28] + server
-        return read(self, user_id, server, [guard, value])
+        return read(self, user_id, server, guard, value)
 
     RedisTier._read = believe  # type: ignore[method-assign]
     Seen.floor = lambda self, user_id: 0  # type: ignore[assignment,method-assign]
