@@ -7,8 +7,7 @@ and an origin with versions (:mod:`layered_store.coherence.guarded`).
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from layered_store.call import call_continues, current_call
@@ -17,10 +16,12 @@ from layered_store.coherence.outcomes import (
     QUARANTINE_SECONDS,
     may_take_effect,
 )
-from layered_store.errors import ErasureIncompleteError, UnsupportedError
+from layered_store.errors import ErasureIncompleteError
 from layered_store.interface import Op, is_state_of
+from layered_store.turns import Turn, Turns
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Sequence
 
     from layered_store.clock import Clock
@@ -33,17 +34,18 @@ _MAX_DOUBTFUL: Final = 100_000
 """How many users' doubtful copies are noted; beyond, all but the copies known to be right are."""
 
 
-class _User:
-    """What is under way for one user: at most one change of the copy at a time."""
+class _Copy(Turn):
+    """What is under way for one user: at most one change of the copy at a time.
 
-    __slots__ = ("busy", "changes", "holders", "loop", "queue")
+    Attributes:
+        changes: how many began or ended.
+    """
+
+    __slots__ = ("changes",)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.holders = 0
-        self.busy = False
+        super().__init__(loop)
         self.changes = 0
-        self.queue: deque[asyncio.Future[None]] = deque()
 
 
 class CopyRead(NamedTuple):
@@ -90,7 +92,7 @@ class LocalCopies:
     def __init__(self, tier: StateStore, clock: Clock) -> None:
         self._tier = tier
         self._clock = clock
-        self._users: dict[str, _User] = {}
+        self._turns = Turns(lambda _, loop: _Copy(loop), "WriteThrough")
         # Doubtful copies, and until when nothing may be stored over them.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
         # Once some had to be forgotten: until when nothing may be stored over those, and the users
@@ -107,8 +109,8 @@ class LocalCopies:
 
     def usable(self, user_id: str) -> bool:
         """Tell whether the tier may be asked for a user now."""
-        user = self._users.get(user_id)
-        return self._doubted_until(user_id) is None and (user is None or not user.busy)
+        turn = self._turns.users.get(user_id)
+        return self._doubted_until(user_id) is None and (turn is None or not turn.busy)
 
     def _doubted_until(self, user_id: str) -> float | None:
         """Return until when nothing may be stored over a doubtful copy; None when it is not one."""
@@ -155,22 +157,22 @@ class LocalCopies:
             self.failures["read"] += 1
         return right and self.usable(user_id)
 
-    def watch(self, user_id: str) -> tuple[_User, int]:
+    def watch(self, user_id: str) -> tuple[_Copy, int]:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""
-        user = self._enter(user_id)
-        return user, user.changes
+        copy = self._turns.enter(user_id)
+        return copy, copy.changes
 
     async def fill(
-        self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_User, int] | None
+        self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_Copy, int] | None
     ) -> None:
         """Store what the origin said, unless a write came since ``watch``."""
         if mark is None:
             return
-        user, changes = mark
+        copy, changes = mark
         try:
-            if snapshot is None or user.busy or user.changes != changes:
+            if snapshot is None or copy.busy or copy.changes != changes:
                 return
-            user.busy = True
+            await copy.take()  # at once, since it is nobody's
             try:
                 await self._store(user_id, snapshot)
             except CALLER_ERRORS:
@@ -178,40 +180,25 @@ class LocalCopies:
             except Exception:  # noqa: BLE001, S110
                 pass  # counted, and the copy is doubtful: the caller has its answer all the same
             finally:
-                self._release(user)
+                copy.pass_on()
         finally:
-            self._exit(user_id, user)
+            self._turns.leave(user_id, copy)
 
-    def unwatch(self, user_id: str, mark: tuple[_User, int] | None) -> None:
+    def unwatch(self, user_id: str, mark: tuple[_Copy, int] | None) -> None:
         """End a read of the origin that gave nothing to store."""
         if mark is not None:
-            self._exit(user_id, mark[0])
+            self._turns.leave(user_id, mark[0])
 
-    async def begin(self, user_id: str) -> _User:
+    async def begin(self, user_id: str) -> _Copy:
         """Begin a write: wait for the one before, and keep readers off the copy until ``end``."""
-        user = self._enter(user_id)
-        try:
-            if user.busy:
-                turn = user.loop.create_future()
-                user.queue.append(turn)
-                try:
-                    await turn
-                except BaseException:
-                    if turn.done() and not turn.cancelled():
-                        self._release(user)
-                    raise
-            user.busy = True
-            user.changes += 1
-        except BaseException:
-            self._exit(user_id, user)
-            raise
-        return user
+        copy = await self._turns.begin(user_id)
+        copy.changes += 1
+        return copy
 
-    def end(self, user_id: str, user: _User) -> None:
+    def end(self, user_id: str, copy: _Copy) -> None:
         """End a write."""
-        user.changes += 1
-        self._release(user)
-        self._exit(user_id, user)
+        copy.changes += 1
+        self._turns.end(user_id, copy)
 
     async def put(self, user_id: str, snapshot: StateSnapshot | None) -> None:
         """Within a write: make the copy what the origin holds now; trouble leaves it doubtful."""
@@ -299,30 +286,3 @@ class LocalCopies:
             self._right[user_id] = None
             if len(self._right) > _MAX_DOUBTFUL:
                 self._right.popitem(last=False)
-
-    def _enter(self, user_id: str) -> _User:
-        loop = asyncio.get_running_loop()
-        user = self._users.get(user_id)
-        if user is None:
-            user = self._users[user_id] = _User(loop)
-        elif user.loop is not loop:
-            raise UnsupportedError(
-                "one user is written from two event loops at the same time; use one stack per loop",
-                layer="WriteThrough",
-            )
-        user.holders += 1
-        return user
-
-    def _exit(self, user_id: str, user: _User) -> None:
-        user.holders -= 1
-        if not user.holders:
-            self._users.pop(user_id, None)
-
-    def _release(self, user: _User) -> None:
-        """Pass the turn on, straight to the one that waits longest, so that nobody cuts in."""
-        while user.queue:
-            turn = user.queue.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        user.busy = False

@@ -20,7 +20,6 @@ from layered_store.errors import (
     ErasureIncompleteError,
     StoreError,
     UnavailableError,
-    UnsupportedError,
 )
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
@@ -41,6 +40,7 @@ from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.sharing import place_of
 from layered_store.stack import staleness, walk
 from layered_store.stats import Sample
+from layered_store.turns import Turn, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -55,21 +55,18 @@ _MAX_BEHIND: Final = 100_000
 """How many users may be behind at the alternative before it answers for nobody."""
 
 
-class _Turn:
+class _Write(Turn):
     """The writes of one user that are under way or wait: one at a time.
 
     Args:
-        lock: held by the one that is under way.
-        count: how many there are.
+        loop: the event loop on which they are.
         to_other: the side that answers reads meanwhile, whatever the share becomes.
     """
 
-    __slots__ = ("count", "lock", "loop", "to_other")
+    __slots__ = ("to_other",)
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, to_other: bool) -> None:
-        self.loop = loop
-        self.lock = asyncio.Lock()
-        self.count = 0
+        super().__init__(loop)
         self.to_other = to_other
 
 
@@ -157,7 +154,7 @@ class Ramp(Layer):
                 option="snapshot_type",
                 layer=self.name,
             )
-        self._turns: dict[str, _Turn] = {}
+        self._turns = Turns(self._new_turn, self.name)
         self._behind: OrderedDict[str, None] = OrderedDict()
         self._all_behind = False
         # Writes under way that pass the layer by, and users of whom one may still take effect.
@@ -171,7 +168,7 @@ class Ramp(Layer):
 
     def takes(self, user_id: str) -> bool:
         """Tell whether reads of a user go the other way now."""
-        turn = self._turns.get(user_id)
+        turn = self._turns.users.get(user_id)
         if turn is not None:
             return turn.to_other
         if user_id in self._pins and user_id not in self._direct and not self._doubted(user_id):
@@ -263,7 +260,7 @@ class Ramp(Layer):
 
     def _midway(self, user_id: str) -> bool:
         """Tell whether inner may show a write that the next read, of the other side, does not."""
-        turn = self._turns.get(user_id)
+        turn = self._turns.users.get(user_id)
         return turn is not None and turn.to_other
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
@@ -340,10 +337,10 @@ class Ramp(Layer):
         """Write to ``inner``, which acknowledges, then to the alternative."""
         # In one order everywhere, so that two batches never wait for each other.
         users = sorted({snapshot.user_id for snapshot in batch})
-        turns: list[tuple[str, _Turn]] = []
+        turns: dict[str, _Write] = {}
         try:
             for user_id in users:
-                await self._begin(user_id, turns)
+                turns[user_id] = await self._turns.begin(user_id)
             with call_begins() as call:
                 try:
                     await _upsert(self.inner, batch, op)
@@ -376,7 +373,8 @@ class Ramp(Layer):
                     else:
                         self._catch_up(users)
         finally:
-            self._end(turns)
+            for user_id, turn in turns.items():
+                self._turns.end(user_id, turn)
 
     def _unknown(self, exc: Exception, op: Op) -> UnavailableError:
         return UnavailableError(
@@ -393,9 +391,8 @@ class Ramp(Layer):
             with self._writing([user_id]) as ways:
                 await ways[user_id].delete(user_id)
             return
-        turns: list[tuple[str, _Turn]] = []
+        turn = await self._turns.begin(user_id)
         try:
-            await self._begin(user_id, turns)
             pending: list[str] = []
             first: Exception | None = None
             # Until both have erased, only inner tells the truth.
@@ -417,46 +414,21 @@ class Ramp(Layer):
                 ) from first
             self._catch_up([user_id])
         finally:
-            self._end(turns)
+            self._turns.end(user_id, turn)
 
     async def _erase_other(self, user_id: str) -> None:
         # Inner may have erased again what was written since an earlier attempt.
         with call_continues(current_call(self.clock).anew()):
             await self._other.delete(user_id)
 
-    async def _begin(self, user_id: str, turns: list[tuple[str, _Turn]]) -> None:
-        """Wait for the user's other writes; until the end, reads stay on the side they are on."""
-        loop = asyncio.get_running_loop()
-        turn = self._turns.get(user_id)
-        if turn is None:
-            turn = self._turns[user_id] = _Turn(loop, to_other=self.takes(user_id))
-        elif turn.loop is not loop:
-            raise UnsupportedError(
-                "one user is written from two event loops at the same time; use one stack per loop",
-                layer=self.name,
-            )
-        turn.count += 1
-        try:
-            await turn.lock.acquire()
-        except BaseException:
-            self._leave(user_id, turn)
-            raise
-        turns.append((user_id, turn))
-
-    def _end(self, turns: list[tuple[str, _Turn]]) -> None:
-        for user_id, turn in turns:
-            turn.lock.release()
-            self._leave(user_id, turn)
-
-    def _leave(self, user_id: str, turn: _Turn) -> None:
-        turn.count -= 1
-        if not turn.count:
-            del self._turns[user_id]
+    def _new_turn(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Write:
+        # Until the end, reads stay on the side they are on.
+        return _Write(loop, to_other=self.takes(user_id))
 
     def _fall_behind(self, users: Iterable[str]) -> None:
         for user_id in users:
             self._behind[user_id] = None
-            self._turns[user_id].to_other = False
+            self._turns.users[user_id].to_other = False
         if len(self._behind) > _MAX_BEHIND:
             self._all_behind = True
 

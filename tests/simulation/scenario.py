@@ -463,7 +463,7 @@ class _World:
                 if any(left.values()):
                     raise Violation("books", f"a cache still keeps {left}")
             for block in find(stack, WriteThrough):
-                if block._copies._users:
+                if block._copies._turns.users:
                     raise Violation("books", "a write-through still keeps turns of users")
                 guard = block._guard
                 if guard is not None and guard.pending:

@@ -170,7 +170,7 @@ async def work(stack: StateStore, schedule: Schedule, *, cancels: bool) -> None:
             assert not cache._held.writing
             assert not cache._held.by_digest
         if isinstance(cache, WriteThrough) and cache._guard is None:
-            assert not cache._copies._users
+            assert not cache._copies._turns.users
     await stack.aclose()
 
 

@@ -328,7 +328,7 @@ async def test_a_change_of_the_share_shows_nobody_an_older_state() -> None:
                 await asyncio.sleep(0)
 
         await asyncio.gather(write(), read(), read(), turn())
-        assert ramp._turns == {}
+        assert ramp._turns.users == {}
         assert ramp._direct == {}
         await ramp.aclose()
 
@@ -921,7 +921,7 @@ async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     await ramp.upsert_latest(state(value=0.4))
     assert ramp.takes(LOW)
     assert ramp.behind == 0
-    assert ramp._turns == {}
+    assert ramp._turns.users == {}
 
 
 async def test_too_many_behind_send_everybody_to_inner(monkeypatch: pytest.MonkeyPatch) -> None:

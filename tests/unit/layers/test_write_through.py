@@ -140,7 +140,7 @@ async def test_every_answer_is_counted_once() -> None:
     with pytest.raises(ClosedError):
         await store.get_latest_many(["no", "body"])
     assert counted()["miss"] == 1
-    assert store._copies._users == {}
+    assert store._copies._turns.users == {}
 
 
 async def test_a_batch_that_the_tier_has_does_not_reach_the_origin() -> None:
@@ -161,7 +161,7 @@ async def test_a_batch_that_the_tier_has_does_not_reach_the_origin() -> None:
     await store.get_latest_many(["u-1", "u-3", "u-4"])
     assert asked == [["u-3", "u-4"]]
     assert set(tier.states) == {"u-1", "u-2", "u-3"}
-    assert store._copies._users == {}
+    assert store._copies._turns.users == {}
 
 
 @pytest.mark.parametrize("operation", ["upsert_latest", "upsert_latest_many", "delete"])
@@ -379,7 +379,7 @@ async def test_batches_of_the_same_users_never_wait_for_each_other() -> None:
     users = [f"u-{index}" for index in range(20)]
     batches = [[state(user_id=user) for user in users[::step]] for step in (1, -1)] * 10
     await asyncio.wait_for(asyncio.gather(*map(store.upsert_latest_many, batches)), 5)
-    assert not store._copies._users
+    assert not store._copies._turns.users
 
 
 async def test_a_cancelled_writer_lets_the_next_one_in() -> None:
@@ -392,7 +392,7 @@ async def test_a_cancelled_writer_lets_the_next_one_in() -> None:
     await settle()
     tasks[0].cancel()
     await asyncio.wait_for(tasks[2], 1)
-    assert not store._copies._users
+    assert not store._copies._turns.users
 
 
 async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:

@@ -187,7 +187,7 @@ async def test_every_operation_goes_by_the_versions() -> None:
     assert await origin.get_latest("u-1") is None
     assert await store.get_latest("u-1") is None
     assert await store.get_latest_many(["u-1"]) == {}
-    assert store._copies._users == {}
+    assert store._copies._turns.users == {}
     assert store._copies.pending == 0
     await store.aclose()
 
@@ -451,7 +451,7 @@ async def test_what_the_origin_gives_is_a_miss_and_must_be_the_users() -> None:
     counted = {k[1]: v for k, v in sampled(store).items() if k[0] == "reads" and v}
     assert counted.pop("miss") == 1
     assert sum(counted.values()) == 1
-    assert store._copies._users == {}
+    assert store._copies._turns.users == {}
 
 
 async def test_all_that_an_erasure_left_is_told(caplog: pytest.LogCaptureFixture) -> None:
