@@ -12,23 +12,17 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
-from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS, too_late
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError
 from layered_store.explaining import Held, Peek
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import (
-    Op,
-    StateStore,
-    check_limit,
-    check_snapshot,
-    check_user_ids,
-    listed,
-)
+from layered_store.interface import Op, check_limit, check_snapshot
 from layered_store.options import check_a, check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
+from layered_store.stores.of_record import StoreOfRecord, outdone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +35,7 @@ _ERASE_IDS: Final = 16
 
 
 @dataclass(eq=False, repr=False)
-class MemoryStore(StateStore, Authority, Enumerable):
+class MemoryStore(StoreOfRecord, Enumerable):
     """Keeps states in a dict of this process; they are gone when it ends.
 
     Safe from several threads and event loops. For tests, small tools and as the end of a stack
@@ -82,9 +76,6 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._reads = Reads()
         self._closed = False
 
-    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        await self.write(snapshot)
-
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST)
         self._check_open(Op.GET_LATEST)
@@ -93,9 +84,6 @@ class MemoryStore(StateStore, Authority, Enumerable):
         self._reads.found(snapshot)
         return snapshot
 
-    async def delete(self, user_id: str) -> None:
-        await self.erase(user_id)
-
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY)
         check_limit(limit)
@@ -103,17 +91,6 @@ class MemoryStore(StateStore, Authority, Enumerable):
         with self._lock:
             row = self._users.get(user_id)
             return [] if row is None else list(islice(row.history, min(limit, len(row.history))))
-
-    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        records = await self.read_many(check_user_ids(user_ids))
-        return {
-            user_id: record.snapshot
-            for user_id, record in records.items()
-            if record.snapshot is not None
-        }
-
-    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
 
     def samples(self) -> Iterable[Sample]:
         yield from self._reads.samples()
@@ -177,8 +154,7 @@ class MemoryStore(StateStore, Authority, Enumerable):
                 snapshot.user_id: self._write(snapshot, call.order, call.part(index))
                 for index, snapshot in enumerate(snapshots)
             }
-        last = {snapshot.user_id: snapshot for snapshot in snapshots}
-        if any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items()):
+        if outdone(snapshots, records):
             call.superseded = True
         return records
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
-from layered_store.coherence.contract import ABSENT, Authority, Change, Changes, Versioned
+from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import (
     ClosedError,
@@ -23,14 +23,7 @@ from layered_store.errors import (
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
-from layered_store.interface import (
-    Op,
-    StateStore,
-    check_limit,
-    check_snapshot,
-    check_user_ids,
-    listed,
-)
+from layered_store.interface import Op, check_limit, check_snapshot
 from layered_store.options import (
     Seconds,
     check_a,
@@ -43,6 +36,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
+from layered_store.stores.of_record import StoreOfRecord, outdone
 from layered_store.stores.sql.changelog import ChangeLog
 
 if TYPE_CHECKING:
@@ -67,7 +61,7 @@ _BULK: Final = 1_000
 
 
 @dataclass(eq=False, repr=False)
-class SQLStore(StateStore, Authority, Enumerable):
+class SQLStore(StoreOfRecord, Enumerable):
     """Keeps states in a database: SQLite, PostgreSQL, MariaDB or MySQL.
 
     A full system of record: a write is acknowledged when it is committed, versions and erasures
@@ -209,9 +203,6 @@ class SQLStore(StateStore, Authority, Enumerable):
         """The tables as SQLAlchemy ``MetaData``, for migrations of one's own."""
         return self._access.tables.metadata
 
-    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        await self.write(snapshot)
-
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST)
         # As ``_read`` does; written out, since by far most calls pass here.
@@ -239,9 +230,6 @@ class SQLStore(StateStore, Authority, Enumerable):
             self._reads.hit += 1
         return snapshot
 
-    async def delete(self, user_id: str) -> None:
-        await self.erase(user_id)
-
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY)
         check_limit(limit)
@@ -263,17 +251,6 @@ class SQLStore(StateStore, Authority, Enumerable):
 
         kept = await self._run(Op.GET_HISTORY, work)
         return [self._decode(user_id, row.payload, Op.GET_HISTORY) for row in kept]
-
-    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        records = await self.read_many(check_user_ids(user_ids))
-        return {
-            user_id: record.snapshot
-            for user_id, record in records.items()
-            if record.snapshot is not None
-        }
-
-    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
 
     async def open(self) -> None:
         self._check_open("open")
@@ -409,8 +386,7 @@ class SQLStore(StateStore, Authority, Enumerable):
         records = {}
         for snapshot, item, row in zip(snapshots, items, rows, strict=True):
             records[snapshot.user_id] = self._after(snapshot, item, row, Op.UPSERT_LATEST_MANY)
-        last = {snapshot.user_id: snapshot for snapshot in snapshots}
-        if any(records[user_id].snapshot is not last[user_id] for user_id in last):
+        if outdone(snapshots, records):
             call.superseded = True
         return records
 

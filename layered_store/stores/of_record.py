@@ -1,0 +1,46 @@
+"""What backends that number their writes have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layered_store.coherence.contract import Authority
+from layered_store.interface import Op, StateStore, check_user_ids, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from layered_store.coherence.contract import Versioned
+    from layered_store.snapshot import StateSnapshot
+
+__all__ = ["StoreOfRecord", "outdone"]
+
+
+class StoreOfRecord(StateStore, Authority):
+    """A backend that is a system of record: its operations are the authority's, without versions.
+
+    A lone read is left to the backend, since most calls come by there.
+    """
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.write(snapshot)
+
+    async def delete(self, user_id: str) -> None:
+        await self.erase(user_id)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        records = await self.read_many(check_user_ids(user_ids))
+        return {
+            user_id: record.snapshot
+            for user_id, record in records.items()
+            if record.snapshot is not None
+        }
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
+
+
+def outdone(snapshots: Sequence[StateSnapshot], records: Mapping[str, Versioned]) -> bool:
+    """Tell whether anything else than the last snapshot of a user in a batch is their record."""
+    last = {snapshot.user_id: snapshot for snapshot in snapshots}
+    return any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items())
