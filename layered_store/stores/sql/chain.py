@@ -94,20 +94,6 @@ def chain_statements(statements: Statements) -> None:
             purge_at=None,
         )
     )
-    statements.bury = (
-        update(latest)
-        .where(latest.c.digest == digest)
-        .values(
-            user_id=None,
-            updated_at_unix_ms=None,
-            version=bindparam("to_version"),
-            erased_version=bindparam("to_version"),
-            erased_at=bindparam("to_erased_at", type_=BigInteger),
-            purge_at=bindparam("to_purge_at", type_=BigInteger),
-            debts=bindparam("to_debts"),
-            position=position,
-        )
-    )
     statements.hide = (
         update(history).where(history.c.position == position).values(payload=None)
     )

@@ -129,6 +129,11 @@ class Statements:
             else literal_column(NOW_US[self.family], BigInteger)
         )
         digest = bindparam("at_digest", type_=latest.c.digest.type)
+        position: Any = (
+            bindparam("at_position", type_=BigInteger)
+            if self.counted
+            else literal_column(XID, BigInteger)
+        )
 
         self.place = self._placeholder(latest, now_us)
         self.position = select(counter.c.position).where(counter.c.id == COUNTER_ROW)
@@ -148,6 +153,20 @@ class Statements:
         )
         self.owe = (
             update(latest).where(latest.c.digest == digest).values(debts=bindparam("to_debts"))
+        )
+        of_the_state = ("user_id", "payload", "write_id", "updated_at_unix_ms")
+        self.bury = (
+            update(latest)
+            .where(latest.c.digest == digest)
+            .values(
+                **{name: None for name in of_the_state if name in latest.c},
+                version=bindparam("to_version"),
+                erased_version=bindparam("to_version"),
+                erased_at=bindparam("to_erased_at", type_=BigInteger),
+                purge_at=bindparam("to_purge_at", type_=BigInteger),
+                debts=bindparam("to_debts"),
+                position=position,
+            )
         )
         self.now = select(now_us)
         end = (
@@ -186,16 +205,11 @@ class Statements:
         if self.chained:
             chain_statements(self)
         else:
-            self._keyed(now_us)
+            self._keyed(now_us, position)
 
-    def _keyed(self, now_us: Any) -> None:
+    def _keyed(self, now_us: Any, position: Any) -> None:
         """Build those that differ in SQLite, where :func:`chain_statements` builds them."""
         latest, history, counter = self.tables.latest, self.tables.history, self.tables.counter
-        position: Any = (
-            bindparam("at_position", type_=BigInteger)
-            if self.counted
-            else literal_column(XID, BigInteger)
-        )
         digest = bindparam("at_digest", type_=latest.c.digest.type)
         digests = bindparam("digests", type_=latest.c.digest.type, expanding=True)
         write_ids = bindparam("write_ids", type_=latest.c.digest.type, expanding=True)
@@ -253,22 +267,6 @@ class Statements:
             self.store = (
                 update(latest).where(latest.c.digest == digest).values(**values, purge_at=None)
             )
-        self.bury = (
-            update(latest)
-            .where(latest.c.digest == digest)
-            .values(
-                user_id=None,
-                payload=None,
-                write_id=None,
-                updated_at_unix_ms=None,
-                version=bindparam("to_version"),
-                erased_version=bindparam("to_version"),
-                erased_at=bindparam("to_erased_at", type_=BigInteger),
-                purge_at=bindparam("to_purge_at", type_=BigInteger),
-                debts=bindparam("to_debts"),
-                position=position,
-            )
-        )
         self.trim = delete(history).where(
             history.c.digest == digest,
             history.c.version <= bindparam("floor", type_=BigInteger),
