@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from itertools import count
@@ -18,10 +19,29 @@ if TYPE_CHECKING:
     from layered_store.clock import Clock
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["Call", "call_begins", "call_continues", "current_call", "next_order"]
+__all__ = [
+    "Call",
+    "call_begins",
+    "call_continues",
+    "call_under_way",
+    "current_call",
+    "new_id",
+    "next_order",
+]
 
 next_order: Final = count(1).__next__
 """The order in which writes begin and erasures end in this process, whatever its clocks say."""
+
+
+# Seeded by the system, which takes five times as long for each id that it is asked for.
+_ids: Final = random.Random()  # noqa: S311  ids are no secrets
+if hasattr(os, "register_at_fork"):  # elsewhere than on Windows
+    os.register_at_fork(after_in_child=_ids.seed)
+
+
+def new_id() -> bytes:
+    """Return 16 random bytes that no other call returns, in any process; no secret."""
+    return _ids.getrandbits(128).to_bytes(16, "big")
 
 
 class Call(msgspec.Struct, eq=False):
@@ -42,6 +62,7 @@ class Call(msgspec.Struct, eq=False):
         ended: set when the caller was answered; a task that was left behind begins calls of its
             own.
         places: of a part of the caller's batch, where each of its snapshots stood in that.
+        sound: the snapshot that was found valid last; it cannot change.
     """
 
     write_id: bytes
@@ -55,6 +76,7 @@ class Call(msgspec.Struct, eq=False):
     fresh: bool = False
     ended: bool = False
     places: tuple[int, ...] = ()
+    sound: Any = None
     _stored: list[Any] = []
 
     def began(self, clock: Clock) -> float:
@@ -123,7 +145,7 @@ class Call(msgspec.Struct, eq=False):
         A repeated erasure spares what was written since the first, in a store that knows the
         repeat. Where another store decides, which may not, that would be left behind.
         """
-        return self.again(os.urandom(16))
+        return self.again(new_id())
 
     def part(self, index: int) -> bytes:
         """Return the write id of the snapshot at ``index`` of a batch."""
@@ -136,10 +158,14 @@ class Call(msgspec.Struct, eq=False):
 _current: ContextVar[Call | None] = ContextVar("layered_store_call", default=None)
 
 
+call_under_way: Final = _current.get
+"""Returns the write that travels down here, or did until just now; None when there is none."""
+
+
 def _new(clock: Clock) -> Call:
     started = clock.monotonic()
     by_system = started if clock is SYSTEM_CLOCK else SYSTEM_CLOCK.monotonic()
-    return Call(os.urandom(16), started, clock, next_order(), by_system, fresh=True)
+    return Call(new_id(), started, clock, next_order(), by_system, fresh=True)
 
 
 class call_begins:  # noqa: N801  used like a function: with call_begins():

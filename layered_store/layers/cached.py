@@ -529,9 +529,9 @@ class Cached(Layer):
     # Writing
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
-        user_id = snapshot.user_id
         with call_begins(self.clock) as call:
+            check_snapshot(snapshot, self.snapshot_type)
+            user_id = snapshot.user_id
             if self._following is None and self._channel is not None:
                 await self._follow_channel(self._channel)
             self._held.write_begins(user_id)

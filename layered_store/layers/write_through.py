@@ -174,9 +174,9 @@ class WriteThrough(Layer):
         return found, len(missing), copies.failed
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
-        user_id = snapshot.user_id
         with call_begins(self.clock):
+            check_snapshot(snapshot, self.snapshot_type)
+            user_id = snapshot.user_id
             if self._guard is not None:
                 await self._guard.upsert_latest(snapshot)
                 return
