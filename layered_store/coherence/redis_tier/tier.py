@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING, Any, Final
 
+from layered_store.call import new_id
 from layered_store.codec import CodecError
 from layered_store.coherence.contract import (
     CacheTier,
@@ -46,6 +46,8 @@ __all__ = ["RedisTier"]
 
 _TOKEN_MS: Final = 10_000
 """Life of a token: far longer than a load takes; one that is gone only costs a fill."""
+
+_NEW_TOKEN: Final = MAGIC + TOKEN + bytes(8)
 
 _COPY_MS: Final = int(TOMBSTONE_SECONDS * 1000)
 """Life of a copy when the store has no ``ttl``: no longer than tombstones are kept."""
@@ -163,7 +165,7 @@ class RedisTier(CacheTier):
 
     async def ticket(self, user_id: str) -> Ticket | None:
         digest, bucket = self._place(user_id)
-        token = MAGIC + TOKEN + bytes(8) + os.urandom(16)
+        token = _NEW_TOKEN + new_id()
         keys = (self._store.key(digest), bucket.guard)
         reply = await self._scripts.run(bucket, "TICKET", keys, token, _TOKEN_MS)
         return Ticket(reply[0], reply[1]) if reply else None

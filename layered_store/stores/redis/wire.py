@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import hiredis
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,11 +21,10 @@ def pack_command(args: Sequence[bytes | str | int], keys: Sequence[bytes] = ()) 
         args: its name and arguments.
         keys: more arguments, all of one length: so many are packed at once.
     """
-    parts = [b"*%d\r\n" % (len(args) + len(keys))]
-    for arg in args:
-        raw = arg if isinstance(arg, bytes) else str(arg).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
-    if keys:
-        size = b"$%d\r\n" % len(keys[0])
-        parts += (size, (b"\r\n" + size).join(keys), b"\r\n")
-    return b"".join(parts)
+    head: bytes = hiredis.pack_command(tuple(args))
+    if not keys:
+        return head
+    size = b"$%d\r\n" % len(keys[0])
+    rest = head.partition(b"\r\n")[2]
+    parts = (b"*%d\r\n" % (len(args) + len(keys)), rest, size, (b"\r\n" + size).join(keys))
+    return b"".join((*parts, b"\r\n"))
