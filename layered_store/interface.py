@@ -248,9 +248,11 @@ def listed(values: Iterable[T], field: str, operation: str) -> tuple[T, ...]:
     """
     if not isinstance(values, str | bytes):
         try:
-            return tuple(values)
+            each = iter(values)
         except TypeError:
             pass
+        else:
+            return tuple(each)  # what it raises on the way is the caller's own
     raise ValidationError(
         f"must be a list (or another iterable), not one {type(values).__name__}",
         field=field,

@@ -220,6 +220,21 @@ async def test_iterators_are_read_once() -> None:
     assert await layer.get_latest_many(iter(["u-1"])) == {"u-1": STATE}
 
 
+async def test_what_an_iterator_raises_is_not_taken_for_a_wrong_argument() -> None:
+    """A batch ends with the caller's own error, whatever its class, and stores nothing."""
+
+    def snapshots() -> Iterable[StateSnapshot]:
+        yield STATE
+        raise TypeError("a fault of the caller's")
+
+    for store in (MemoryStore(), Two(), Cached(MemoryStore()), Retry(Two())):
+        with pytest.raises(TypeError, match="of the caller's"):
+            await store.upsert_latest_many(snapshots())
+        with pytest.raises(TypeError, match="of the caller's"):
+            await store.get_latest_many(each.user_id for each in snapshots())
+        assert await store.get_latest("u-1") is None
+
+
 async def test_capabilities_of_an_around_layer() -> None:
     """Each method of an ability counts as the operation it stands for; a plain Layer has none."""
     seen: list[Op] = []
