@@ -164,6 +164,10 @@ class Holdings:
         older one afterwards.
         """
         if current is not None:
+            if self.doubtful(user_id):
+                # It may have read before what this one saw took effect: nobody may join it now.
+                self._unindex(user_id)
+                return
             self.flights[user_id] = current
         if self.key_of is None:
             return

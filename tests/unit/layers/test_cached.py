@@ -466,6 +466,29 @@ async def test_a_given_cache_is_its_own() -> None:
     Cached(Minimal(), cache=given)
 
 
+async def test_a_load_under_a_write_is_joined_by_nobody_once_another_saw_the_write() -> None:
+    """Whoever asks after the new state was answered is not answered with the old one."""
+    before, writing, during = Gate(), Gate(), Gate()
+    cache = Cached(Scripted(before, writing, during, NEW, NEW))
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await before.entered.wait()
+    write = asyncio.create_task(cache.upsert_latest(NEW))
+    await writing.entered.wait()
+    second = asyncio.create_task(cache.get_latest("u-1"))
+    await during.entered.wait()  # it has read the old state, and is on its way back
+    before.open(NEW)
+    assert await first == NEW
+    third = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    during.open(OLD)
+    assert await second == OLD
+    assert await third == NEW
+    writing.open()
+    await write
+    assert await cache.get_latest("u-1") == NEW
+    assert not cache._flights
+
+
 async def test_a_cache_that_is_too_small_for_an_entry_keeps_none() -> None:
     """A given cache may weigh its entries; what does not fit is read from below each time."""
     given: Any = cachetools.LRUCache(1, getsizeof=lambda entry: 2)
