@@ -232,6 +232,7 @@ class LocalCopies:
                 " repeat the delete",
                 pending=(self._tier.name,),
                 operation=Op.DELETE,
+                layer="WriteThrough",
                 user_id=user_id,
             ) from exc
         self._clear(user_id)

@@ -409,8 +409,19 @@ def test_an_engine_stays_in_its_event_loop(tmp_path: Path) -> None:
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/s.db")
     for store, remedy in ((SQLStore(engine=engine), "url="), (SQLStore("sqlite://"), "file")):
         asyncio.run(store.upsert_latest(state()))
-        with pytest.raises(ClosedError, match=remedy):
-            asyncio.run(store.get_latest("u"))
+        for call in (
+            lambda store: store.get_latest("u"),
+            lambda store: store.upsert_latest(state()),
+            lambda store: store.delete("u"),
+            lambda store: store.get_history("u", 1),
+            lambda store: store.get_latest_many(["u"]),
+            lambda store: store.upsert_latest_many([state()]),
+        ):
+            coroutine = call(store)
+            with pytest.raises(ClosedError, match=remedy) as caught:
+                asyncio.run(coroutine)
+            assert caught.value.operation == coroutine.__name__
+            assert caught.value.layer == "SQLStore"
 
 
 async def test_a_given_engine_stays_open(url: str) -> None:

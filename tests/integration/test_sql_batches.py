@@ -212,7 +212,7 @@ async def test_plans_made_while_the_tables_are_small_stay_good(postgres_url: str
     """A server keeps a plan while a table grows: none may look through a whole table."""
     async with build(postgres_url) as store:
         await store.upsert_latest(state("first", 1))
-        home = store._access.home()
+        home = store._access.home("get_latest")
         texts = store._access._asyncpg
         assert texts is not None
         desk = await home.desks.take()

@@ -73,6 +73,7 @@ class GuardedErasures:
                 "the system of record has the user erased, a cache tier could not be reached; it"
                 " is cleaned before it answers again; repeat the delete",
                 pending=(self.tier.tier_name,),
+                layer="WriteThrough",
                 user_id=user_id,
             ) from exc
         try:

@@ -119,15 +119,19 @@ class Access:
         self._lock = threading.Lock()
         self._ending = Ending()
 
-    def home(self) -> engines.Home:
-        """Return what is kept for the running event loop, made on first use."""
+    def home(self, operation: str) -> engines.Home:
+        """Return what is kept for the running event loop, made on first use.
+
+        Args:
+            operation: what it is for, for the error.
+        """
         loop = running_loop()
         home = self.homes.get(loop)
         if home is not None:
             return home
         with self._lock:
             if self.homes and (self._given is not None or self._one_connection):
-                self._refuse_loop()
+                self._refuse_loop(operation)
             engines.forget_dead(self.homes)
             home = self.homes[loop] = self._new_home(loop)
         return home
@@ -166,14 +170,16 @@ class Access:
             event.listen(engine.sync_engine, "do_connect", lambda *_: self._file.check())
         return engine
 
-    def _refuse_loop(self) -> None:
+    def _refuse_loop(self, operation: str) -> None:
         remedy = (
             "build the engine and the store in the loop that uses them, or pass url="
             if self._given is not None
             else "use a file, or one event loop"
         )
         raise ClosedError(
-            f"this store's connections belong to another event loop; {remedy}", layer=self._name
+            f"this store's connections belong to another event loop; {remedy}",
+            operation=operation,
+            layer=self._name,
         )
 
     async def aclose(self) -> None:
@@ -395,7 +401,7 @@ class Access:
         It runs in a task of its own, so that the caller can leave at once: throwing away a
         connection that hangs takes the drivers seconds.
         """
-        home = self.home()
+        home = self.home(op)
         session = self._session()
         task = home.loop.create_task(
             self._attempt(home, session, partial(self._operate, session, work), writes=writes)

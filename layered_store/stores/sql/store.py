@@ -209,7 +209,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         try:
             if self._closed:
                 self._check_open(Op.GET_LATEST)
-            reads = self._access.home().reads
+            reads = self._access.home(Op.GET_LATEST).reads
             try:
                 row = await reads.submit(self._digest(user_id))
             except asyncio.CancelledError:
@@ -238,7 +238,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         if rows == 0:
             return []
         digest, age = self._digest(user_id), self._max_age_us
-        histories = self._access.home().histories
+        histories = self._access.home(Op.GET_HISTORY).histories
         if histories is not None and rows <= _BATCHED_ROWS:
             found = (await self._all(histories, [(digest, rows, age)]))[0]
             if isinstance(found, Exception):
@@ -263,7 +263,7 @@ class SQLStore(StoreOfRecord, Enumerable):
     async def peek(self, user_id: str) -> Peek:
         """Tell what the row of a user holds."""
         self._check_open("peek")
-        row = await self._row(self._digest(user_id))
+        row = await self._row(self._digest(user_id), "peek")
         if isinstance(row, Exception):
             raise self._own_error(row, "peek", self.name)
         if row is None:
@@ -335,7 +335,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         return records
 
     async def _records(self, wanted: Sequence[str]) -> Mapping[str, Versioned]:
-        reads = self._access.home().reads
+        reads = self._access.home(Op.GET_LATEST_MANY).reads
         rows = await self._all(reads, [self._digest(user_id) for user_id in wanted])
         records = {}
         for user_id, row in zip(wanted, rows, strict=True):
@@ -354,7 +354,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
-        writes = self._access.home().writes
+        writes = self._access.home(Op.UPSERT_LATEST).writes
         try:  # as ``_changed`` does; written out, since each write comes by here
             row = await writes.submit(item)
         except asyncio.CancelledError:
@@ -374,7 +374,8 @@ class SQLStore(StoreOfRecord, Enumerable):
             self._prepare(snapshot, call.part(index), call, fresh=fresh)
             for index, snapshot in enumerate(snapshots)
         ]
-        rows = await self._all(self._access.home().writes, items)
+        writes = self._access.home(Op.UPSERT_LATEST_MANY).writes
+        rows = await self._all(writes, items)
         failed = [row for row in rows if isinstance(row, Exception)]
         if failed:
             # Repeating the call is safe. That some are stored, or may be, is not hidden.
@@ -396,7 +397,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         digest = self._digest(user_id)
         call = current_call(self.clock)
         erasure = self._new_erasure(digest, tiers, call.write_id, call.first_attempt())
-        result = await self._changed(erasure)
+        result = await self._changed(erasure, Op.DELETE)
         if isinstance(result, Exception):
             raise self._own_error(result, Op.DELETE, self.name)
         version, anew = result
@@ -466,7 +467,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         check_user_id(user_id, op)
         try:
             self._check_open(op)
-            row = await self._row(self._digest(user_id))
+            row = await self._row(self._digest(user_id), op)
             if isinstance(row, Exception):
                 raise self._own_error(row, op, self.name)
             record = ABSENT if row is None else self._record(user_id, row, op)
@@ -476,18 +477,18 @@ class SQLStore(StoreOfRecord, Enumerable):
         self._reads.found(record.snapshot)
         return record
 
-    async def _row(self, digest: bytes) -> Any:
+    async def _row(self, digest: bytes, operation: str) -> Any:
         """Return a user's row, None, or an exception object."""
-        reads = self._access.home().reads
+        reads = self._access.home(operation).reads
         try:
             return await reads.submit(digest)
         except asyncio.CancelledError:
             reads.left()
             raise
 
-    async def _changed(self, item: Write | Erasure) -> Any:
+    async def _changed(self, item: Write | Erasure, operation: str) -> Any:
         """Return what a write or an erasure left, or an exception object."""
-        writes = self._access.home().writes
+        writes = self._access.home(operation).writes
         try:
             return await writes.submit(item)
         except asyncio.CancelledError:

@@ -290,6 +290,7 @@ async def test_an_erasure_that_misses_the_tier_says_so_and_is_never_shown(way: s
     with pytest.raises(ErasureIncompleteError) as caught:
         await store.delete("u-1")
     assert caught.value.pending == ("Tier",)
+    assert (caught.value.layer, caught.value.operation) == ("WriteThrough", "delete")
     assert caught.value.retryable
     assert "u-1" not in str(caught.value)
     tier.up = True

@@ -379,6 +379,7 @@ async def test_an_erasure_that_misses_the_tier_is_an_event_once_and_its_end_too(
         with pytest.raises(ErasureIncompleteError) as caught:
             await store.delete("u-1")
         assert caught.value.pending == ("shelf",)
+        assert (caught.value.layer, caught.value.operation) == ("WriteThrough", "delete")
     tier.error = None
     await store.delete("u-1")
     await store.delete("u-1")
