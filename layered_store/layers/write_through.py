@@ -40,6 +40,7 @@ from layered_store.stats import Reads, Sample
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from layered_store.call import Call
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["WriteThrough"]
@@ -174,7 +175,7 @@ class WriteThrough(Layer):
         return found, len(missing), copies.failed
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        with call_begins(self.clock):
+        with call_begins(self.clock) as call:
             check_snapshot(snapshot, self.snapshot_type)
             user_id = snapshot.user_id
             if self._guard is not None:
@@ -189,13 +190,14 @@ class WriteThrough(Layer):
                 except BaseException as exc:
                     self._unknown(user_id, exc)
                     raise
-                await self._copies.put(user_id, stands)
+                if self._knows_what_stands(call):
+                    await self._copies.put(user_id, stands)
             finally:
                 self._copies.end(user_id, turn)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = check_snapshots(snapshots, self.snapshot_type)
-        with call_begins(self.clock):
+        with call_begins(self.clock) as call:
             if self._guard is not None:
                 await self._guard.upsert_latest_many(batch)
                 return
@@ -212,8 +214,9 @@ class WriteThrough(Layer):
                     for user_id in turns:
                         self._unknown(user_id, exc)
                     raise
-                for user_id in turns:
-                    await self._copies.put(user_id, stands[user_id])
+                if self._knows_what_stands(call):
+                    for user_id in turns:
+                        await self._copies.put(user_id, stands[user_id])
             finally:
                 for user_id, turn in turns.items():
                     self._copies.end(user_id, turn)
@@ -330,6 +333,14 @@ class WriteThrough(Layer):
         """Note a write of the origin that failed and may still take effect."""
         if not not_happened(exc):
             self._copies.doubt(user_id, quarantine=True)
+
+    def _knows_what_stands(self, call: Call) -> bool:
+        """Tell whether what a write left in the origin is known; if not, the next read fills.
+
+        An origin that keeps its versions to itself may have refused the write all the same, since
+        an erasure or a newer snapshot won.
+        """
+        return self._authority is not None or not call.superseded
 
     async def _write(self, snapshot: StateSnapshot) -> StateSnapshot | None:
         """Write to the origin; return what it holds for the user afterwards."""

@@ -21,6 +21,7 @@ from layered_store.errors import (
 )
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import Op, StateStore
+from layered_store.layer import Layer
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
 from layered_store.layers.write_through import WriteThrough
@@ -277,6 +278,37 @@ async def test_a_refused_write_leaves_the_copy_alone_for_no_longer_than_a_read()
     with pytest.raises(OverloadedError):
         await store.upsert_latest(NEW)
     assert await store.get_latest("u-1") == OLD
+    assert store._copies.pending == 0
+
+
+@pytest.mark.parametrize("way", ["one", "many"])
+async def test_a_write_that_an_origin_behind_a_layer_refused_is_not_put_in_the_tier(
+    way: str,
+) -> None:
+    """It began before the user was erased, and must not bring the user back."""
+    gate = Gate()
+
+    class Slow(Layer):
+        async def delete(self, user_id: str) -> None:
+            await gate.pass_through()
+            await super().delete(user_id)
+
+    tier, origin = Tier(), MemoryStore()
+    store = WriteThrough(tier, origin=Slow(origin))
+    await store.upsert_latest(OLD)
+    erasure = asyncio.create_task(store.delete("u-1"))
+    await gate.entered.wait()
+    write = asyncio.create_task(
+        store.upsert_latest(NEW) if way == "one" else store.upsert_latest_many([NEW])
+    )
+    await settle()
+    gate.open()
+    await asyncio.gather(erasure, write)
+    assert await origin.get_latest("u-1") is None
+    assert tier.states == {}
+    assert await store.get_latest("u-1") is None
+    await store.upsert_latest(NEW)
+    assert tier.states == {"u-1": NEW}
     assert store._copies.pending == 0
 
 
