@@ -110,11 +110,21 @@ def fresh(error: Exception) -> Exception:
     """Return an error of one's own for one more caller: a shared one would mix up tracebacks."""
     if isinstance(error, StoreError):
         return error.fresh()
-    try:
-        twin = copy.copy(error)
-    except Exception:  # noqa: BLE001  an exception class that cannot be copied
-        return error
-    if type(twin) is not type(error) or twin.args != error.args:
-        return error
-    twin.__cause__ = error
+    for twin_of in (copy.copy, _unbuilt):
+        try:
+            twin = twin_of(error)
+            same = type(twin) is type(error) and twin.args == error.args
+            if same and str(twin) == str(error):
+                twin.__cause__ = error
+                return twin
+        except Exception:  # noqa: BLE001, S112  an exception class that cannot be copied this way
+            continue
+    return error
+
+
+def _unbuilt(error: Exception) -> Exception:
+    """Return a copy made without ``__init__``, which may take other arguments than ``args``."""
+    twin = type(error).__new__(type(error))
+    twin.args = error.args
+    twin.__dict__.update(error.__dict__)
     return twin

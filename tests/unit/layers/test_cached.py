@@ -613,8 +613,10 @@ async def test_an_error_reaches_every_waiter_once_and_is_not_cached() -> None:
     assert len(inner.calls) == 2
 
 
-async def test_an_error_class_that_cannot_be_copied_is_shared() -> None:
-    """A third party's exception reaches the waiters even when it cannot be built again."""
+async def test_an_error_class_that_cannot_be_built_again_reaches_all() -> None:
+    """A third party's exception, of which each gets his own: a shared one would collect the frames
+    of all, and each log line show them.
+    """
 
     class Odd(Exception):
         def __init__(self, one: int, two: int) -> None:
@@ -626,8 +628,10 @@ async def test_an_error_class_that_cannot_be_copied_is_shared() -> None:
     await gate.entered.wait()
     await asyncio.sleep(0)
     gate.open(Odd(1, 2))
-    results = await asyncio.gather(*tasks, return_exceptions=True)
+    results: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(result) for result in results} == {Odd}
+    assert len({id(result) for result in results}) == 3
+    assert {str(result) for result in results} == {"1 2"}
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "a" * 257, "\x00", 5, None, ["u-1"], {}, "u\n", "é/"])
@@ -1088,13 +1092,32 @@ class ForbiddenError(Exception):
         raise RuntimeError
 
 
+class LoneError(Exception):
+    """One of which there is one only."""
+
+    def __new__(cls, text: str) -> LoneError:
+        return super().__new__(cls, text)
+
+    def __copy__(self) -> LoneError:
+        raise RuntimeError
+
+
+class ChangedError(OSError):
+    """One that a copy would tell less of."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(5, "no", path)
+
+
 @pytest.mark.parametrize(
     ("error", "own"),
     [
         (UnavailableError("down"), True),
         (OddError("odd", 5), True),
-        (StubbornError("no"), False),
-        (ForbiddenError("no"), False),
+        (StubbornError("no"), True),
+        (ForbiddenError("no"), True),
+        (LoneError("no"), False),
+        (ChangedError("no"), False),
     ],
 )
 async def test_each_who_waits_gets_an_error_of_his_own(error: Exception, own: bool) -> None:
