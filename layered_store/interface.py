@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -17,7 +17,6 @@ from layered_store.sealed import SealedSnapshot
 from layered_store.snapshot import StateSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from types import TracebackType
 
     from layered_store.stats import Sample
@@ -293,6 +292,28 @@ def check_state(
     if found is not None and not is_state_of(found, user_id):
         raise not_of_user(user_id, Op.GET_LATEST, layer.name)
     return found
+
+
+def states_by_user(found: object, layer: StateStore) -> Mapping[str, StateSnapshot]:
+    """Return what a store below answered to a batch, or raise CorruptDataError if it is none."""
+    if isinstance(found, Mapping):
+        return found
+    raise CorruptDataError(
+        "the store below answered a batch with no dict of states by user",
+        operation=Op.GET_LATEST_MANY,
+        layer=layer.name,
+    )
+
+
+def check_states(
+    found: object, wanted: Iterable[str], layer: StateStore
+) -> dict[str, StateSnapshot]:
+    """Return what a store below answered to a batch, of the users asked for only.
+
+    A record of another user is left out; asked for alone, it raises.
+    """
+    states = states_by_user(found, layer)
+    return {key: states[key] for key in wanted if is_state_of(states.get(key), key)}
 
 
 def check_history(found: object, user_id: str, layer: str) -> list[StateSnapshot]:

@@ -17,7 +17,7 @@ from layered_store.interface import (
     StateStore,
     check_history,
     check_state,
-    is_state_of,
+    check_states,
     listed,
     report_of,
 )
@@ -73,8 +73,8 @@ class Layer(StateStore):
         return check_history(await self.inner.get_history(user_id, limit), user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        found = await self.inner.get_latest_many(user_ids)
-        return {key: state for key, state in found.items() if is_state_of(state, key)}
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        return check_states(await self.inner.get_latest_many(wanted), wanted, self)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         await self.inner.upsert_latest_many(snapshots)

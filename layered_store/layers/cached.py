@@ -38,6 +38,7 @@ from layered_store.interface import (
     check_user_ids,
     is_state_of,
     not_of_user,
+    states_by_user,
 )
 from layered_store.layer import Layer
 from layered_store.options import (
@@ -402,7 +403,7 @@ class Cached(Layer):
 
     async def _lead_many(self, led: Mapping[str, Flight]) -> Mapping[str, StateSnapshot | None]:
         try:
-            values = await self.inner.get_latest_many(tuple(led))
+            values = states_by_user(await self.inner.get_latest_many(tuple(led)), self)
             found = {user_id: values.get(user_id) for user_id in led}
         except Exception as exc:
             left = dict(led)

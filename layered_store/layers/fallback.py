@@ -26,7 +26,7 @@ from layered_store.interface import (
     StateStore,
     check_history,
     check_state,
-    is_state_of,
+    check_states,
     listed,
     report_of,
 )
@@ -111,8 +111,7 @@ class Fallback(Layer):
         except (UnavailableError, RejectedError) as exc:
             method = self.secondary.get_latest_many
             found = await self._instead(exc, Op.GET_LATEST_MANY, method, wanted)
-        # A record of another user is left out; asked for alone, it raises.
-        return {key: found[key] for key in wanted if is_state_of(found.get(key), key)}
+        return check_states(found, wanted, self)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         try:

@@ -31,9 +31,10 @@ from layered_store.interface import (
     check_snapshot,
     check_snapshots,
     check_state,
+    check_states,
     check_user_ids,
-    is_state_of,
     report_of,
+    states_by_user,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
@@ -289,12 +290,12 @@ class Ramp(Layer):
         found: dict[str, StateSnapshot] = {}
         if other:
             self._reads["other"] += len(other)
-            found.update(await self._other.get_latest_many(other))
+            found.update(states_by_user(await self._other.get_latest_many(other), self))
         answered = set(found) if self.alternative is not None else set(other)
         rest = [user_id for user_id in wanted if user_id not in answered]
         if rest:
             self._reads["inner"] += len(wanted) - len(other)
-            found.update(await self.inner.get_latest_many(rest))
+            found.update(states_by_user(await self.inner.get_latest_many(rest), self))
         # As a single read does.
         again = [
             user_id
@@ -302,8 +303,8 @@ class Ramp(Layer):
             if (self._midway(user_id) if user_id in other else self.takes(user_id))
         ]
         if again:
-            found.update(await self._other.get_latest_many(again))
-        return {key: found[key] for key in wanted if is_state_of(found.get(key), key)}
+            found.update(states_by_user(await self._other.get_latest_many(again), self))
+        return check_states(found, wanted, self)
 
     # Writing
 

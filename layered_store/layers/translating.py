@@ -30,6 +30,7 @@ from layered_store.interface import (
     check_snapshots,
     check_user_ids,
     not_of_user,
+    states_by_user,
 )
 from layered_store.layer import Layer
 from layered_store.snapshot import StateSnapshot
@@ -132,7 +133,7 @@ class TranslatingLayer(Layer):
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         below = self.ids_below(user_ids, Op.GET_LATEST_MANY)
         with _ErrorsOf(below):
-            kept = await self.inner.get_latest_many(list(below))
+            kept = states_by_user(await self.inner.get_latest_many(list(below)), self)
         found = {}
         for inner_id, user_id in below.items():
             if inner_id in kept:

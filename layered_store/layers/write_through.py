@@ -29,8 +29,8 @@ from layered_store.interface import (
     check_snapshot,
     check_snapshots,
     check_state,
+    check_states,
     check_user_ids,
-    is_state_of,
     report_of,
 )
 from layered_store.layer import Layer
@@ -162,9 +162,7 @@ class WriteThrough(Layer):
             user_id: self._copies.watch(user_id) if copies.fillable else None for user_id in missing
         }
         try:
-            answer = await self.origin.get_latest_many(missing)
-            # A record of another user is left out; asked for alone, it raises.
-            loaded = {key: answer[key] for key in missing if is_state_of(answer.get(key), key)}
+            loaded = check_states(await self.origin.get_latest_many(missing), missing, self)
             found.update(loaded)
             while marks:
                 user_id, mark = marks.popitem()

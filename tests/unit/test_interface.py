@@ -12,6 +12,7 @@ from layered_store import (
     AroundLayer,
     Cached,
     ClosedError,
+    Compressed,
     ConfigError,
     CorruptDataError,
     Fallback,
@@ -20,6 +21,8 @@ from layered_store import (
     MemoryStore,
     Op,
     OverloadedError,
+    Prefixed,
+    Ramp,
     Retry,
     SQLStore,
     StateSnapshot,
@@ -365,6 +368,43 @@ async def test_a_history_that_is_not_the_users_is_never_returned(
     with pytest.raises(CorruptDataError) as caught:
         await layer(Elsewhere()).get_history("u-1", 5)
     assert (caught.value.operation, caught.value.user_id) == ("get_history", "u-1")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Counts,
+        Cached,
+        Retry,
+        lambda store: WriteThrough(MemoryStore(), origin=store),
+        lambda store: Fallback(store, secondary=MemoryStore()),
+        lambda store: Ramp(store, alternative=MemoryStore(), share=0.5),
+        Compressed,
+        lambda store: Prefixed(store, prefix="t"),
+    ],
+)
+async def test_a_batch_answers_with_the_users_asked_for_only(
+    layer: Callable[[StateStore], StateStore],
+) -> None:
+    """Whatever a store from elsewhere adds to its answer, and no dict is no answer."""
+
+    class Elsewhere(Two):
+        answer: Any = None
+
+        async def get_latest_many(self, user_ids: Iterable[str]) -> Any:
+            return self.answer
+
+    store = Elsewhere()
+    stack = layer(store)
+    for answer in ({"u-2": StateSnapshot("u-2")}, {"u-1": None, 5: 5}, {"u-1": StateSnapshot("x")}):
+        store.answer = answer
+        assert await stack.get_latest_many(["u-1", "u-3"]) == {}
+    for answer in (None, [], 5, [StateSnapshot("u-1")]):
+        store.answer = answer
+        with pytest.raises(CorruptDataError) as caught:
+            await stack.get_latest_many(["u-1"])
+        assert caught.value.operation == "get_latest_many"
+        assert caught.value.layer is not None
 
 
 @pytest.mark.parametrize("failure", [UnavailableError(), OverloadedError()])
