@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from layered_store.call import call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS, may_take_effect, not_happened
 from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import (
     ConfigError,
@@ -360,7 +360,7 @@ class Ramp(Layer):
                         await _upsert(self._other, batch, op)
                 except Exception as exc:
                     self._fall_behind(users)
-                    if getattr(exc, "outcome_unknown", True):
+                    if may_take_effect(exc):
                         self._doubt(users)
                     if in_share:
                         raise self._unknown(exc, op) from exc

@@ -18,6 +18,7 @@ from layered_store import (
     Ramp,
     Retry,
     StateSnapshot,
+    StoreTimeoutError,
     Timeout,
     UnavailableError,
     UnsupportedError,
@@ -557,12 +558,22 @@ async def test_a_write_that_lost_in_inner_is_not_stored_at_the_alternative() -> 
     assert await ramp.get_latest(LOW) is None
 
 
-async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_inner() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("cut off", outcome_unknown=True),
+        StoreTimeoutError("no answer"),
+        OSError("of a driver"),
+    ],
+)
+async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_inner(
+    error: Exception,
+) -> None:
     """A later write may be overtaken there: for 5 s none of them makes the alternative answer."""
     clock = FakeClock()
     other = Down()
     ramp = Ramp(MemoryStore(), alternative=other, share=1.0, clock=clock)
-    other.error = UnavailableError("cut off", outcome_unknown=True)
+    other.error = error
     with pytest.raises(UnavailableError):
         await ramp.upsert_latest(StateSnapshot(LOW, 1))
     other.error = None
