@@ -179,7 +179,7 @@ class Retry(AroundLayer):
         longest = self._base_delay
         while True:
             if op.is_write and not not_happened(error):
-                doubt = error if doubt is None or not doubt.outcome_unknown else doubt
+                doubt = error if doubt is None or not may_take_effect(doubt) else doubt
             delay = self.random.uniform(0.0, longest)
             longest = min(longest * 2.0, self._max_delay)
             if not self._may_repeat(op, error, made, delay, self._left(started)):
@@ -275,7 +275,7 @@ def _told(error: StoreError, doubt: StoreError | None, made: int) -> StoreError:
             # "Refused, nothing happened" is true of the last attempt only.
             doubt.__cause__ = doubt.__cause__ or error
             error = doubt
-        elif doubt.outcome_unknown:
+        elif may_take_effect(doubt):
             error.outcome_unknown = True
     if made > 1:
         error.add_note(f"layered_store: {made} attempts were made")

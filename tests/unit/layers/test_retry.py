@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from layered_store.call import current_call
+from layered_store.call import call_begins, current_call
 from layered_store.errors import (
     CircuitOpenError,
     ConfigError,
@@ -464,10 +464,18 @@ async def test_of_several_failures_the_most_doubtful_is_told() -> None:
     assert unknown.__cause__ is cause
 
 
-async def test_an_unknown_outcome_stays_unknown() -> None:
+@pytest.mark.parametrize(
+    "first",
+    [
+        UnavailableError("cut off", outcome_unknown=True),
+        StoreTimeoutError("cut off", outcome_unknown=True),
+        StoreTimeoutError("no answer"),
+    ],
+)
+async def test_an_unknown_outcome_stays_unknown(first: StoreError) -> None:
     """Unknown, then a plain failure: the error raised still says that the write may stand."""
     last = down()
-    retry = at_once(Scripted(StoreTimeoutError("cut off", outcome_unknown=True), last), attempts=2)
+    retry = at_once(Scripted(first, last), attempts=2)
     with pytest.raises(UnavailableError, match="may or may not") as caught:
         await retry.upsert_latest(STATE)
     assert caught.value is last
@@ -476,6 +484,18 @@ async def test_an_unknown_outcome_stays_unknown() -> None:
     with pytest.raises(UnavailableError) as caught:
         await at_once(Scripted(down(), down()), attempts=2).upsert_latest(STATE)
     assert not caught.value.outcome_unknown  # both surely failed
+
+
+@pytest.mark.parametrize("between", [0, 1, 2])
+async def test_a_repeat_that_went_well_leaves_the_doubt_about_an_attempt_without_answer(
+    between: int,
+) -> None:
+    """It may still take effect, whatever failed after it: who keeps the copy has to know."""
+    for first, unsure in ((StoreTimeoutError("no answer"), True), (down(), False)):
+        retry = at_once(Scripted(first, *(down() for _ in range(between)), None), attempts=4)
+        with call_begins() as call:
+            await retry.upsert_latest(STATE)
+        assert call.unsure is unsure
 
 
 async def test_a_refused_repeat_of_a_read_is_raised() -> None:
