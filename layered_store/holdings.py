@@ -88,7 +88,8 @@ class Holdings:
         entries: by user id.
         flights: the current load of each user.
         writing: who is being written.
-        quarantine: until when nothing may be kept of a user.
+        quarantine: until when nothing may be kept of a user; looked at when a load or a write
+            begins, so whoever stands here when one ends began before that.
         by_digest: whom a notice of the channel is about.
         key_of: the digest of a user, once there is a channel.
         removals: how many entries went, by metric and reason.
@@ -139,6 +140,8 @@ class Holdings:
     def take_off(self, user_id: str, flight: Flight) -> None:
         """Make a load the current one of its user."""
         with self.lock:
+            if self.quarantine:
+                self._end_quarantines()
             self.flights[user_id] = flight
             if self.key_of is not None:
                 flight.digest = self.key_of(user_id)
@@ -199,6 +202,10 @@ class Holdings:
             else:
                 writers.overlapped = True
             writers.count += 1
+            if self.quarantine:
+                self._end_quarantines()
+                # An earlier write may take effect after this one, and before this one ends.
+                writers.overlapped |= user_id in self.quarantine
 
     def write_ends(
         self, user_id: str, snapshot: StateSnapshot | None, version: int, *, kept: bool = True
@@ -238,7 +245,7 @@ class Holdings:
 
     def doubtful(self, user_id: str) -> bool:
         """Tell whether a user is being written, or was and nobody knows with what outcome."""
-        return user_id in self.writing or self._quarantined(user_id)
+        return user_id in self.writing or user_id in self.quarantine
 
     # The invalidation channel
 
@@ -282,8 +289,10 @@ class Holdings:
         """Store what a load or a lone write found, unless something makes it doubtful."""
         lifetime = self._lifetime if value is not None else self._negative_lifetime
         if not lifetime or self.writing or self.quarantine:
+            # Before quarantines end: what comes now was read or written under them.
+            doubtful = self.doubtful(user_id)
             self._end_quarantines()
-            if not lifetime or self.doubtful(user_id):
+            if not lifetime or doubtful:
                 self.remove(user_id)
                 self._unindex(user_id, digest)
                 return
@@ -334,15 +343,16 @@ class Holdings:
                 self.removals["cache_evictions", "expired"] += 1
                 self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
 
-    def _quarantined(self, user_id: str) -> bool:
-        until = self.quarantine.get(user_id) if self.quarantine else None
-        return until is not None and self._monotonic() < until
-
     def _end_quarantines(self) -> None:
-        """Forget the users whose time is over; they stand in the order in which it ends."""
+        """Forget the users whose time is over; they stand in the order in which it ends.
+
+        A load that began before is taken out: it may have read what was there before.
+        """
         now = self._monotonic()
         while self.quarantine and self.quarantine[first := next(iter(self.quarantine))] <= now:
             del self.quarantine[first]
+            self.flights.pop(first, None)
+            self._unindex(first)
 
     def _on_evict(self, node: Node) -> None:
         self._unindex(node.key, node.digest)  # type: ignore[attr-defined]

@@ -204,7 +204,7 @@ class AroundLayer(Layer):
 
     def _call_clock(self) -> Clock:
         # Whether it is a whole ``Clock`` would take longer to tell than all else here.
-        clock = getattr(self, "clock", None)
+        clock: Any = getattr(self, "clock", None)
         return clock if hasattr(clock, "monotonic") else SYSTEM_CLOCK
 
     def capability(self, kind: type[C]) -> C | None:

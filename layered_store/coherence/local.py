@@ -39,13 +39,15 @@ class _Copy(Turn):
 
     Attributes:
         changes: how many began or ended.
+        unsettled: whether an earlier write could still take effect when this change began.
     """
 
-    __slots__ = ("changes",)
+    __slots__ = ("changes", "unsettled")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.changes = 0
+        self.unsettled = False
 
 
 class CopyRead(NamedTuple):
@@ -120,9 +122,8 @@ class LocalCopies:
     async def read(self, user_id: str) -> CopyRead:
         """Return the copy, if there is one that may be believed."""
         if not self.usable(user_id):
-            until = self._doubted_until(user_id)
-            settled = until is not None and until <= self._clock.monotonic()
-            return CopyRead(None, fillable=settled)
+            doubted = self._doubted_until(user_id) is not None
+            return CopyRead(None, fillable=doubted)
         try:
             snapshot = await self._tier.get_latest(user_id)
         except CALLER_ERRORS:
@@ -157,8 +158,17 @@ class LocalCopies:
             self.failures["read"] += 1
         return right and self.usable(user_id)
 
-    def watch(self, user_id: str) -> tuple[_Copy, int]:
-        """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`."""
+    def _settled(self, user_id: str) -> bool:
+        """Tell whether no earlier write can take effect any more."""
+        return (self._doubted_until(user_id) or 0.0) <= self._clock.monotonic()
+
+    def watch(self, user_id: str) -> tuple[_Copy, int] | None:
+        """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`.
+
+        None says that it may not: an earlier write could take effect after the read.
+        """
+        if not self._settled(user_id):
+            return None
         copy = self._turns.enter(user_id)
         return copy, copy.changes
 
@@ -173,6 +183,7 @@ class LocalCopies:
             if snapshot is None or copy.busy or copy.changes != changes:
                 return
             await copy.take()  # at once, since it is nobody's
+            copy.unsettled = False
             try:
                 await self._store(user_id, snapshot)
             except CALLER_ERRORS:
@@ -193,6 +204,7 @@ class LocalCopies:
         """Begin a write: wait for the one before, and keep readers off the copy until ``end``."""
         copy = await self._turns.begin(user_id)
         copy.changes += 1
+        copy.unsettled = not self._settled(user_id)
         return copy
 
     def end(self, user_id: str, copy: _Copy) -> None:
@@ -279,8 +291,9 @@ class LocalCopies:
         self._clear(user_id)
 
     def _clear(self, user_id: str) -> None:
-        """Believe the copy again, unless an earlier write may still come after it."""
-        if (self._doubted_until(user_id) or 0.0) > self._clock.monotonic():
+        """Believe the copy again, unless an earlier write may have come after this change."""
+        copy = self._turns.users.get(user_id)
+        if (copy is not None and copy.unsettled) or not self._settled(user_id):
             return
         self._doubtful.pop(user_id, None)
         if self._forgotten_until is not None:

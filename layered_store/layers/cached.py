@@ -251,7 +251,7 @@ class Cached(Layer):
                 self._reads.miss += 1
                 return result  # type: ignore[no-any-return]
         elif flight is None or flight.loop.is_closed():
-            if self._channel is None:
+            if self._channel is None and not self._held.quarantine:
                 check_user_id(user_id, Op.GET_LATEST)
                 flight = self._flights[user_id] = Flight(loop)
             else:

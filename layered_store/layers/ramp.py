@@ -342,6 +342,8 @@ class Ramp(Layer):
         try:
             for user_id in users:
                 turns[user_id] = await self._turns.begin(user_id)
+            # What an earlier write may still do at the alternative could come after this one.
+            settled = [user_id for user_id in users if not self._doubted(user_id)]
             with call_begins() as call:
                 try:
                     await _upsert(self.inner, batch, op)
@@ -372,7 +374,7 @@ class Ramp(Layer):
                     if own.superseded:  # it has something else for the latest state
                         self._fall_behind(users)
                     else:
-                        self._catch_up(users)
+                        self._catch_up(settled)
         finally:
             for user_id, turn in turns.items():
                 self._turns.end(user_id, turn)
@@ -394,6 +396,7 @@ class Ramp(Layer):
             return
         turn = await self._turns.begin(user_id)
         try:
+            settled = not self._doubted(user_id)
             pending: list[str] = []
             first: Exception | None = None
             # Until both have erased, only inner tells the truth.
@@ -413,7 +416,8 @@ class Ramp(Layer):
                     layer=self.name,
                     user_id=user_id,
                 ) from first
-            self._catch_up([user_id])
+            if settled:
+                self._catch_up([user_id])
         finally:
             self._turns.end(user_id, turn)
 
@@ -435,9 +439,7 @@ class Ramp(Layer):
 
     def _catch_up(self, users: Iterable[str]) -> None:
         for user_id in users:
-            # What an earlier write may still do there would come after this one.
-            if not self._doubted(user_id):
-                self._behind.pop(user_id, None)
+            self._behind.pop(user_id, None)
 
     # The rest of a layer
 

@@ -21,7 +21,8 @@ def pack_command(args: Sequence[bytes | str | int], keys: Sequence[bytes] = ()) 
         args: its name and arguments.
         keys: more arguments, all of one length: so many are packed at once.
     """
-    head: bytes = hiredis.pack_command(tuple(args))
+    # Its stub knows tuples of one.
+    head: bytes = hiredis.pack_command(tuple(args))  # type: ignore[arg-type]
     if not keys:
         return head
     size = b"$%d\r\n" % len(keys[0])

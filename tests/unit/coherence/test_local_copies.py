@@ -104,6 +104,25 @@ async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_w
     assert (await copies.read("u-1")).snapshot == STATE
 
 
+async def test_a_change_that_began_in_doubt_is_not_believed_though_it_ends_after_it() -> None:
+    """The write that was not answered may have come in between, to the origin or to the tier."""
+    clock = FakeClock()
+    copies = LocalCopies(MemoryStore(clock=clock), clock)
+    for state in (STATE, None):
+        copies.doubt("u-1", quarantine=True)
+        assert copies.watch("u-1") is None  # nothing read now may be stored
+        await clock.advance(QUARANTINE_SECONDS - 1.0)
+        user = await copies.begin("u-1")
+        await clock.advance(2.0)
+        await copies.put("u-1", state)
+        copies.end("u-1", user)
+        assert not copies.usable("u-1")
+        assert (await copies.read("u-1")).fillable
+        await fill(copies)
+        assert (await copies.read("u-1")).snapshot == STATE
+        assert copies._turns.users == {}
+
+
 class Unsure(MemoryStore):
     """A tier whose first write fails, and arrives when the test says so."""
 

@@ -466,6 +466,52 @@ async def test_a_given_cache_is_its_own() -> None:
     Cached(Minimal(), cache=given)
 
 
+@pytest.mark.parametrize("way", ["write", "read", "batch"])
+async def test_what_began_in_doubt_is_not_kept_though_it_ends_after_it(way: str) -> None:
+    """The write that was not answered may have come in between."""
+    clock, gate = FakeClock(), Gate()
+    inner = Scripted(StoreTimeoutError("no answer"), gate, OLD)
+    cache = Cached(inner, ttl=100, clock=clock)
+    with pytest.raises(StoreTimeoutError):
+        await cache.upsert_latest(OLD)
+    await clock.advance(4)
+    calls: dict[str, Any] = {
+        "write": lambda: cache.upsert_latest(NEW),
+        "read": lambda: cache.get_latest("u-1"),
+        "batch": lambda: cache.get_latest_many(["u-1"]),
+    }
+    task = asyncio.create_task(calls[way]())
+    await gate.entered.wait()
+    await clock.advance(2)
+    gate.open({"u-1": NEW} if way == "batch" else NEW)
+    await task
+    for _ in range(2):
+        assert await cache.get_latest("u-1") == OLD
+    assert len(inner.calls) == 3
+    assert not cache._held.quarantine
+
+
+async def test_the_end_of_a_doubt_takes_out_the_load_that_began_in_it() -> None:
+    """Whoever comes then loads anew, whatever the old load finds."""
+    clock, gate, other = FakeClock(), Gate(), Gate()
+    inner = Scripted(StoreTimeoutError("no answer"), gate, other, OLD)
+    cache = Cached(inner, ttl=100, clock=clock)
+    with pytest.raises(StoreTimeoutError):
+        await cache.upsert_latest(OLD)
+    first = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await clock.advance(5.1)
+    another = asyncio.create_task(cache.get_latest("u-2"))
+    await other.entered.wait()
+    assert await cache.get_latest("u-1") == OLD
+    gate.open(NEW)
+    other.open()
+    assert await first == NEW
+    await another
+    assert await cache.get_latest("u-1") == OLD
+    assert len(inner.calls) == 4
+
+
 async def test_a_load_under_a_write_is_joined_by_nobody_once_another_saw_the_write() -> None:
     """Whoever asks after the new state was answered is not answered with the old one."""
     before, writing, during = Gate(), Gate(), Gate()

@@ -588,6 +588,29 @@ async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_in
     assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 3)
 
 
+async def test_a_write_that_began_in_doubt_leaves_its_user_at_inner_though_it_ends_later() -> None:
+    """The one that was not answered may have come in between."""
+    clock = FakeClock()
+    other = Down()
+    ramp = Ramp(MemoryStore(), alternative=other, share=1.0, clock=clock)
+    other.error = StoreTimeoutError("no answer")
+    with pytest.raises(UnavailableError):
+        await ramp.upsert_latest(StateSnapshot(LOW, 1))
+    other.error = None
+    for call in (lambda: ramp.upsert_latest(StateSnapshot(LOW, 2)), lambda: ramp.delete(LOW)):
+        ramp._doubt([LOW])
+        await clock.advance(4.0)
+        other.gate = asyncio.Event()
+        task = asyncio.create_task(call())
+        await settle()
+        await clock.advance(2.0)
+        other.gate.set()
+        await task
+        assert ramp.behind == 1
+    await ramp.upsert_latest(StateSnapshot(LOW, 3))
+    assert ramp.behind == 0
+
+
 async def test_a_cancelled_write_may_still_reach_the_alternative() -> None:
     """Cut off on its way there, it is as one whose outcome is unknown."""
     clock = FakeClock()
