@@ -19,7 +19,7 @@ from layered_store.stores.redis.links import LaneLink
 from layered_store.testing.clock import FakeClock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="redis-server is not installed")
 
@@ -78,6 +78,26 @@ async def test_broken_peer(answer: bytes | None) -> None:
         assert write.outcome_unknown
         assert not await store.health_check()
         await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"+OK\r\n", b"*0\r\n", b"*3\r\n$-1\r\n:1\r\n:1\r\n", b"*-1\r\n"]
+)
+async def test_a_reply_to_another_question_acknowledges_nothing(answer: bytes) -> None:
+    """Nor is it taken apart as if it were the right one."""
+    async with answering(answer) as url:
+        calls: list[tuple[Callable[[RedisStore], Awaitable[object]], bool]] = [
+            (lambda store: store.upsert_latest(StateSnapshot("u-1")), True),
+            (lambda store: store.upsert_latest_many([StateSnapshot("u-1")]), True),
+            (lambda store: store.delete("u-1"), True),
+            (lambda store: store.get_latest_many(["u-1", "u-2"]), False),
+        ]
+        for call, writes in calls:
+            store = RedisStore(url, timeout=0.2)
+            error = await failure(call(store))
+            assert isinstance(error, UnavailableError)
+            assert error.outcome_unknown is writes
+            await store.aclose()
 
 
 REPLIES = {

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.redis_tier import scripts
 from layered_store.coherence.redis_tier.connection import connected
-from layered_store.errors import StoreError, UnavailableError
+from layered_store.errors import UnavailableError
+from layered_store.stores.redis.failures import GarbageError
 from layered_store.stores.redis.scripts import RedisScript
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from layered_store.coherence.redis_tier.buckets import Bucket
     from layered_store.coherence.redis_tier.connection import ServerRun
+    from layered_store.errors import StoreError
     from layered_store.stores.redis.store import RedisStore
 
 __all__ = ["LoadedScripts", "Scripts"]
@@ -25,6 +27,21 @@ _FORGETS_SINCE: Final = 7
 
 _SHARDED_SINCE: Final = 7
 """Since this Redis a cluster has channels that belong to a slot."""
+
+_REPLIES: Final = {
+    "TICKET": list,
+    "FILL": int,
+    "PUT": int,
+    "BURY": list,
+    "HOLDERS": list,
+    "BEGIN": list,
+    "RENEW": int,
+    "REPAIR": list,
+    "STAMP": int,
+    "STALE": (bytes, type(None)),
+    "PING": int,
+}
+"""What the scripts reply, by name."""
 
 _WRITES: Final = frozenset({"PUT", "BURY"})
 """Scripts of which it matters to the caller whether they took effect."""
@@ -69,22 +86,25 @@ class Scripts:
     async def run(self, bucket: Bucket, name: str, keys: Sequence[bytes], *args: Any) -> Any:
         """Run a script and return its reply."""
         loaded = self.loaded.get(bucket) or await self.load(bucket)
-        try:
-            return await self._store.command(
-                "EVALSHA", loaded.sha[name], len(keys), *keys, *args, write=name in _WRITES
-            )
-        except StoreError as exc:
-            refused = self.refused(loaded, exc, exc.__cause__)
-            if refused is exc:
-                raise
-            raise refused from exc
+        reply = await self._store.begin(("EVALSHA", loaded.sha[name], len(keys), *keys, *args))
+        if isinstance(reply, _REPLIES[name]):
+            return reply
+        if not isinstance(reply, Exception):
+            reply = GarbageError()  # no Redis says that to this question
+        raise self.refused(loaded, reply, write=name in _WRITES) from reply
 
     def refused(
-        self, loaded: LoadedScripts, error: StoreError, cause: BaseException | None
+        self, loaded: LoadedScripts, reply: Exception, *, write: bool = False
     ) -> StoreError:
-        """Return the error to raise, after forgetting scripts that the server does not know."""
-        if getattr(cause, "code", "") != "NOSCRIPT":
-            return error
+        """Return the error to raise, after forgetting scripts that the server does not know.
+
+        Args:
+            loaded: the scripts that were called.
+            reply: what came back.
+            write: whether it matters to the caller if they took effect.
+        """
+        if getattr(reply, "code", "") != "NOSCRIPT":
+            return self._store.refusal(reply, "command", write=write)
         # Another server run, or its scripts were flushed: then all its buckets' are gone.
         for each in [each for each, other in self.loaded.items() if other is loaded]:
             del self.loaded[each]

@@ -100,9 +100,7 @@ class RedisTier(CacheTier):
             if isinstance(reply, StoreError):
                 raise reply.fresh()  # each of those who read together has an error of its own
             if isinstance(reply, Exception):
-                raise self._scripts.refused(
-                    loaded, self._store.refusal(reply, "command"), reply
-                ) from reply
+                raise self._scripts.refused(loaded, reply) from reply
             read = self._read(user_id, loaded.server, *reply)
         except Exception as exc:
             reads.failed(exc)

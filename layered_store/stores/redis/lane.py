@@ -68,19 +68,31 @@ class _Reads:
         return False
 
     def set_result(self, reply: Any) -> None:
-        """Hand each reader its value, or all of them what went wrong."""
+        """Hand each reader its value, or all of them what went wrong.
+
+        Raises:
+            GarbageError: the reply is none to such a question, as all of them were told.
+        """
         keys = self._keys
         values: Any = None
-        if type(reply) is list:
+        if len(keys) == 1:
+            values = (reply,) if reply is None or type(reply) is bytes else None
+        elif type(reply) is list:
             values = reply
             if len(reply) != len(keys):
-                held = dict(zip(dict.fromkeys(keys), reply, strict=True))
-                values = [held[key] for key in keys]
+                unique = dict.fromkeys(keys)
+                held = dict(zip(unique, reply, strict=False))
+                values = [held[key] for key in keys] if len(reply) == len(unique) else None
+        strange = values is None and not isinstance(reply, Exception)
+        if strange:
+            reply = GarbageError()
         for future, value in zip(self._futures, values or repeat(reply), strict=False):
             try:
                 future.set_result(value)
             except asyncio.InvalidStateError:
                 pass  # its caller was cancelled
+        if strange:
+            raise reply
 
 
 class Lane(asyncio.Protocol):
@@ -322,8 +334,8 @@ class Lane(asyncio.Protocol):
                 except asyncio.InvalidStateError:
                     pass  # its caller was cancelled
         except (GarbageError, IndexError):
-            # No reply of Redis, or one that nobody asked for: the two sides no longer agree on what
-            # answers what.
+            # No reply of Redis, or one that nobody asked for, or that answers something else: the
+            # two sides no longer agree on what answers what.
             self._end(GarbageError())
             return
         self._answered += before - len(pending)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from layered_store.errors import UnavailableError
 from layered_store.stores.erasures import Began
+from layered_store.stores.redis.failures import GarbageError, translate
 from layered_store.stores.redis.scripts import NOW, UPSERT
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ async def settle(
         op: for errors.
 
     Raises:
-        UnavailableError: its order and that of an erasure cannot be told; nothing was stored.
+        UnavailableError: its order and that of an erasure cannot be told, and nothing was stored;
+            or the reply is none of the script's.
     """
     for _ in range(_TRIES):
-        if not isinstance(reply, list):
-            return bool(reply == 1)
+        if reply in (0, 1):
+            return bool(reply)
+        if not isinstance(reply, list) or list(map(type, reply)) != [int] * 3:
+            raise translate(GarbageError(), operation=op, layer=store.name, write=True)
         version, erased_at, now_us = reply
         began = Began()
         began.learn(sent, store.clock.monotonic(), now_us)

@@ -54,7 +54,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
-from layered_store.stores.redis.failures import ReplyError, translate
+from layered_store.stores.redis.failures import GarbageError, ReplyError, translate
 from layered_store.stores.redis.late import Write, settle
 from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
 from layered_store.stores.redis.record import (
@@ -230,7 +230,7 @@ class RedisStore(StateStore, Enumerable):
             "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
             current_call(self.clock).write_id,
         )  # fmt: skip
-        version = await self._call(command, Op.DELETE, write=True, script=ERASE)
+        version = await self._call(command, Op.DELETE, write=True, script=ERASE, kind=int)
         if version:
             self._erasures_of(digest).made(digest, version, next_order())
 
@@ -247,7 +247,7 @@ class RedisStore(StateStore, Enumerable):
         if _is_foreign(reply):
             self._corrupt += 1
             return []
-        entries = self._checked(reply, Op.GET_HISTORY, write=False)
+        entries = self._checked(reply, Op.GET_HISTORY, write=False, kind=list)
         found = (self._decode(entry, user_id) for entry in entries)
         return [snapshot for snapshot in found if snapshot is not None]
 
@@ -280,7 +280,9 @@ class RedisStore(StateStore, Enumerable):
         replies = await link.call_all([("MGET", *(key for _, key in page)) for page in pages])
         found = {}
         for page, reply in zip(pages, replies, strict=True):
-            values = self._checked(reply, Op.GET_LATEST_MANY, write=False)
+            values = self._checked(
+                reply, Op.GET_LATEST_MANY, write=False, kind=list, length=len(page)
+            )
             for (user_id, _), value in zip(page, values, strict=True):
                 snapshot = self._read(value, user_id)
                 if snapshot is not None:
@@ -472,21 +474,21 @@ class RedisStore(StateStore, Enumerable):
         return await self._call(args, operation, write=write)
 
     def begin(
-        self, args: Sequence[bytes | str | int], keys: Sequence[bytes]
+        self, args: Sequence[bytes | str | int], keys: Sequence[bytes] = ()
     ) -> asyncio.Future[Any]:
         """Send one command; the future's result is the reply or an exception object.
 
         Args:
             args: its name and first arguments.
-            keys: the others: keys of users' records.
+            keys: more arguments, all of one length: keys of users' records.
         """
         link = self._link_here("command")
         future = link.send_now(pack_command(args, keys))
         return future or link.loop.create_task(link.call((*args, *keys)))
 
-    def refusal(self, reply: Exception, operation: str) -> StoreError:
-        """Return what such a result of a read means; raise it ``from`` that."""
-        return translate(reply, operation=operation, layer=self.name, write=False)
+    def refusal(self, reply: Exception, operation: str, *, write: bool = False) -> StoreError:
+        """Return what such a result means; raise it ``from`` that."""
+        return translate(reply, operation=operation, layer=self.name, write=write)
 
     async def new_connection(self, bucket: str = "0") -> Any:
         """Return a new ``redis.asyncio`` connection, established; the caller disconnects it."""
@@ -547,10 +549,16 @@ class RedisStore(StateStore, Enumerable):
         return await settle(self, self._erasures_of(write.digest), write, reply, sent, operation)
 
     async def _call(
-        self, command: Command, operation: str, *, write: bool, script: RedisScript | None = None
+        self,
+        command: Command,
+        operation: str,
+        *,
+        write: bool,
+        script: RedisScript | None = None,
+        kind: type | None = None,
     ) -> Any:
         reply = await self._send(self._link_here(operation), command, script)
-        return self._checked(reply, operation, write=write)
+        return self._checked(reply, operation, write=write, kind=kind)
 
     async def _send(
         self, link: LaneLink | ClientLink, command: Command, script: RedisScript | None
@@ -560,7 +568,19 @@ class RedisStore(StateStore, Enumerable):
             reply = await link.call(("EVAL", script.source, *command[2:]))
         return reply
 
-    def _checked(self, reply: Any, operation: str, *, write: bool) -> Any:
+    def _checked(
+        self,
+        reply: Any,
+        operation: str,
+        *,
+        write: bool,
+        kind: type | None = None,
+        length: int | None = None,
+    ) -> Any:
+        if not isinstance(reply, Exception) and not (
+            (kind is None or type(reply) is kind) and (length is None or len(reply) == length)
+        ):
+            reply = GarbageError()
         if isinstance(reply, Exception):
             raise translate(reply, operation=operation, layer=self.name, write=write) from reply
         return reply

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from layered_store.stores.redis.failures import (
     ConnectionLostError,
     GarbageError,
@@ -260,4 +262,31 @@ async def test_bytes_that_are_no_reply_end_the_lane() -> None:
         await other.say(b"+PONG\r\nHTTP/1.1 200 OK\r\n")
         assert await calls[0] == b"PONG"
         assert isinstance(await calls[1], GarbageError)
+        assert not lane.open
+
+
+@pytest.mark.parametrize(
+    ("keys", "reply"),
+    [
+        ((b"a",), b"*0\r\n"),
+        ((b"a",), b"*1\r\n$1\r\nx\r\n"),
+        ((b"a",), b":1\r\n"),
+        ((b"a", b"b"), b"*1\r\n$-1\r\n"),
+        ((b"a", b"b", b"a"), b"*5\r\n:1\r\n:1\r\n:1\r\n:1\r\n:1\r\n"),
+        ((b"a", b"b"), b"*-1\r\n"),
+        ((b"a", b"b"), b"+OK\r\n"),
+    ],
+)
+async def test_a_reply_to_another_question_ends_the_lane(
+    keys: tuple[bytes, ...], reply: bytes
+) -> None:
+    """Nobody waits for ever for what was lost in it, and an absent answer is no absent user."""
+    async with peer() as other:
+        lane = other.lane()
+        reads = [lane.read(key) for key in keys]
+        await other.hear(10)
+        call = lane.send(PING)
+        await other.say(reply)
+        results = await asyncio.wait_for(asyncio.gather(*reads, call), 5)
+        assert all(isinstance(result, GarbageError) for result in results), results
         assert not lane.open
