@@ -16,9 +16,10 @@ from servers import Cluster, SentinelGroup
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from chaos.proxy import Proxy  # noqa: E402
 from chaos.stacks import build, count, leased, number, started, state, trusted, until  # noqa: E402
 
-from layered_store import Cached, RedisStore, SQLStore  # noqa: E402
+from layered_store import Cached, RedisStore, SQLStore, UnavailableError  # noqa: E402
 from layered_store.coherence.contract import CacheTier, Change  # noqa: E402
 from layered_store.coherence.redis_tier.buckets import buckets_of  # noqa: E402
 
@@ -166,6 +167,38 @@ async def test_a_node_that_is_lost(cluster: Cluster, tmp_path: Path, how: str) -
         await delivered(one, other, 10**6, 2.0)
         await one.delete(USERS[0])
         assert await number(other, USERS[0]) is None
+
+
+async def test_a_cluster_that_moved_is_found_under_the_name_in_the_url() -> None:
+    """All nodes come back under other addresses, as in Kubernetes: the name is all that is left.
+
+    redis-py (issue 2472) knows only where it saw the nodes last.
+    """
+    before: Cluster = started(lambda: Cluster(1, 0))
+    after: Cluster = started(lambda: Cluster(1, 0))
+    name = Proxy(before.nodes[0].port)
+    await name.start()
+    store = RedisStore(f"redis+cluster://127.0.0.1:{name.port}")
+    try:
+        await store.upsert_latest(state("user-1", 1))
+        name.target = after.nodes[0].port
+        name.reset()
+        before.close()
+
+        async def found() -> bool:
+            try:
+                await store.upsert_latest(state("user-1", 2))
+            except UnavailableError:
+                return False
+            return True
+
+        await until(found, "the cluster at its new place")
+        assert await number(store, "user-1") == 2
+    finally:
+        await store.aclose()
+        await name.close()
+        before.close()
+        after.close()
 
 
 async def test_a_failover_by_sentinel(tmp_path: Path) -> None:

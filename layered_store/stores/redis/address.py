@@ -7,6 +7,7 @@ import inspect
 import re
 from copy import copy
 from dataclasses import dataclass
+from random import shuffle
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -172,8 +173,26 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         given.pop(name, None)
     options = {**quiet, "max_connections": limit, **given, **_ALWAYS}
 
+    class Rooted(RedisCluster):
+        """Looks for the cluster under the URL's names too, and not only where it saw its nodes.
+
+        Where nodes come back under other addresses, as in Kubernetes, those may all be gone.
+        """
+
+        async def initialize(self, *args: Any, **hints: Any) -> RedisCluster:
+            if self._initialize:
+                manager = self.nodes_manager
+                known = [
+                    *manager.startup_nodes.values(),
+                    *(ClusterNode(*node, **self.connection_kwargs) for node in nodes),
+                ]
+                # One that does not answer costs a call its time limit: the next asks another first.
+                shuffle(known)
+                manager.startup_nodes = {node.name: node for node in known}
+            return await super().initialize(*args, **hints)
+
     def client() -> Any:
-        return RedisCluster(startup_nodes=[ClusterNode(*node) for node in nodes], **options)
+        return Rooted(startup_nodes=[ClusterNode(*node) for node in nodes], **options)
 
     client()
     return lambda: Address(client=client, cluster=True)
