@@ -169,6 +169,54 @@ async def test_a_node_that_is_lost(cluster: Cluster, tmp_path: Path, how: str) -
         assert await number(other, USERS[0]) is None
 
 
+async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster) -> None:
+    """The time limit that ends the calls cuts off the driver, which then learns nothing of it."""
+    store = RedisStore(cluster.url, timeout=0.5)
+    await store.upsert_latest(state("user-1", 1))
+    slot = cluster.slot(store.key(store.digest("user-1")).decode())
+    owner = await asyncio.to_thread(cluster.owner, slot)
+    owner.stop()
+    try:
+
+        async def written() -> bool:
+            try:
+                await store.upsert_latest(state("user-1", 2))
+            except UnavailableError:
+                return False
+            return True
+
+        await until(written, "a write at the successor")
+        assert await number(store, "user-1") == 2
+    finally:
+        owner.cont()
+        await store.aclose()
+        await asyncio.to_thread(cluster.wait)
+
+
+async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
+    cluster: Cluster,
+) -> None:
+    """The driver takes itself for closed while it is to ask anew who has which keys."""
+    store = RedisStore(cluster.url, timeout=0.2)
+    for user in USERS:
+        await store.upsert_latest(state(user, 1))
+    slot = cluster.slot(store.key(store.digest("user-1")).decode())
+    owner = await asyncio.to_thread(cluster.owner, slot)
+    link: Any = store._link
+    nodes = list(link._client.nodes_manager.nodes_cache.values())
+    connections = [each for node in nodes for each in node._connections]
+    owner.stop()
+    try:
+        with pytest.raises(UnavailableError):
+            await store.upsert_latest(state("user-1", 2))
+        assert any(each.is_connected for each in connections)
+        await store.aclose()
+        assert not any(each.is_connected for each in connections)
+    finally:
+        owner.cont()
+        await asyncio.to_thread(cluster.wait)
+
+
 async def test_a_cluster_that_moved_is_found_under_the_name_in_the_url() -> None:
     """All nodes come back under other addresses, as in Kubernetes: the name is all that is left.
 

@@ -7,7 +7,7 @@ import inspect
 import re
 from copy import copy
 from dataclasses import dataclass
-from random import shuffle
+from random import sample
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -182,13 +182,12 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         async def initialize(self, *args: Any, **hints: Any) -> RedisCluster:
             if self._initialize:
                 manager = self.nodes_manager
-                known = [
-                    *manager.startup_nodes.values(),
-                    *(ClusterNode(*node, **self.connection_kwargs) for node in nodes),
-                ]
+                known = dict(manager.startup_nodes)
+                for node in nodes:
+                    root = ClusterNode(*node, **self.connection_kwargs)
+                    known.setdefault(root.name, root)
                 # One that does not answer costs a call its time limit: the next asks another first.
-                shuffle(known)
-                manager.startup_nodes = {node.name: node for node in known}
+                manager.startup_nodes = dict(sample(list(known.items()), len(known)))
             return await super().initialize(*args, **hints)
 
     def client() -> Any:

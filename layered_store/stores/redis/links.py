@@ -453,6 +453,9 @@ class ClientLink:
         except Exception as exc:  # noqa: BLE001  the store translates it
             if type(exc).__name__ == "NoScriptError":
                 return ReplyError("NOSCRIPT")
+            if isinstance(exc, TimeoutError):
+                # The driver was cut off and learned nothing: another may have these keys by now.
+                self._look_anew()
             return exc
 
     async def aclose(self) -> None:
@@ -464,18 +467,24 @@ class ClientLink:
         except TimeoutError:
             pass
         if not self._shared:
-            await self._client.aclose()
+            await self._close_client()
 
     def abandon(self) -> None:
         """Close from another event loop, as far as this one still runs."""
         if not self._shared:
             with suppress(RuntimeError):  # it was closed
-                self.loop.call_soon_threadsafe(self._close_client)
+                self.loop.call_soon_threadsafe(self._begin_to_close)
 
-    def _close_client(self) -> None:
-        task = self.loop.create_task(self._client.aclose())
+    def _begin_to_close(self) -> None:
+        task = self.loop.create_task(self._close_client())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+
+    async def _close_client(self) -> None:
+        if hasattr(self._client, "get_node_from_key"):
+            # Told to look anew, it would take itself for closed already.
+            self._client._initialize = False  # noqa: SLF001
+        await self._client.aclose()
 
 
 def _fail(waiting: _Waiting, cause: Exception) -> None:
