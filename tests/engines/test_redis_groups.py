@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from redis.crc import key_slot
-from servers import Cluster, SentinelGroup
+from servers import Cluster, SentinelGroup, Server
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -170,13 +170,25 @@ async def test_a_node_that_is_lost(cluster: Cluster, tmp_path: Path, how: str) -
 
 
 async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster) -> None:
-    """The time limit that ends the calls cuts off the driver, which then learns nothing of it."""
+    """The time limit that ends the calls cuts off the driver, which then learns nothing of it.
+
+    The others are asked where the keys are now: who calls them meanwhile does not wait either.
+    """
     store = RedisStore(cluster.url, timeout=0.5)
-    await store.upsert_latest(state("user-1", 1))
-    slot = cluster.slot(store.key(store.digest("user-1")).decode())
-    owner = await asyncio.to_thread(cluster.owner, slot)
+    for user in USERS:
+        await store.upsert_latest(state(user, 1))
+
+    def owned(user: str) -> Server:
+        return cluster.owner(cluster.slot(store.key(store.digest(user)).decode()))
+
+    owner = await asyncio.to_thread(owned, "user-1")
+    others = [user for user in USERS if owned(user) is not owner]
     owner.stop()
     try:
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await store.upsert_latest(state("user-1", 2))
+            assert await number(store, others[0]) == 1
 
         async def written() -> bool:
             try:

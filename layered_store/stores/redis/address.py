@@ -173,14 +173,23 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         given.pop(name, None)
     options = {**quiet, "max_connections": limit, **given, **_ALWAYS}
 
+    known_hints = inspect.signature(RedisCluster.initialize).parameters
+
     class Rooted(RedisCluster):
-        """Looks for the cluster under the URL's names too, and not only where it saw its nodes.
+        """Looks for the cluster under the URL's names too, when nobody answers where it was last.
 
         Where nodes come back under other addresses, as in Kubernetes, those may all be gone.
         """
 
+        hung: str | None = None
+        """Name of the node at which a call ran into its time limit."""
+
         async def initialize(self, *args: Any, **hints: Any) -> RedisCluster:
-            if self._initialize:
+            if "last_failed_node_name" in known_hints:
+                hints["last_failed_node_name"] = hints.get("last_failed_node_name") or self.hung
+            try:
+                return await super().initialize(*args, **hints)
+            except BaseException:
                 manager = self.nodes_manager
                 known = dict(manager.startup_nodes)
                 for node in nodes:
@@ -188,7 +197,7 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
                     known.setdefault(root.name, root)
                 # One that does not answer costs a call its time limit: the next asks another first.
                 manager.startup_nodes = dict(sample(list(known.items()), len(known)))
-            return await super().initialize(*args, **hints)
+                raise
 
     def client() -> Any:
         return Rooted(startup_nodes=[ClusterNode(*node) for node in nodes], **options)

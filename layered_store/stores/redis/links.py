@@ -394,6 +394,22 @@ class ClientLink:
         if hasattr(self._client, "get_node_from_key"):
             self._client._initialize = True  # noqa: SLF001
 
+    def _ask_last(self, command: Command) -> None:
+        """Have the driver ask others before the node that a command hung at: all calls wait for
+        the answer.
+        """
+        client = self._client
+        key = command[3 if command[0] in ("EVAL", "EVALSHA") else 1] if len(command) > 1 else None
+        if not hasattr(client, "nodes_manager") or not isinstance(key, bytes):
+            return
+        with suppress(Exception):  # it knows no nodes yet
+            hung = client.get_node_from_key(key.decode()).name
+            manager = client.nodes_manager
+            manager.startup_nodes = _last(manager.startup_nodes, hung)
+            manager.nodes_cache = _last(manager.nodes_cache, hung)
+            if not self._shared:
+                client.hung = hung
+
     def send_now(self, packed: bytes) -> None:
         """Return None: a client takes no packed commands."""
 
@@ -455,6 +471,7 @@ class ClientLink:
                 return ReplyError("NOSCRIPT")
             if isinstance(exc, TimeoutError):
                 # The driver was cut off and learned nothing: another may have these keys by now.
+                self._ask_last(command)
                 self._look_anew()
             return exc
 
@@ -485,6 +502,10 @@ class ClientLink:
             # Told to look anew, it would take itself for closed already.
             self._client._initialize = False  # noqa: SLF001
         await self._client.aclose()
+
+
+def _last(nodes: dict[str, Any], name: str) -> dict[str, Any]:
+    return dict(sorted(nodes.items(), key=lambda item: item[0] == name))
 
 
 def _fail(waiting: _Waiting, cause: Exception) -> None:
