@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -21,11 +22,13 @@ from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
 from layered_store.metrics.prometheus import Exporter, Key, Labels, combined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from layered_store.layers.metrics import Metrics
 
 __all__ = ["AllProcesses", "MultiprocessExporter"]
+
+_log = logging.getLogger("layered_store")
 
 _FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
@@ -177,7 +180,9 @@ class AllProcesses:
     """Reads what all processes wrote, as the client's ``MultiProcessCollector`` does.
 
     A file that is still empty is passed over: its process has begun to make it just now, or died
-    while it did, and the client would fail on it.
+    while it did, and the client would fail on it. So is one that cannot be read, of another version
+    of the client or written by two containers at once, which is told in the log: the figures of the
+    other processes must not go with it.
     """
 
     def collect(self) -> Iterable[Any]:
@@ -185,8 +190,27 @@ class AllProcesses:
         from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
 
         files = [str(path) for path in Path(_folder()).glob("*.db") if _size(path)]
-        found: Iterable[Any] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        return found
+        merge: Callable[[list[str]], Iterable[Any]] = MultiProcessCollector.merge
+        try:
+            return merge(files)
+        except Exception:  # noqa: BLE001  almost any, from what stands where a length should
+            return merge([file for file in files if _readable(file, merge)])
+
+
+_unreadable: Final[set[str]] = set()
+"""Files of which it was told in the log: once each."""
+
+
+def _readable(file: str, merge: Callable[[list[str]], Iterable[Any]]) -> bool:
+    try:
+        merge([file])
+    except Exception as exc:  # noqa: BLE001
+        if file not in _unreadable:
+            _unreadable.add(file)
+            name, kind = Path(file).name, type(exc).__name__
+            _log.warning("metrics in %s cannot be read and are left out: %s", name, kind)
+        return False
+    return True
 
 
 def _size(path: Path) -> int:

@@ -311,6 +311,29 @@ def test_nobody_needs_to_look_and_a_full_disk_is_waited_for(tmp_path: Path) -> N
     )
 
 
+def test_a_file_that_cannot_be_read_takes_no_others_with_it(tmp_path: Path) -> None:
+    """Left by another version of the client, or two containers with one folder: told once."""
+    used = (96).to_bytes(8, "little")
+    (tmp_path / "counter_1.db").write_bytes(used + (16).to_bytes(4, "little") + b"\xf0" * 84)
+    (tmp_path / "histogram_1.db").write_bytes(used + (16).to_bytes(4, "little") + b"no json." * 11)
+    (tmp_path / "gauge_livesum_1.db").write_bytes(b"abc")
+    run(
+        """
+        import logging
+        heard = []
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        logging.getLogger("layered_store").addHandler(handler)
+        stack = Metrics(MemoryStore(), name="s")
+        asyncio.run(use(stack, 2))
+        assert calls("get_latest") == calls("get_latest") == 2
+        assert len(heard) == 3, heard
+        assert any("counter_1.db" in text for text in heard), heard
+        """,
+        tmp_path,
+    )
+
+
 def test_a_process_that_has_only_begun_is_no_error(tmp_path: Path) -> None:
     """A file that is empty yet, or for ever since its process died, is passed over."""
     for name in ("counter_1.db", "gauge_livesum_1.db", "histogram_1.db"):
