@@ -122,6 +122,34 @@ async def test_connections_that_a_firewall_forgot_cost_one_time_limit(url: str) 
         await store.aclose()
 
 
+async def test_connections_that_are_never_answered_again_give_their_places_back(url: str) -> None:
+    """No end of theirs is ever heard of, and a driver that was cancelled may wait for an answer."""
+    async with proxied(url) as (proxy, through):
+        store = SQLStore(through, timeout=0.5, pool_size=2)
+        await store.upsert_latest(state())
+        for _ in range(2):
+            await proxy.set(Mode.SWALLOW)
+            calls = (store.get_latest("u"), store.upsert_latest(state()), store.head())
+            errors = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(error, StoreTimeoutError) for error in errors), errors
+            proxy._tainted.clear()  # else they were reset now
+            await proxy.set(Mode.PASS)
+            begun = time.monotonic()
+            while True:
+                try:
+                    await store.upsert_latest(state())
+                    await asyncio.gather(store.get_latest("u"), store.head())
+                    break
+                except UnavailableError:
+                    assert time.monotonic() - begun < 4
+        (home,) = store._access.homes.values()
+        begun = time.monotonic()
+        while home.desks.busy:
+            assert time.monotonic() - begun < 8
+            await asyncio.sleep(0.01)
+        await store.aclose()
+
+
 async def test_closing_while_the_server_hangs_keeps_its_limit(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

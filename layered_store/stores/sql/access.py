@@ -147,18 +147,19 @@ class Access:
         expired = desks.distrust if stoppable else None
         home.reads = Reads(
             partial(self._read_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_READS_OUT[self._family], stoppable=stoppable, expired=expired,
+            out=_READS_OUT[self._family], stoppable=stoppable, stop=desks.stop, expired=expired,
         )  # fmt: skip
         home.writes = Writes(
             partial(self._write_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_WRITES_OUT[self._family], stoppable=stoppable, expired=expired,
+            out=_WRITES_OUT[self._family], stoppable=stoppable, stop=desks.stop, expired=expired,
         )  # fmt: skip
         # asyncpg's statement stores one write per user.
         home.writes.one_each = self._asyncpg is not None
         if self._lite is not None or self._asyncpg is not None:
             home.histories = Reads(
                 partial(self._history_batch, home), self._concerns_one, self._clock,
-                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable, expired=expired,
+                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable, stop=desks.stop,
+                expired=expired,
             )  # fmt: skip
         return home
 
@@ -415,7 +416,7 @@ class Access:
         except TimeoutError:
             if not self._cannot_stop:
                 home.desks.distrust(begun)
-            unknown = self._abandon(task, session, writes=writes)
+            unknown = self._abandon(home, task, session, writes=writes)
             raise StoreTimeoutError(
                 f"no answer within {self._timeout:g} s",
                 operation=op,
@@ -423,7 +424,7 @@ class Access:
                 outcome_unknown=unknown,
             ) from None
         except asyncio.CancelledError:
-            self._abandon(task, session, writes=writes)
+            self._abandon(home, task, session, writes=writes)
             raise
         try:
             return task.result()
@@ -431,13 +432,15 @@ class Access:
             exc.operation = op
             raise
 
-    def _abandon(self, task: asyncio.Task[Any], session: Session, *, writes: bool) -> bool:
+    def _abandon(
+        self, home: engines.Home, task: asyncio.Task[Any], session: Session, *, writes: bool
+    ) -> bool:
         """Leave a task behind; return whether what it writes may still be committed."""
         if self._cannot_stop:
             # Not cancelled: its thread goes on whatever we do, and SQLAlchemy would throw the
             # connection away, which for a database in memory is the database.
             return writes
-        task.cancel()
+        home.desks.stop(task)
         return writes and session.committing
 
     def _session(self) -> Session:

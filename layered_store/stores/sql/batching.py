@@ -76,6 +76,7 @@ class Batcher(ABC):
         limit: seconds that a call may take, the wait for its batch included.
         out: most batches under way.
         stoppable: whether a batch that nobody waits for is cancelled.
+        stop: cancels its task.
         expired: told when calls got no answer within the limit, with when the first of them began.
     """
 
@@ -90,6 +91,7 @@ class Batcher(ABC):
         *,
         out: int,
         stoppable: bool,
+        stop: Callable[[asyncio.Task[None]], object] = asyncio.Task.cancel,
         expired: Callable[[float], None] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -99,6 +101,7 @@ class Batcher(ABC):
         self._alone = alone
         self._clock = clock
         self._limit = limit
+        self._stop = stop
         self._expired = expired
         self._most = out
         self._stoppable = stoppable
@@ -129,7 +132,7 @@ class Batcher(ABC):
             if batch.task is not None and not batch.cut_off and not batch.wanted:
                 # Once: psycopg then asks the server to stop, and must not be cut off in that.
                 batch.cut_off = True
-                batch.task.cancel()
+                self._stop(batch.task)
 
     async def drain(self) -> None:
         """Wait until nothing is under way."""

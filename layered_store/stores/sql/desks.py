@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import weakref
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Desk", "Desks", "let_go_of_parents"]
 
 
+_LET_GO_SECONDS: Final = 1.0
+
+
 class Desk:
     """One connection.
 
@@ -34,13 +39,15 @@ class Desk:
         engine: what made it.
     """
 
-    __slots__ = ("connection", "driver", "engine", "idle_since")
+    __slots__ = ("connection", "driver", "engine", "idle_since", "user")
 
     def __init__(self, connection: AsyncConnection, driver: Any, engine: AsyncEngine) -> None:
         self.connection = connection
         self.driver = driver
         self.engine = engine
         self.idle_since = 0.0
+        # The task of the operation that has it.
+        self.user: asyncio.Task[Any] | None = None
 
 
 class Desks:
@@ -64,6 +71,7 @@ class Desks:
         self._keep = keep
         # Whoever was used last comes last, and is used first.
         self._idle: list[Desk] = []
+        self._taken: set[Desk] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
         _alive.add(self)
@@ -81,19 +89,46 @@ class Desks:
                 raise
         self.busy += 1
         if self._idle:
-            return self._idle.pop()
+            return self._hand(self._idle.pop())
         connection: AsyncConnection | None = None
         try:
             engine = self._engine
             connection = await engine.connect()
             raw = await connection.get_raw_connection()
-            return Desk(connection, raw.driver_connection, engine)
+            return self._hand(Desk(connection, raw.driver_connection, engine))
         except BaseException:
             self.busy -= 1
             self._next()
             if connection is not None:
                 await connection.close()
             raise
+
+    def _hand(self, desk: Desk) -> Desk:
+        desk.user = asyncio.current_task()
+        self._taken.add(desk)
+        return desk
+
+    def stop(self, task: asyncio.Task[Any]) -> None:
+        """Cancel a task, and cut the connection that it has when its driver does not let go of it.
+
+        Cancelled, psycopg asks the server to stop and waits until it says that it did: 10 s, older
+        versions for ever, where a firewall or proxy forgot the connection.
+
+        Source: https://github.com/psycopg/psycopg/issues/1371
+        """
+        task.cancel()
+        if any(desk.user is task and hasattr(desk.driver, "pgconn") for desk in self._taken):
+            self._clock.call_later(_LET_GO_SECONDS, partial(self._cut, task))
+
+    def _cut(self, task: asyncio.Task[Any]) -> None:
+        for desk in self._taken:
+            if desk.user is task:
+                with suppress(Exception):  # it was closed
+                    line = socket.socket(fileno=desk.driver.pgconn.socket)
+                    try:
+                        line.shutdown(socket.SHUT_RDWR)
+                    finally:
+                        line.detach()
 
     async def give(self, desk: Desk, *, broken: bool = False) -> None:
         """Take a connection back; one that failed is not used again unless its pool says so."""
@@ -109,6 +144,8 @@ class Desks:
             else:
                 await connection.close()
         finally:
+            desk.user = None
+            self._taken.discard(desk)
             self.busy -= 1
             self._next()
 
