@@ -57,6 +57,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "23505": (_CONFLICT, True),
     "25006": (_READ_ONLY, True),
     "25P03": (_LOST, True),
+    "25P04": (_SLOW, True),
     "3D000": (_NO_DATABASE, False),
     "42P01": (_MISSING_TABLE, False),
     "42501": (_REFUSED, False),
@@ -75,10 +76,12 @@ _POSTGRES: Final[dict[str, _Rule]] = {
 # By error number: MariaDB knowledge base, "MariaDB Error Codes".
 _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1044, 1045, 1142, 1698, 1130), (_REFUSED, False)),
+    # Another way to log in, an expired password, a locked account, TLS alone.
+    **dict.fromkeys((1251, 1820, 1862, 3118, 3159), (_REFUSED, False)),
     **dict.fromkeys((1205, 1213, 1020, 1062), (_CONFLICT, True)),
     **dict.fromkeys((1290, 1792, 1836), (_READ_ONLY, True)),
     **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),
-    **dict.fromkeys((1040, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
+    **dict.fromkeys((1040, 1047, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
     **dict.fromkeys((1969, 3024), (_SLOW, True)),
     **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (_LOST, True)),
     1049: (_NO_DATABASE, False),
