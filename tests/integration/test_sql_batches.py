@@ -297,6 +297,23 @@ async def test_a_row_that_cannot_be_read_fails_its_reader_alone(url: str) -> Non
             assert list(found) == [user for user in users if user != "bob"]
 
 
+async def test_ids_that_the_encoding_lacks_fail_alone(mysql_url: str) -> None:
+    """They are refused, and the database counts as well: no repeat helps."""
+    store = build(f"{mysql_url}?charset=latin1")
+    users = ["ann", "имя", "слово", "ещё", "bob"]
+    results = await asyncio.gather(
+        *(store.upsert_latest(state(user, 1)) for user in users), return_exceptions=True
+    )
+    for user, result in zip(users, results, strict=True):
+        if user.isascii():
+            assert result is None
+        else:
+            assert type(result) is StoreError
+            assert not result.retryable
+    assert set(await store.get_latest_many(users)) == {"ann", "bob"}
+    await store.aclose()
+
+
 async def test_a_write_too_large_for_the_server_fails_alone(mysql_url: str) -> None:
     """MariaDB hangs up on it: the others of its batch are stored all the same."""
 

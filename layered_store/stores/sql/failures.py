@@ -33,6 +33,7 @@ _NO_STATEMENT: Final = (
     "prepared statements do not last here, as behind a pooler in transaction mode; pass url=, or"
     " build the engine without them"
 )
+_UNWRITABLE: Final = "a user id has characters that the encoding of the connection lacks"
 _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
 
@@ -138,6 +139,8 @@ def translate(
             text, retryable = rule
             kind = StoreTimeoutError if text is _SLOW else UnavailableError
             return kind(text, retryable=retryable, **place)
+    if any(isinstance(cause, UnicodeEncodeError) for cause in chain):
+        return StoreError(_UNWRITABLE, **place)
     for cause in chain:
         if isinstance(cause, TimeoutError):
             return StoreTimeoutError(_SLOW, **place)

@@ -124,6 +124,13 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         "certificate was not accepted",
         False,
     ),
+    (
+        "an id in no such encoding",
+        wrapped(sa.DBAPIError, UnicodeEncodeError("latin-1", SECRET, 0, 1, SECRET)),
+        StoreError,
+        "a user id has characters",
+        False,
+    ),
     # Through SQLAlchemy, with and without what the driver raised.
     ("sa unique", wrapped(sa.IntegrityError, postgres("23505")), UnavailableError, CONFLICT, True),
     (
