@@ -1,6 +1,7 @@
 """The value: one user's state at one moment, immutable all the way down."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -70,6 +71,21 @@ _GENERATED = frozenset(
 )
 
 
+def _with_struct_fields(namespace: dict[str, Any]) -> dict[str, Any]:
+    """Say the defaults of ``dataclasses.field`` as msgspec does, which would keep the ``Field``."""
+    own = dict(namespace)
+    for name, value in namespace.items():
+        if not isinstance(value, dataclasses.Field):
+            continue
+        if value.default is not dataclasses.MISSING:
+            own[name] = msgspec.field(default=value.default)
+        elif value.default_factory is not dataclasses.MISSING:
+            own[name] = msgspec.field(default_factory=value.default_factory)
+        else:
+            del own[name]
+    return own
+
+
 _SCALARS = frozenset({str, int, float, bool, bytes, "str", "int", "float", "bool", "bytes"})
 _UNCHANGEABLE = (str, int, float, complex, bytes, Enum, date, time, timedelta, tzinfo, type(None))
 """What can be handed out as it is; anything else may hold something that can be changed."""
@@ -88,7 +104,7 @@ class _SnapshotMeta(msgspec.StructMeta):
     ) -> Any:
         if config.get("frozen") is False:
             raise TypeError(f"{name} must be frozen: snapshots cannot be changed; leave frozen out")
-        return super().__new__(mcs, name, bases, namespace, **config)
+        return super().__new__(mcs, name, bases, _with_struct_fields(namespace), **config)
 
     def __init__(
         cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any

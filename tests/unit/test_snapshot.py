@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum, StrEnum
@@ -555,6 +555,26 @@ def test_frozen_dataclass_on_a_subclass() -> None:
     assert state.mood == "calm"
     assert state == Decorated("user-1", 1, mood="calm")
     assert "calm" not in repr(state)
+
+
+def test_dataclass_fields_on_a_subclass() -> None:
+    """Their defaults are those of the snapshot, made anew for each where they can change."""
+
+    @dataclass(frozen=True)
+    class Decorated(StateSnapshot):
+        mood: str = field(default="calm")
+        tags: list[str] = field(default_factory=lambda: ["new"])
+
+    class Needed(StateSnapshot, kw_only=True):
+        mood: str = field(repr=False)
+
+    state = Decorated("user-1", 1)
+    state.validate()
+    assert (state.mood, state.tags) == ("calm", ["new"])
+    assert Decorated.from_json(state.to_json()) == state
+    assert Needed("user-1", mood="calm").mood == "calm"
+    with pytest.raises(TypeError, match="mood"):
+        Needed("user-1")
 
 
 # Privacy
