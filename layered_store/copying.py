@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from layered_store.call import Call, call_continues, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.enumerable import enumerable_of, pages
-from layered_store.errors import UnsupportedError
+from layered_store.errors import CorruptDataError, UnsupportedError
 from layered_store.identity import digest_function
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Progress:
         states: states written; fewer when a repeated copy finds them there.
         conflicts: users left alone, since the target holds other states of them.
         erased: users who were erased on either side during the copy, and so are not in the target.
+        unreadable: users left alone, since one of their records cannot be read.
     """
 
     cursor: str | None = ""
@@ -46,6 +47,7 @@ class Progress:
     states: int = 0
     conflicts: int = 0
     erased: int = 0
+    unreadable: int = 0
 
 
 class CopiedUsers:
@@ -106,7 +108,7 @@ class Copy:
 
     A page may be copied again, after a kill: what the target holds already is not written twice. A
     user whose states in the target are not the oldest ones of the source is left alone and counted
-    as a conflict.
+    as a conflict; so is one with a record that cannot be read, counted apart.
 
     Whoever is erased meanwhile is not brought back. An erasure at the target wins over the copy's
     writes, which count as begun when the copy began; users erased at the source after they were
@@ -189,17 +191,23 @@ class Copy:
         gate = asyncio.Semaphore(_SIDE_BY_SIDE)
 
         async def missing(user: str) -> Sequence[StateSnapshot] | None:
-            if user not in latest:
-                return ()
-            async with gate:
-                return await self._missing(user, latest[user], there.get(user))
-
-        found: dict[str, Sequence[StateSnapshot]] = {}
-        for user, states in zip(users, await asyncio.gather(*map(missing, users)), strict=True):
+            try:
+                async with gate:
+                    state = latest.get(user)
+                    if state is None:  # erased since it was listed, or it cannot be read
+                        state = await self._source.get_latest(user)
+                    if state is None:
+                        return None
+                    states = await self._missing(user, state, there.get(user))
+            except CorruptDataError:
+                self.progress.unreadable += 1
+                return None
             if states is None:
                 self.progress.conflicts += 1
-            elif user in latest:
-                found[user] = states
+            return states
+
+        each = zip(users, await asyncio.gather(*map(missing, users)), strict=True)
+        found = {user: states for user, states in each if states is not None}
         # Everybody's oldest state, then everybody's next: in each user's order, so that the newest
         # becomes the latest, and with no user twice in a row, which stores write faster.
         rounds = zip_longest(*found.values())

@@ -26,6 +26,7 @@ _LABELS: Final = {
     "users": "users looked at",
     "states": "states written",
     "conflicts": "users left alone, since TO holds other states of them",
+    "unreadable": "users left alone, since a record of theirs cannot be read",
     "erased": "users erased meanwhile, and so not in TO",
     "users_in_source": "users in FROM",
     "users_in_target": "users in TO",
@@ -57,8 +58,8 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
     who are erased on either side meanwhile are not brought back. In the end the users of both
     sides are counted.
 
-    Exit 1 when users were left alone because TO holds other states of them, or when TO has fewer
-    users than FROM.
+    Exit 1 when users were left alone, because TO holds other states of them or because a record of
+    theirs cannot be read, or when TO has fewer users than FROM.
 
     \b
     layered-store copy redis://127.0.0.1:6379/0 sqlite+aiosqlite:///states.db
@@ -81,13 +82,13 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
             " which cannot list its users",
             markup=False,
         )
-    short = counts.target is not None and counts.target < counts.source
+    short = counts.target is not None and counts.target + done.unreadable < counts.source
     if short:
         notices.print(
             "error: TO has fewer users than FROM; when FROM was written to meanwhile, copy again",
             markup=False,
         )
-    sys.exit(1 if short or done.conflicts or counts.left else 0)
+    sys.exit(1 if short or done.conflicts or done.unreadable or counts.left else 0)
 
 
 async def _copy(source: str, target: str, place: _Place, page: int) -> tuple[Progress, Counts]:

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import click
 
-from layered_store.cli.common import notices, progress, run
+from layered_store.cli.common import fail, notices, progress, run
 from layered_store.copying import count_users
 from layered_store.enumerable import enumerable_of, pages
-from layered_store.errors import UnsupportedError
+from layered_store.errors import CorruptDataError, UnsupportedError
 from layered_store.interface import StateStore
 from layered_store.snapshot import StateSnapshot
 
@@ -36,7 +36,7 @@ _SIDE_BY_SIDE: Final = 250
 def command(stack: str, user: str | None, output: str, *, everyone: bool) -> None:
     """Write everything that is kept about USER as JSON: the latest state and the history.
 
-    Exit 1 when nothing is kept.
+    Exit 1 when nothing is kept, or when a record cannot be read: that user is left out of --all.
 
     \b
     layered-store export stack.toml u-1
@@ -45,60 +45,70 @@ def command(stack: str, user: str | None, output: str, *, everyone: bool) -> Non
     if (user is None) is not everyone:
         raise click.UsageError("give a USER or --all")
 
-    async def work(store: StateStore) -> int:
+    async def work(store: StateStore) -> tuple[int, int]:
         if user is not None:
-            record = _record(user, await store.get_latest(user), await _history(store, user))
-            if record is not None:
+            line = _record(user, await store.get_latest(user), await _history(store, user))
+            if line:
                 with click.open_file(output, "w", encoding="utf-8") as file:
-                    file.write(record)
-            return 0 if record is None else 1
+                    file.write(line)
+            return (1 if line else 0), 0
         listing = enumerable_of(store)
         if listing is None:
             raise UnsupportedError("this stack's system of record cannot list its users")
-        count = 0
+        count = unreadable = 0
         with (
             click.open_file(output, "w", encoding="utf-8") as file,
             progress("users", shown=not file.isatty()) as bar,  # not between a terminal's lines
         ):
             task = bar.add_task("exporting", total=await count_users(listing))
             async for record in _records(store, listing):
+                if record is None:
+                    unreadable += 1
+                    continue
                 file.write(record)
                 count += 1
                 bar.update(task, completed=count)
-        return count
+        return count, unreadable
 
-    count = run(stack, work)
+    count, unreadable = run(stack, work)
     if everyone:
         notices.print(f"{count:,} users")
+        if unreadable:
+            fail(f"{unreadable:,} users were left out, since a record of theirs cannot be read")
     elif not count:
         notices.print("nothing is kept about this user")
         raise SystemExit(1)
 
 
-async def _records(store: StateStore, listing: Any) -> AsyncIterator[str]:
+async def _records(store: StateStore, listing: Any) -> AsyncIterator[str | None]:
+    """Yield a line for each user; None for one with a record that cannot be read."""
     gate = asyncio.Semaphore(_SIDE_BY_SIDE)
 
-    async def history(user: str) -> list[StateSnapshot]:
+    async def record(user: str, latest: StateSnapshot | None) -> str | None:
         async with gate:
-            return await _history(store, user)
+            try:
+                if latest is None:  # erased since it was listed, or it cannot be read
+                    latest = await store.get_latest(user)
+                return _record(user, latest, await _history(store, user))
+            except CorruptDataError:
+                return None
 
     async for page in pages(listing, _PAGE):
         latest = await store.get_latest_many(page.user_ids)
-        histories = await asyncio.gather(*map(history, page.user_ids))
-        for user, states in zip(page.user_ids, histories, strict=True):
-            record = _record(user, latest.get(user), states)
-            if record is not None:
-                yield record
+        lines = (record(user, latest.get(user)) for user in page.user_ids)
+        for line in await asyncio.gather(*lines):
+            if line != "":
+                yield line
 
 
 async def _history(store: StateStore, user: str) -> list[StateSnapshot]:
     return await store.get_history(user, _EVERYTHING)
 
 
-def _record(user: str, latest: StateSnapshot | None, history: list[StateSnapshot]) -> str | None:
-    """Return the line about a user; None when nothing is kept."""
+def _record(user: str, latest: StateSnapshot | None, history: list[StateSnapshot]) -> str:
+    """Return the line about a user; empty when nothing is kept."""
     if latest is None and not history:
-        return None
+        return ""
     record = {
         "user_id": user,
         "latest": None if latest is None else json.loads(latest.to_json()),

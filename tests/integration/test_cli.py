@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -86,11 +87,32 @@ def test_copy(tmp_path: Path) -> None:
         "states": 150,
         "conflicts": 0,
         "erased": 0,
+        "unreadable": 0,
         "users_in_source": 50,
         "users_in_target": 50,
     }
     assert asyncio.run(read(tmp_path / "a.db", 50)) == asyncio.run(read(tmp_path / "b.db", 50))
     assert json.loads(run("copy", *pair, "--json", cwd=tmp_path))["states"] == 0
+
+
+def test_records_that_cannot_be_read(tmp_path: Path) -> None:
+    """They are left out and told of; nobody else is missing from an export or a copy."""
+    fill(tmp_path / "a.db", 4, 2)
+    with sqlite3.connect(tmp_path / "a.db") as damaged:
+        # One user's latest state and another's first one.
+        damaged.execute(
+            "UPDATE layered_store_history SET payload = x'ff' WHERE position IN "
+            "(SELECT max(position) FROM layered_store_history UNION "
+            "SELECT min(position) FROM layered_store_history)"
+        )
+    damaged.close()
+    pair = ("sqlite+aiosqlite:///a.db", "sqlite+aiosqlite:///b.db")
+    whole = run("export", pair[0], "--all", cwd=tmp_path, code=1).splitlines()
+    result = json.loads(run("copy", *pair, "--json", cwd=tmp_path, code=1))
+    assert (result["users"], result["states"], result["unreadable"]) == (4, 4, 2)
+    assert (result["users_in_source"], result["users_in_target"]) == (4, 2)
+    assert len(whole) == 2
+    assert set(run("export", pair[1], "--all", cwd=tmp_path).splitlines()) == set(whole)
 
 
 def test_copy_goes_on_after_kills(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from layered_store.copying import CopiedUsers, Copy, Progress
 from layered_store.enumerable import UserPage, enumerable_of, pages
-from layered_store.errors import UnsupportedError
+from layered_store.errors import CorruptDataError, UnsupportedError
 from layered_store.identity import digest_function
 from layered_store.interface import StateStore
 from layered_store.layer import Layer
@@ -270,6 +271,34 @@ async def test_without_a_history_the_latest_state_is_copied() -> None:
     assert (await _copy(source, target)).states == 3
     for state in states:
         assert await target.get_history(state.user_id, 9) == [state]
+
+
+class Damaged(MemoryStore):
+    """A source with one user whose latest state cannot be read, and one with such a history."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if user_id == "u-1":
+            raise CorruptDataError("damaged")
+        return await super().get_latest(user_id)
+
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        found = await super().get_latest_many(user_ids)
+        found.pop("u-1", None)
+        return found
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        if user_id in ("u-1", "u-2"):
+            raise CorruptDataError("damaged")
+        return await super().get_history(user_id, limit)
+
+
+async def test_a_record_that_cannot_be_read_leaves_its_user_alone() -> None:
+    """It is counted, and all others are copied."""
+    source, target = Damaged(), MemoryStore()
+    await source.upsert_latest_many([StateSnapshot(f"u-{user}", 1) for user in range(4)])
+    progress = await _copy(source, target)
+    assert (progress.users, progress.states, progress.unreadable) == (4, 2, 2)
+    assert set(await target.get_latest_many(f"u-{user}" for user in range(4))) == {"u-0", "u-3"}
 
 
 async def test_a_user_erased_since_it_was_listed_is_not_copied() -> None:
