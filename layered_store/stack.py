@@ -221,8 +221,11 @@ def options(store: StateStore) -> dict[str, Any]:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        if isinstance(value, timedelta):
-            value = value.total_seconds()  # as a config file has it
+        # As a config file has them.
+        value, default = (
+            each.total_seconds() if isinstance(each, timedelta) else each
+            for each in (value, default)
+        )
         if default is not dataclasses.MISSING and type(value) is type(default) and value == default:
             continue
         mask = field.metadata.get("mask")

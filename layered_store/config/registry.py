@@ -73,6 +73,7 @@ class Option:
         mask: hides the secret parts of a value that is shown; None shows it as it is.
         item: the type of the items of a list.
         collection: what the constructor gets a list as.
+        delta: the constructor gets a duration as a timedelta, and takes no number.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Option:
     mask: Any = None
     item: type | None = None
     collection: type = tuple
+    delta: bool = False
 
     @property
     def required(self) -> bool:
@@ -220,6 +222,10 @@ def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
         default = MISSING if parameter.default is parameter.empty else parameter.default
         if field is not None and field.default_factory is not MISSING:
             default = field.default_factory()
+        if parameter.annotation is parameter.empty:
+            hint = _of_default(parameter.name, default)
+        else:
+            hint = _resolve(parameter.annotation, cls)
         found.append(
             Option(
                 name=parameter.name,
@@ -227,10 +233,20 @@ def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
                 doc=docs.get(parameter.name, ""),
                 secret=field is not None and not field.repr,
                 mask=mask,
-                **_typing(_resolve(parameter.annotation, cls), masked=mask is not None),
+                **_typing(hint, masked=mask is not None),
             )
         )
     return tuple(found)
+
+
+def _of_default(name: str, default: Any) -> Any:
+    """Return the type of an option without annotation: its default's, or any plain one."""
+    if name == "inner":
+        return StateStore
+    if default is MISSING or default is None:
+        plain = str | int | float | bool | dict[str, Any]
+        return plain if default is MISSING else plain | None
+    return type(default)
 
 
 def _resolve(annotation: Any, cls: type) -> Any:
@@ -281,6 +297,9 @@ def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
             accepts.add(str)
         elif origin in (str, int, float, bool):
             accepts.add(origin)
+    if facts.get("duration") and not accepts:
+        accepts.add(float)
+        facts["delta"] = True
     return {"accepts": frozenset(accepts), **facts}
 
 

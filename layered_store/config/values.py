@@ -31,6 +31,21 @@ def from_text(text: str) -> Any:
 
 
 def converted(option: Option, value: Any) -> Any:
+    """Return the value that the block gets for one of a file.
+
+    Raises:
+        ValueError: it is none that the option takes; its text says what would be.
+    """
+    found = _converted(option, value)
+    if not option.delta or found is None:
+        return found
+    try:
+        return timedelta(seconds=found)
+    except (OverflowError, ValueError):
+        raise ValueError("must be a finite number of seconds that a timedelta can hold") from None
+
+
+def _converted(option: Option, value: Any) -> Any:
     accepts = option.accepts
     if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
         return None  # TOML has no null

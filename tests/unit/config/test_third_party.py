@@ -59,6 +59,17 @@ class Plain(MemoryStore):
         super().__init__()
 
 
+class Bare(Layer):
+    def __init__(self, inner, label, limit=3, *, strict=False, wait=timedelta(1), note=None):
+        super().__init__(inner)
+        self.label, self.limit, self.strict, self.wait, self.note = label, limit, strict, wait, note
+
+
+@dataclass(eq=False, repr=False)
+class Slow(Layer):
+    wait: timedelta = field(default=timedelta(seconds=90), kw_only=True)
+
+
 class Needs(MemoryStore):
     def __init__(self) -> None:
         import a_package_that_nobody_has
@@ -84,6 +95,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     blocks = {"odd": "Odd", "plain": "Plain", "needs": "Needs", "breaks": "Breaks"}
+    blocks |= {"bare": "Bare", "slow": "Slow"}
     blocks |= {"number": "nothing", "missing": "Gone", "shadowed.nothing": "x"}
     lines = [f"{kind} = {name}:{place}" for kind, place in blocks.items()]
     lines.append(f"away = {name}_away:Block")
@@ -122,6 +134,34 @@ def test_options_of_every_kind_come_from_a_file(module: Any) -> None:
     defaults = json_schema()["$defs"]["layer.odd"]["properties"]
     assert defaults["wait"]["default"] == 90.0
     assert defaults["colour"]["anyOf"][0] == {"enum": ["red", "blue"]}
+
+
+def test_an_option_without_annotation_takes_what_its_default_is(module: Any) -> None:
+    """Any plain value without one; inner is the store it wraps."""
+    given = {"label": "x", "limit": 5, "strict": True, "wait": "2s", "note": 7}
+    config: Any = {"use": "memory", "layers": [{"use": "bare", **given}]}
+    stack: Any = load_stack(config)
+    assert (stack.label, stack.limit, stack.strict, stack.note) == ("x", 5, True, 7)
+    assert stack.wait == timedelta(seconds=2)
+    assert to_config(stack)["store"]["layers"] == [{"use": "bare", **given, "wait": 2.0}]
+    jsonschema.validate({"store": config}, json_schema())
+    for wrong, words in (({"limit": "5"}, "whole number"), ({"strict": 1}, "true or false")):
+        with pytest.raises(ConfigError, match=words):
+            load_stack({"use": "memory", "layers": [{"use": "bare", "label": "x", **wrong}]})
+    with pytest.raises(ConfigError, match="bare needs this option"):
+        load_stack({"use": "memory", "layers": [{"use": "bare"}]})
+
+
+def test_a_duration_that_is_a_timedelta_only(module: Any) -> None:
+    """It is given in a file as any other, and its default is left out where a stack is shown."""
+    assert repr(module.Slow(MemoryStore())) == "Slow(MemoryStore())"
+    for wait in ("2s", 2, timedelta(seconds=2)):
+        stack: Any = load_stack({"use": "slow", "inner": {"use": "memory"}, "wait": wait})
+        assert stack.wait == timedelta(seconds=2)
+        assert repr(stack) == "Slow(MemoryStore(), wait=2.0)"
+    for wait in ("soon", float("nan"), 1e300):
+        with pytest.raises(ConfigError, match="wait: must be"):
+            load_stack({"use": "slow", "inner": {"use": "memory"}, "wait": wait})
 
 
 @pytest.mark.parametrize(
