@@ -382,6 +382,59 @@ async def test_cancelled_calls_leave_nothing_behind(url: str) -> None:
     await store.aclose()
 
 
+async def test_a_cancelled_batch_is_cancelled(url: str) -> None:
+    """At any moment, and none of its callers takes a part of the answer for the whole."""
+    async with SQLStore(url, **tables()) as store:
+        await store.upsert_latest(state())
+        for turns in range(20):
+            calls = [
+                asyncio.create_task(store.get_latest_many(["u", "v"])),
+                asyncio.create_task(store.upsert_latest_many([state("w"), state("x")])),
+            ]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            ended = [call.done() for call in calls]
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+            assert [call.cancelled() for call in calls] == [not early for early in ended]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_statement_that_nobody_waits_for_is_stopped(driver: str, postgres_url: str) -> None:
+    """Whichever call it is of: it would keep its connection until the time limit."""
+    store = SQLStore(postgres_url.replace("asyncpg", driver), timeout=60)
+    await store.upsert_latest(state())
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    holder = create_async_engine(postgres_url)
+    admin = create_async_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    async with holder.connect() as lock, admin.connect() as watch, asyncio.timeout(20):
+        await lock.exec_driver_sql(f"LOCK TABLE {store.latest_table}, {store.history_table}")
+        for call in (
+            store.get_latest("u"),
+            store.read("u"),
+            store.get_latest_many(["u", "v"]),
+            store.get_history("u", 1),
+            store.upsert_latest(state()),
+            store.upsert_latest_many([state("v"), state("w")]),
+            store.delete("u"),
+        ):
+            task = asyncio.create_task(call)
+            while not (await watch.exec_driver_sql(waiting)).scalar():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+            while (await watch.exec_driver_sql(waiting)).scalar():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await lock.rollback()
+    await holder.dispose()
+    await admin.dispose()
+    await store.aclose()
+
+
 async def test_a_cancelled_call_keeps_the_database_in_memory() -> None:
     """It has one connection, and throwing that away would throw the states away."""
     async with SQLStore("sqlite://") as store:
