@@ -74,14 +74,20 @@ async def test_opens_itself(name: str) -> None:
 
 
 async def test_all_branches_close_when_one_fails() -> None:
-    """A store that cannot be closed keeps no other one open, and its error is raised."""
+    """A store that cannot be closed keeps no other one open; once all are, its error is raised."""
 
     class Stuck(Noted):
         async def aclose(self) -> None:
             await super().aclose()
             raise RuntimeError("stuck")
 
-    stores = [Stuck(), Noted(), Noted()]
+    class Slow(Noted):
+        async def aclose(self) -> None:
+            for _ in range(9):
+                await asyncio.sleep(0)
+            await super().aclose()
+
+    stores = [Stuck(), Slow(), Slow()]
     stack = Cached(Fallback(WriteThrough(stores[0], origin=stores[1]), secondary=Layer(stores[2])))
     with pytest.raises(RuntimeError, match="stuck"):
         await stack.aclose()

@@ -11,6 +11,7 @@ import pytest
 
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError, UnavailableError
 from layered_store.stores.sql.batching import MAX_BATCH, Batch, Reads, Writes, own_error
+from layered_store.stores.sql.transactions import Session
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.explore import explore
 
@@ -243,6 +244,33 @@ async def test_each_call_has_its_own_time_limit() -> None:
     await asyncio.wait([second])
     assert isinstance(second.result(), StoreTimeoutError)
     assert not second.result().outcome_unknown
+    await batcher.drain()
+
+
+@pytest.mark.parametrize(
+    ("stoppable", "committing", "unknown"),
+    [(True, False, False), (True, True, True), (False, False, True)],
+)
+async def test_a_write_out_of_time_is_unknown_once_it_may_be_committed(
+    *, stoppable: bool, committing: bool, unknown: bool
+) -> None:
+    """Before, it is cut off; in a thread that nobody can stop it may always be."""
+    clock = FakeClock()
+    session = Session(None, None, clock, committing=committing)  # type: ignore[arg-type]
+
+    async def hang(batch: Batch) -> list[Any]:
+        batch.session = session
+        await clock.sleep(9.0)
+        return [1]
+
+    batcher = Writes(hang, about_one, clock, 2.0, out=1, stoppable=stoppable)
+    call = batcher.submit(Put(b"a", 1))
+    await asyncio.sleep(0)
+    await clock.advance(2.0)
+    await asyncio.wait([call])
+    assert isinstance(call.result(), StoreTimeoutError)
+    assert call.result().outcome_unknown is unknown
+    await clock.advance(7.0)
     await batcher.drain()
 
 
