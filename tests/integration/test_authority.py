@@ -243,6 +243,7 @@ async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:
     assert list(await store.debts("u")) == ["redis-2"]
     await store.settle(store.digest("u"), second, "redis-2")
     assert list(await store.debts("u")) == []
+    await store.settle(store.digest("never-seen"), second, "redis-2")
     assert list(await store.debts("never-seen")) == []
 
 
