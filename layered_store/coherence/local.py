@@ -14,6 +14,7 @@ from layered_store.call import call_continues, current_call
 from layered_store.coherence.outcomes import (
     CALLER_ERRORS,
     QUARANTINE_SECONDS,
+    after_commit,
     may_take_effect,
 )
 from layered_store.errors import ErasureIncompleteError
@@ -219,8 +220,8 @@ class LocalCopies:
                 await self.bury(user_id)
             else:
                 await self._store(user_id, snapshot)
-        except CALLER_ERRORS:
-            raise
+        except CALLER_ERRORS as exc:
+            raise after_commit(exc) from exc
         except Exception:  # noqa: BLE001
             return  # acknowledged by the origin; the copy is not read until it is repaired
 
@@ -235,8 +236,8 @@ class LocalCopies:
             # The origin may have erased again what was written since an earlier attempt.
             with call_continues(current_call(self._clock).anew()):
                 await self._tier.delete(user_id)
-        except CALLER_ERRORS:
-            raise
+        except CALLER_ERRORS as exc:
+            raise after_commit(exc) from exc
         except Exception as exc:
             self.failures["erase"] += 1
             raise ErasureIncompleteError(

@@ -8,12 +8,19 @@ from layered_store.errors import (
     ClosedError,
     ConfigError,
     RejectedError,
+    StoreError,
     StoreTimeoutError,
     UnsupportedError,
     ValidationError,
 )
 
-__all__ = ["CALLER_ERRORS", "QUARANTINE_SECONDS", "may_take_effect", "not_happened"]
+__all__ = [
+    "CALLER_ERRORS",
+    "QUARANTINE_SECONDS",
+    "after_commit",
+    "may_take_effect",
+    "not_happened",
+]
 
 QUARANTINE_SECONDS: Final = 5.0
 """How long a write whose outcome is unknown may still take effect: longer than any backend's
@@ -38,3 +45,10 @@ def may_take_effect(exc: BaseException) -> bool:
     """Tell whether a write that raised this may still take effect, now or later."""
     late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
     return late and not not_happened(exc)
+
+
+def after_commit(exc: StoreError) -> StoreError:
+    """Return the error of a closed tier as a caller is told whose write the origin has already."""
+    told = exc.fresh()
+    told.outcome_unknown = True
+    return told

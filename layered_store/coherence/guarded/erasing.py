@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from layered_store.coherence.contract import Notice
 from layered_store.coherence.guarded.leases import LEASE_SECONDS
-from layered_store.coherence.outcomes import CALLER_ERRORS
+from layered_store.coherence.outcomes import CALLER_ERRORS, after_commit
 from layered_store.errors import ErasureIncompleteError, StoreError
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ class GuardedErasures:
             holders = await self.tier.bury(user_id, version, self.watch.me)
             self.backlog.discard(user_id)
             await self._wait_for_leases(user_id, holders)
-        except CALLER_ERRORS:
-            raise
         except asyncio.CancelledError:
             # The debt stands; the repair comes upon it, and need not wait for its time.
             self.backlog.add(user_id)
@@ -68,7 +66,10 @@ class GuardedErasures:
             raise
         except StoreError as exc:
             self.backlog.add(user_id)
-            self.reach.failed(exc, "erase")
+            if not isinstance(exc, CALLER_ERRORS):
+                self.reach.failed(exc, "erase")
+            elif not self.watch.closed:
+                raise after_commit(exc) from exc
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached; it"
                 " is cleaned before it answers again; repeat the delete",

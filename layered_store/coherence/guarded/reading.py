@@ -193,7 +193,8 @@ class GuardedReads:
         try:
             await self.tier.fill(user_id, record, ticket)
         except CALLER_ERRORS:
-            raise
+            if not self.startup.watch.closed:
+                raise
         except StoreError as exc:
             self.reach.failed(exc, "write")
 

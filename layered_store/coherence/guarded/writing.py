@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layered_store.call import current_call
-from layered_store.coherence.outcomes import CALLER_ERRORS
+from layered_store.coherence.outcomes import CALLER_ERRORS, after_commit
 from layered_store.coherence.together import together
 from layered_store.errors import StoreError
 
@@ -93,8 +93,11 @@ class GuardedWrites:
                 return
             try:
                 await self.tier.put(user_id, record, ticket)
-            except CALLER_ERRORS:
-                raise
+            except CALLER_ERRORS as exc:
+                self.backlog.add(user_id)
+                if not self.startup.watch.closed:
+                    raise after_commit(exc) from exc
+                return  # the stack was closed in the midst of this call, which is acknowledged
             except StoreError as exc:
                 self.backlog.add(user_id)
                 self.reach.failed(exc, "write")

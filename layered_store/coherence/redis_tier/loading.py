@@ -28,7 +28,7 @@ _FORGETS_SINCE: Final = 7
 _SHARDED_SINCE: Final = 7
 """Since this Redis a cluster has channels that belong to a slot."""
 
-_REPLIES: Final = {
+_REPLIES: Final[dict[str, type | tuple[type, ...]]] = {
     "TICKET": list,
     "FILL": int,
     "PUT": int,

@@ -23,7 +23,7 @@ from layered_store.coherence.contract import (
     Versioned,
 )
 from layered_store.coherence.guarded import GuardedCopies, backlog
-from layered_store.errors import ClosedError, StoreError, UnavailableError
+from layered_store.errors import ClosedError, ErasureIncompleteError, StoreError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock
@@ -183,8 +183,9 @@ async def test_a_closed_tier_is_told_and_is_no_outage(case: str, world: World) -
     """It is a mistake of the program's, which the system of record must not hide."""
     step, call = CALLS[case]
     world.tier.fails[step] = ClosedError("this store was closed")
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClosedError) as told:
         await call(world.guard)
+    assert told.value.outcome_unknown == (step in ("put", "bury")), "the write is committed"
     assert not world.guard.failures
     del world.tier.fails[step]
     await call(world.guard)
@@ -197,6 +198,55 @@ async def test_a_tier_that_was_closed_before_a_fill_is_told(world: World) -> Non
     with pytest.raises(ClosedError):
         await world.guard.get_latest("u-1")
     assert not world.guard.failures
+
+
+async def test_what_was_committed_when_the_stack_was_closed_is_not_told_as_refused(
+    world: World,
+) -> None:
+    """A write is acknowledged, an erasure says what it did not reach, a read has its answer."""
+    closed = ClosedError("this store was closed")
+    world.tier.fails = {"put": closed, "bury": closed, "fill": closed}
+    committed, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryStore):
+        """Answers when the stack was closed."""
+
+        async def write(self, snapshot: StateSnapshot) -> Versioned:
+            record = await super().write(snapshot)
+            await answer()
+            return record
+
+        async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
+            version = await super().erase(user_id, tiers)
+            await answer()
+            return version
+
+        async def read(self, user_id: str) -> Versioned:
+            record = await super().read(user_id)
+            await answer()
+            return record
+
+    async def answer() -> None:
+        committed.set()
+        await go_on.wait()
+
+    slow = Slow(clock=world.clock)
+    guard = GuardedCopies(world.tier, slow, world.clock)
+    await MemoryStore.write(slow, state("u-3"))
+    calls = [
+        asyncio.ensure_future(guard.upsert_latest(state("u-1"))),
+        asyncio.ensure_future(guard.delete("u-2")),
+        asyncio.ensure_future(guard.get_latest("u-3")),
+    ]
+    await committed.wait()
+    await asyncio.sleep(0)
+    await guard.aclose()
+    go_on.set()
+    written, erased, read = await asyncio.gather(*calls, return_exceptions=True)
+    assert written is None
+    assert isinstance(erased, ErasureIncompleteError)
+    assert read == state("u-3")
+    assert not guard.failures
 
 
 async def test_a_ticket_that_comes_with_a_read_is_the_one_that_fills(world: World) -> None:

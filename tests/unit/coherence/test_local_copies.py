@@ -58,8 +58,10 @@ async def test_a_closed_tier_is_told_and_leaves_nothing_under_way(step: str) -> 
     copies = LocalCopies(tier, FakeClock())
     await tier.aclose()
     other = copies.watch("u-1")  # somebody else reads meanwhile
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClosedError) as told:
         await STEPS[step](copies)
+    committed = step in ("write", "removal", "erasure")
+    assert told.value.outcome_unknown == committed, "a caller must not take it for refused"
     assert not copies.failures["read"] and not copies.failures["erase"]
     async with asyncio.timeout(5):
         copies.end("u-1", await copies.begin("u-1"))  # nobody holds the user's turn
