@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Notice
 from layered_store.coherence.redis_tier.connection import connected
 from layered_store.coherence.redis_tier.messages import Message, parse
 from layered_store.coherence.together import together
 from layered_store.errors import StoreError, UnavailableError
+from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from layered_store.coherence.redis_tier.buckets import Bucket
-    from layered_store.coherence.redis_tier.connection import Connection
     from layered_store.coherence.redis_tier.loading import Scripts
+    from layered_store.stores.redis.feed import Feed
     from layered_store.stores.redis.store import RedisStore
 
     Received = tuple[Bucket, bytes, Message]
@@ -115,8 +116,11 @@ class RedisChannel:
                     group = [self._buckets[name] for name in names]
                     opening = connected(self._store, group[0])
                     connection = await connections.enter_async_context(opening)
-                    server = await self._subscribe(connection, group)
-                    reading = self._receive(connection, server, group, received)
+                    server = (await connection.server_run()).run_id.encode()
+                    feed = connection.feed()
+                    connections.callback(feed.close)
+                    await self._subscribe(feed, group)
+                    reading = self._receive(feed, server, group, received)
                     readers.append(asyncio.create_task(reading))
                 yield self._notices(listener, received)
             finally:
@@ -125,17 +129,31 @@ class RedisChannel:
                     reader.cancel()
                 await asyncio.gather(*readers, return_exceptions=True)
 
-    async def _subscribe(self, connection: Connection, group: Sequence[Bucket]) -> bytes:
-        """Subscribe to the channels of buckets of one server; return its run."""
-        run = await connection.server_run()
-        command = "SSUBSCRIBE" if self._store.is_cluster else "SUBSCRIBE"
-        for bucket in group:
-            await connection.ask(command, bucket.channel)
-        return run.run_id.encode()
+    async def _subscribe(self, feed: Feed, group: Sequence[Bucket]) -> None:
+        """Subscribe to the channels of buckets of one server."""
+        shard = "S" if self._store.is_cluster else ""
+        commands = [(f"{shard}SUBSCRIBE", bucket.channel) for bucket in group]
+        feed.send(b"".join(map(pack_command, commands)))
+        done = f"{shard.lower()}subscribe".encode()
+        left = len(group)
+        while left:
+            # Nobody relies on what the first of the channels tell before the last one stands.
+            left -= sum(reply[0] == done for reply in await self._next(feed))
+
+    async def _next(self, feed: Feed) -> list[Any]:
+        """Return what a server says next, all of it lists."""
+        try:
+            # The echoes keep it busy: a silent channel is one that was lost.
+            said = await feed.next(_SILENCE_SECONDS)
+        except Exception as exc:
+            raise self._store.refusal(exc, "command") from exc
+        if not all(type(reply) is list and reply for reply in said):
+            raise self._lost()
+        return said
 
     async def _receive(
         self,
-        connection: Connection,
+        feed: Feed,
         server: bytes,
         group: Sequence[Bucket],
         received: asyncio.Queue[Received | StoreError],
@@ -145,17 +163,16 @@ class RedisChannel:
         kind = b"smessage" if self._store.is_cluster else b"message"
         try:
             while True:
-                # The echoes keep it busy: a silent channel is one that was lost.
-                reply = await connection.next_message(_SILENCE_SECONDS)
-                if reply is None or bytes(reply[0]) != kind:
-                    raise self._lost()  # silent, or the bucket went to another server
-                message = parse(bytes(reply[2]))
-                if message is None:
-                    continue
-                if message.server != server:
-                    # Handed on by another server, so neither in order nor surely whole.
-                    raise self._lost()
-                received.put_nowait((buckets[bytes(reply[1])], server, message))
+                for reply in await self._next(feed):
+                    if reply[0] != kind:
+                        raise self._lost()  # the bucket went to another server
+                    message = parse(reply[2])
+                    if message is None:
+                        continue
+                    if message.server != server:
+                        # Handed on by another server, so neither in order nor surely whole.
+                        raise self._lost()
+                    received.put_nowait((buckets[reply[1]], server, message))
         except StoreError as exc:
             received.put_nowait(exc)
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layered_store.errors import UnavailableError
+from layered_store.stores.redis.feed import Feed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -45,9 +46,9 @@ class Connection:
         await self._done(self._driver.send_command(*command))
         return await self._done(self._driver.read_response())
 
-    async def next_message(self, seconds: float) -> Any:
-        """Return what the server sends next; None when it is silent for so long."""
-        return await self._done(self._driver.read_response(timeout=seconds))
+    def feed(self) -> Feed:
+        """Return a feed that goes on with this connection; closing it is the caller's."""
+        return Feed(self._driver, self._store.clock)
 
     async def server_run(self) -> ServerRun:
         """Return which run of which server this connection leads to."""

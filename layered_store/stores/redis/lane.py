@@ -21,6 +21,7 @@ from layered_store.stores.redis.failures import (
     ReplyError,
     not_sent,
 )
+from layered_store.stores.redis.feed import take_over
 from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
@@ -139,14 +140,8 @@ class Lane(asyncio.Protocol):
         self._reader = hiredis.Reader(
             protocolError=GarbageError, replyError=ReplyError, notEnoughData=_MORE
         )
-        # The driver's stream writer closes the transport when it is collected, so it stays.
-        self._writer = connection._writer  # noqa: SLF001
-        early = bytes(connection._reader._buffer)  # noqa: SLF001
-        # Nor may the driver's connection close it when that is collected.
-        connection._writer = connection._reader = None  # noqa: SLF001
+        self._writer, early = take_over(connection, self)
         self._transport: asyncio.Transport = self._writer.transport
-        self._transport.set_protocol(self)
-        self._transport.resume_reading()
         if self._transport.is_closing():
             self._end(ConnectionLostError())
         elif early:

@@ -6,38 +6,64 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import Any
 
+import hiredis
 import pytest
 
 from layered_store import RedisStore
 from layered_store.coherence.contract import Notice
 from layered_store.coherence.redis_tier.buckets import Bucket, buckets_of
 from layered_store.coherence.redis_tier.channel import RedisChannel
+from layered_store.stores.redis.wire import pack_command
 
 RUN = "1" * 40
 
 
 class Connection:
-    """A driver's connection to a server that says what a test has it say."""
+    """A driver's connection and its transport, to a server that says what a test has it say."""
 
     def __init__(self) -> None:
-        self.says: asyncio.Queue[Any] = asyncio.Queue()
+        self._reader = SimpleNamespace(_buffer=b"")
+        self._writer = SimpleNamespace(transport=self)
+        self.protocol: Any = None
+        # A bucket of which it tells after each answer to a subscription.
+        self.busy: Bucket | None = None
 
     async def send_command(self, *command: Any) -> None:
-        info = f"run_id:{RUN}\r\nredis_version:7.2.0\r\n".encode()
-        self.says.put_nowait(info if command[0] == "INFO" else [b"ssubscribe", command[1], 1])
+        assert command == ("INFO", "server")
 
-    async def read_response(self, timeout: float | None = None) -> Any:
-        return await self.says.get()
+    async def read_response(self) -> bytes:
+        return f"run_id:{RUN}\r\nredis_version:7.2.0\r\n".encode()
 
     async def disconnect(self, *, nowait: bool) -> None:
+        pass
+
+    def set_protocol(self, protocol: Any) -> None:
+        self.protocol = protocol
+
+    def resume_reading(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        reader = hiredis.Reader(notEnoughData=None)
+        reader.feed(data)
+        while command := reader.gets():
+            self.protocol.data_received(pack_command((b"ssubscribe", command[1], 1)))
+            if self.busy is not None:
+                self.say(self.busy, "i", 1, b"d" * 16)
+
+    def abort(self) -> None:
         pass
 
     def say(self, bucket: Bucket, kind: str, number: int, body: bytes, sent: int = 1) -> None:
         """Publish a message as a script does."""
         head = f"{kind}|{sent}|{number}|0|{RUN}|".encode()
-        self.says.put_nowait([b"smessage", bucket.channel, head + body])
+        self.protocol.data_received(pack_command((b"smessage", bucket.channel, head + body)))
 
 
 class Scripts:
@@ -62,10 +88,12 @@ class Setting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.connections: list[Connection] = []
         self.groups: list[list[str]] = []
+        self.busy = False
         store = RedisStore("redis+cluster://127.0.0.1:1")
 
         async def new_connection(_: str) -> Connection:
             self.connections.append(Connection())
+            self.connections[-1].busy = self.buckets[0] if self.busy else None
             return self.connections[-1]
 
         async def group_buckets() -> list[list[str]]:
@@ -127,6 +155,18 @@ async def test_an_echo_of_another_program_is_passed_over(setting: Setting) -> No
         connection.say(bucket, "p", 1, b"\xff\xfe")
     connection.say(setting.buckets[0], "i", 7, b"d" * 16)
     assert (await anext(notices)).version == 7
+
+
+async def test_a_bucket_that_is_written_to_keeps_no_other_from_being_followed(
+    setting: Setting,
+) -> None:
+    """Its messages come between the answers to the other subscriptions, without end."""
+    setting.busy = True
+    connection, notices = await setting.listen()
+    connection.say(setting.buckets[-1], "i", 7, b"d" * 16)
+    while (notice := await anext(notices)).version == 1:
+        pass
+    assert notice.version == 7
 
 
 async def test_what_one_listener_has_not_taken_in_yet_is_not_acknowledged(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from redis_peer import peer
 
 from layered_store.stores.redis.failures import (
     ConnectionLostError,
@@ -17,46 +14,9 @@ from layered_store.stores.redis.failures import (
     NotSentError,
     ReplyError,
 )
-from layered_store.stores.redis.lane import Lane
-from layered_store.testing.clock import FakeClock
 
 PING = b"*1\r\n$4\r\nPING\r\n"
 PUSH = b">2\r\n$10\r\ninvalidate\r\n$3\r\nkey\r\n"
-
-
-class Peer:
-    """The server's end, and the connection as redis-py hands it over."""
-
-    def __init__(self, end: socket.socket, connection: Any) -> None:
-        self.end = end
-        self.connection = connection
-        self.clock = FakeClock()
-        self.changes: list[bool] = []
-
-    def lane(self) -> Lane:
-        return Lane(self.connection, self.clock, 1.0, lambda lane: self.changes.append(lane.open))
-
-    async def say(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.end, data)
-
-    async def hear(self, size: int) -> bytes:
-        heard = b""
-        while len(heard) < size:
-            heard += await asyncio.get_running_loop().sock_recv(self.end, size - len(heard))
-        return heard
-
-
-@contextlib.asynccontextmanager
-async def peer() -> AsyncIterator[Peer]:
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    reader, writer = await asyncio.open_connection(sock=here)
-    try:
-        yield Peer(there, SimpleNamespace(_reader=reader, _writer=writer))
-    finally:
-        writer.transport.abort()
-        there.close()
-        await asyncio.sleep(0)
 
 
 async def test_a_message_between_replies_is_no_reply() -> None:
