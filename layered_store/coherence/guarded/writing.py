@@ -9,9 +9,10 @@ from layered_store.call import current_call
 from layered_store.coherence.outcomes import CALLER_ERRORS, after_commit
 from layered_store.coherence.together import together
 from layered_store.errors import StoreError
+from layered_store.running import running_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from layered_store.clock import Clock
     from layered_store.coherence.contract import Authority, CacheTier, Ticket, Versioned
@@ -37,16 +38,19 @@ class GuardedWrites:
     backlog: Backlog
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        await self.startup.ready()
-        ticket = await self._ticket(snapshot.user_id)
+        if self.startup.steady is not running_loop():
+            await self.startup.ready()
+        user_id = snapshot.user_id
+        ticket = await self._ticket(user_id)
         try:
             record = await self.authority.write(snapshot)
         except BaseException as exc:
-            self.seen.doubt((snapshot.user_id,), exc)
+            self.seen.doubt((user_id,), exc)
             raise
-        await self._committed({snapshot.user_id: record}, {snapshot.user_id: ticket})
+        self.seen.raise_floor(user_id, record.version)
+        await self._put(user_id, record, ticket)
         # A reply may be so late that this process has seen a later state: then nothing is kept.
-        seen = self.seen.floor(snapshot.user_id)
+        seen = self.seen.floor(user_id)
         current_call(self.clock).version = record.version if record.version >= seen else 0
 
     async def upsert_latest_many(self, snapshots: Sequence[StateSnapshot]) -> None:
@@ -59,7 +63,11 @@ class GuardedWrites:
         except BaseException as exc:
             self.seen.doubt(users, exc)
             raise
-        await self._committed(records, tickets)
+        for user_id, record in records.items():
+            self.seen.raise_floor(user_id, record.version)
+        await together(
+            self._put(user_id, record, tickets.get(user_id)) for user_id, record in records.items()
+        )
 
     async def _ticket(self, user_id: str) -> Ticket | None:
         if not self.reach.up:
@@ -75,17 +83,8 @@ class GuardedWrites:
             self.backlog.tier_trusted()
         return ticket
 
-    async def _committed(
-        self, records: Mapping[str, Versioned], tickets: Mapping[str, Ticket | None]
-    ) -> None:
-        """Raise the copies to what was committed; what cannot be is left to the repair."""
-        for user_id, record in records.items():
-            self.seen.raise_floor(user_id, record.version)
-        await together(
-            self._put(user_id, record, tickets.get(user_id)) for user_id, record in records.items()
-        )
-
     async def _put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
+        """Raise a copy to what was committed; what cannot be is left to the repair."""
         # Twice, since a lost connection is made anew at once and others wait for the message.
         for _ in range(2):
             if not self.reach.up:
