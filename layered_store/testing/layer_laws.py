@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Authority
-from layered_store.errors import ClosedError, StoreError, UnavailableError, UnsupportedError
+from layered_store.errors import ClosedError, StoreError, UnsupportedError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import Op, StateStore
 from layered_store.layer import Layer
@@ -15,27 +15,33 @@ from layered_store.options import check_seconds
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import children_of, replace, walk
 from layered_store.stores.memory import MemoryStore
+from layered_store.testing.law_bench import (
+    READS,
+    WRITES,
+    Bench,
+    PlainInner,
+    VersionedInner,
+    end,
+    settle,
+)
 from layered_store.testing.report import (
     Broken,
     Report,
     Result,
     Unneeded,
     build,
+    expect,
     left_since,
     run_check,
 )
 from layered_store.testing.store_checks import check_store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-
-    from layered_store.coherence.contract import Versioned
+    from collections.abc import Awaitable, Callable
 
 __all__ = ["check_layer"]
 
 _LAW_SECONDS: Final = 30.0
-_END_SECONDS: Final = 5.0
-_TURNS: Final = 30
 _CANCELLED: Final = 128
 _SOON_SECONDS: Final = 2.0
 _SOON_TRIES: Final = 40
@@ -116,7 +122,7 @@ def _around_given(factory: Callable[..., Any]) -> Callable[[StateStore], Any]:
 
 async def _both(
     title: str,
-    law: Callable[[_Bench], Awaitable[None]],
+    law: Callable[[Bench], Awaitable[None]],
     factory: Any,
     limit: float,
     *,
@@ -124,15 +130,15 @@ async def _both(
 ) -> Result:
     """Try a law around a store with versions and around one without; tell the first failure."""
     results = []
-    for inner in (_VersionedInner(), _PlainInner()):
+    for inner in (VersionedInner(), PlainInner()):
         before = asyncio.all_tasks()
         layer, twin = await build(factory, inner), await build(factory, inner)
-        bench = _Bench(layer, inner, inner if read_only else twin)
+        bench = Bench(layer, inner, inner if read_only else twin)
         result = await run_check(title, lambda bench=bench: law(bench), limit)  # type: ignore[misc]
-        inner.behave()
+        inner.law.behave()
         closed = await run_check("", layer.aclose, limit)
         await run_check("", twin.aclose, limit)
-        await _settle()
+        await settle()
         left = await left_since(before)
         for task in left:
             task.cancel()
@@ -146,300 +152,62 @@ async def _both(
     return next((result for result in results if result.outcome == "passed"), results[0])
 
 
-class _Inner:
-    """What a law can do to the store below the layer, and what that store saw."""
-
-    def __init__(self) -> None:
-        self.healthy = True
-        self.opened = self.closed = self.inside = 0
-        self.seen: list[Op] = []
-        self.entered = asyncio.Event()
-        self._fails: tuple[frozenset[Op], BaseException, bool] | None = None
-        self._once = False
-        self._holds: frozenset[Op] = frozenset()
-        self._gate: asyncio.Event | None = None
-
-    def behave(self) -> None:
-        """End all faults."""
-        self._fails = None
-        self.release()
-
-    def fail(
-        self,
-        *ops: Op,
-        error: BaseException | None = None,
-        after: bool = False,
-        once: bool = False,
-    ) -> None:
-        """Let calls of these operations fail, or the next one, before or after they took effect."""
-        error = error or UnavailableError("out of order, for the check", layer="inner")
-        self._fails = (frozenset(ops), error, after)
-        self._once = once
-
-    def hold(self, *ops: Op) -> None:
-        """Keep calls of these operations inside, with their answer in hand, until release."""
-        self._holds, self._gate = frozenset(ops), asyncio.Event()
-        self.entered.clear()
-
-    def release(self) -> None:
-        """Let the calls that are held go on."""
-        if self._gate is not None:
-            self._gate.set()
-        self._holds, self._gate = frozenset(), None
-
-    async def step(self, op: Op, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Do one operation as the law wants it."""
-        self.seen.append(op)
-        self._fail_if_told(op, after=False)
-        self.inside += 1
-        try:
-            result = await call()
-            if op in self._holds and self._gate is not None:
-                gate = self._gate
-                self.entered.set()
-                await gate.wait()
-        finally:
-            self.inside -= 1
-        self._fail_if_told(op, after=True)
-        return result
-
-    def _fail_if_told(self, op: Op, *, after: bool) -> None:
-        if self._fails is None or op not in self._fails[0] or self._fails[2] is not after:
-            return
-        error = self._fails[1]
-        if self._once:
-            self._fails = None
-        raise error
-
-
-class _VersionedInner(MemoryStore):
-    """A system of record; an upsert and its ``write`` are one operation, and so are the others."""
-
-    def __init__(self, snapshot_type: type[StateSnapshot] = StateSnapshot) -> None:
-        super().__init__(snapshot_type=snapshot_type)
-        self.law = _Inner()
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        get = super().get_latest
-        return await self.law.step(Op.GET_LATEST, lambda: get(user_id))  # type: ignore[no-any-return]
-
-    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        get = super().get_history
-        return await self.law.step(Op.GET_HISTORY, lambda: get(user_id, limit))  # type: ignore[no-any-return]
-
-    async def read(self, user_id: str) -> Versioned:
-        read = super().read_many
-        found = await self.law.step(Op.GET_LATEST, lambda: read([user_id]))
-        return found[user_id]  # type: ignore[no-any-return]
-
-    async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
-        read = super().read_many
-        return await self.law.step(Op.GET_LATEST_MANY, lambda: read(user_ids))  # type: ignore[no-any-return]
-
-    async def write(self, snapshot: StateSnapshot) -> Versioned:
-        write = super().write
-        return await self.law.step(Op.UPSERT_LATEST, lambda: write(snapshot))  # type: ignore[no-any-return]
-
-    async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
-        write = super().write_many
-        return await self.law.step(Op.UPSERT_LATEST_MANY, lambda: write(snapshots))  # type: ignore[no-any-return]
-
-    async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        erase = super().erase
-        return await self.law.step(Op.DELETE, lambda: erase(user_id, tiers))  # type: ignore[no-any-return]
-
-    async def health_check(self) -> bool:
-        return self.law.healthy
-
-    async def open(self) -> None:
-        self.law.opened += 1
-
-    async def aclose(self) -> None:
-        self.law.closed += 1
-        await super().aclose()
-
-    def behave(self) -> None:
-        self.law.behave()
-
-
-class _PlainInner(StateStore):
-    """The same without versions, as a third party's store is."""
-
-    def __init__(self, snapshot_type: type[StateSnapshot] = StateSnapshot) -> None:
-        self.law = _Inner()
-        # In a tuple, since this is no layer.
-        self._kept = (MemoryStore(snapshot_type=snapshot_type),)
-
-    @property
-    def snapshot_type(self) -> type[StateSnapshot]:
-        return self._kept[0].snapshot_type
-
-    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        kept = self._kept[0]
-        await self.law.step(Op.UPSERT_LATEST, lambda: kept.upsert_latest(snapshot))
-
-    async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        kept = self._kept[0]
-        return await self.law.step(Op.GET_LATEST, lambda: kept.get_latest(user_id))  # type: ignore[no-any-return]
-
-    async def delete(self, user_id: str) -> None:
-        kept = self._kept[0]
-        await self.law.step(Op.DELETE, lambda: kept.delete(user_id))
-
-    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        kept = self._kept[0]
-        return await self.law.step(Op.GET_HISTORY, lambda: kept.get_history(user_id, limit))  # type: ignore[no-any-return]
-
-    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        kept, wanted = self._kept[0], list(user_ids)
-        return await self.law.step(Op.GET_LATEST_MANY, lambda: kept.get_latest_many(wanted))  # type: ignore[no-any-return]
-
-    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        kept, batch = self._kept[0], list(snapshots)
-        await self.law.step(Op.UPSERT_LATEST_MANY, lambda: kept.upsert_latest_many(batch))
-
-    async def health_check(self) -> bool:
-        return self.law.healthy
-
-    async def open(self) -> None:
-        self.law.opened += 1
-
-    async def aclose(self) -> None:
-        self.law.closed += 1
-        await self._kept[0].aclose()
-
-    def behave(self) -> None:
-        self.law.behave()
-
-
-class _Bench:
-    """A layer on the bench, and the store below it.
-
-    Args:
-        layer: the layer.
-        inner: the store below.
-        behind: another way to the same states, behind the layer's back: a second layer of its kind
-            around ``inner``, since a layer may keep them there in a form of its own.
-    """
-
-    def __init__(
-        self, layer: StateStore, inner: _VersionedInner | _PlainInner, behind: StateStore
-    ) -> None:
-        self.layer = layer
-        self.inner = inner
-        self.behind = behind
-        self.law = inner.law
-
-    def state(self, user_id: str, number: int = 0) -> StateSnapshot:
-        share = (number % 11) / 10
-        return self.layer.snapshot_type(
-            user_id=user_id, updated_at_unix_ms=number, axes={"a": share}
-        )
-
-    def calls(self, user_id: str) -> dict[Op, Callable[[], Awaitable[Any]]]:
-        """Return one call of each operation."""
-        layer, state = self.layer, self.state(user_id, 7)
-        return {
-            Op.GET_LATEST: lambda: layer.get_latest(user_id),
-            Op.UPSERT_LATEST: lambda: layer.upsert_latest(state),
-            Op.DELETE: lambda: layer.delete(user_id),
-            Op.GET_HISTORY: lambda: layer.get_history(user_id, 5),
-            Op.GET_LATEST_MANY: lambda: layer.get_latest_many([user_id]),
-            Op.UPSERT_LATEST_MANY: lambda: layer.upsert_latest_many([state]),
-        }
-
-
-_READS: Final = (Op.GET_LATEST, Op.GET_LATEST_MANY)
-_WRITES: Final = (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE)
-
-
-def _expect(condition: object, message: str) -> None:
-    if not condition:
-        raise Broken(message)
-
-
-def _branches(layer: StateStore) -> bool:
-    return any(len(children_of(place.store)) > 1 for place in walk(layer))
-
-
-async def _settle() -> None:
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
-
-
-async def _reached(bench: _Bench, task: asyncio.Future[Any]) -> bool:
-    """Wait until a held call is inside the store below, or ended without getting there."""
-    entered = asyncio.ensure_future(bench.law.entered.wait())
-    await asyncio.wait({entered, task}, return_when=asyncio.FIRST_COMPLETED)
-    reached = bench.law.entered.is_set()
-    entered.cancel()
-    return reached
-
-
-async def _end(task: asyncio.Future[Any], what: str) -> Any:
-    done, _ = await asyncio.wait({task}, timeout=_END_SECONDS)
-    if not done:
-        task.cancel()
-        raise Broken(f"{what} did not end within {_END_SECONDS:g} s")
-    return None if task.cancelled() or task.exception() is not None else task.result()
-
-
 # Forwarding
 
 
-async def _reads_reach(bench: _Bench) -> None:
+async def _reads_reach(bench: Bench) -> None:
     """Reads give what the store inside holds."""
     for number in range(5):
         await bench.behind.upsert_latest(bench.state(f"r-{number}", number))
     for number in range(2):
         got = await bench.layer.get_latest(f"r-{number}")
-        _expect(
+        expect(
             got == bench.state(f"r-{number}", number),
             "get_latest() does not give what the store inside holds; forward it",
         )
     many = await bench.layer.get_latest_many([f"r-{number}" for number in range(6)])
-    _expect(
+    expect(
         many == {f"r-{number}": bench.state(f"r-{number}", number) for number in range(5)},
         f"get_latest_many() found {len(many)} of the 5 users that the store inside holds",
     )
 
 
-async def _writes_reach(bench: _Bench) -> None:
+async def _writes_reach(bench: Bench) -> None:
     """Writes reach the store inside, each item of a batch as well."""
     await bench.layer.upsert_latest(bench.state("w-0", 3))
-    _expect(
+    expect(
         Op.UPSERT_LATEST in bench.law.seen or Op.UPSERT_LATEST_MANY in bench.law.seen,
         "upsert_latest() did not reach the store inside",
     )
     held = await bench.behind.get_latest("w-0")
-    _expect(held == bench.state("w-0", 3), "upsert_latest() did not reach the store inside")
+    expect(held == bench.state("w-0", 3), "upsert_latest() did not reach the store inside")
     batch = [bench.state(f"w-{number}", number) for number in range(1, 9)]
     await bench.layer.upsert_latest_many(batch)
     held_many = await bench.behind.get_latest_many([state.user_id for state in batch])
-    _expect(
+    expect(
         held_many == {state.user_id: state for state in batch},
         f"upsert_latest_many() of {len(batch)} left {len(held_many)} in the store inside",
     )
 
 
-async def _history_reaches(bench: _Bench) -> None:
+async def _history_reaches(bench: Bench) -> None:
     """The history is that of the store inside."""
     states = [bench.state("h-1", number) for number in range(4)]
     for state in states:
         await bench.behind.upsert_latest(state)
     kept = await bench.layer.get_history("h-1", 10)
-    _expect(
+    expect(
         kept == states[::-1],
         f"get_history() gave {len(kept)} states where the store inside has 4, or in another"
         " order; forward it (Layer does)",
     )
-    _expect(
+    expect(
         await bench.layer.get_history("h-1", 2) == states[:1:-1],
         "get_history() does not hand on the limit",
     )
 
 
-async def _delete_reaches(bench: _Bench) -> None:
+async def _delete_reaches(bench: Bench) -> None:
     """A delete reaches the store inside, and nothing shows the user afterwards."""
     state = bench.state("d-1", 1)
     await bench.layer.upsert_latest(state)
@@ -451,56 +219,56 @@ async def _delete_reaches(bench: _Bench) -> None:
         raise Broken(
             "delete() says unsupported although the store inside can; forward it (Layer does)"
         ) from exc
-    _expect(await bench.behind.get_latest("d-1") is None, "delete() did not reach the store inside")
-    _expect(await bench.behind.get_history("d-1", 5) == [], "delete() left the history inside")
-    _expect(await bench.layer.get_latest("d-1") is None, "a read after delete() shows the user")
-    _expect(await bench.layer.get_history("d-1", 5) == [], "a history after delete() is not []")
+    expect(await bench.behind.get_latest("d-1") is None, "delete() did not reach the store inside")
+    expect(await bench.behind.get_history("d-1", 5) == [], "delete() left the history inside")
+    expect(await bench.layer.get_latest("d-1") is None, "a read after delete() shows the user")
+    expect(await bench.layer.get_history("d-1", 5) == [], "a history after delete() is not []")
 
 
-async def _exact(bench: _Bench) -> None:
+async def _exact(bench: Bench) -> None:
     """Missing is None and nothing else; a state that counts as false is a state."""
     got = await bench.layer.get_latest("none")
-    _expect(got is None, f"an absent user gave {got!r}, not None")
+    expect(got is None, f"an absent user gave {got!r}, not None")
 
 
 def _tree(report: HealthReport) -> list[HealthReport]:
     return [report, *(each for child in report.children for each in _tree(child))]
 
 
-async def _health_shows(bench: _Bench) -> None:
+async def _health_shows(bench: Bench) -> None:
     """Its health is not better than that of the store inside, which stands in the report."""
     report = await bench.layer.health_report()
-    _expect(report.status is HealthStatus.HEALTHY, "it is not healthy over a healthy store")
-    _expect(
+    expect(report.status is HealthStatus.HEALTHY, "it is not healthy over a healthy store")
+    expect(
         bench.inner.name in [each.name for each in _tree(report)],
         "the health report does not hold the report of the store inside; forward health_report()",
     )
     bench.law.healthy = False
     report = await bench.layer.health_report()
-    _expect(
+    expect(
         report.status is not HealthStatus.HEALTHY,
         "the store inside is unhealthy and it says healthy; forward health_report()",
     )
-    _expect(
+    expect(
         any(each.message for each in _tree(report)),
         "it is not healthy, and no message in the report says why",
     )
     well = await bench.layer.health_check()
-    _expect(
+    expect(
         well is (report.status is not HealthStatus.UNHEALTHY),
         f"health_check() says {well} and health_report() says {report.status.value}",
     )
 
 
-async def _closes_inner(bench: _Bench) -> None:
+async def _closes_inner(bench: Bench) -> None:
     """It opens and closes the store inside, and refuses calls afterwards."""
     await bench.layer.open()
-    _expect(bench.law.opened, "open() did not reach the store inside")
+    expect(bench.law.opened, "open() did not reach the store inside")
     state = bench.state("c-1", 1)
     await bench.layer.upsert_latest(state)
     await bench.layer.get_latest("c-1")
     await bench.layer.aclose()
-    _expect(bench.law.closed, "aclose() did not close the store inside; forward it (Layer does)")
+    expect(bench.law.closed, "aclose() did not close the store inside; forward it (Layer does)")
     await bench.layer.aclose()
     for op, call in bench.calls("c-1").items():
         try:
@@ -513,22 +281,22 @@ async def _closes_inner(bench: _Bench) -> None:
         raise Broken(f"{op.value}() after aclose() did not raise ClosedError")
 
 
-async def _stands_in_stack(bench: _Bench) -> None:
+async def _stands_in_stack(bench: Bench) -> None:
     """The store inside is found by walking the stack, and its class of snapshots is told."""
     found = [place.store for place in walk(bench.layer)]
-    _expect(bench.inner in found, "children() does not name the store inside")
-    _expect(
+    expect(bench.inner in found, "children() does not name the store inside")
+    expect(
         bench.layer.snapshot_type is bench.inner.snapshot_type,
         "snapshot_type is not that of the store inside; forward it (Layer does)",
     )
     if bench.layer.capability(Authority) is not None:
-        _expect(
+        expect(
             bench.inner.capability(Authority) is not None,
             "it claims versions that the store inside does not have",
         )
 
 
-async def _ability_agrees(bench: _Bench) -> None:
+async def _ability_agrees(bench: Bench) -> None:
     """What is written through an ability shows in reads."""
     authority = bench.layer.capability(Authority)
     if authority is None:
@@ -537,13 +305,13 @@ async def _ability_agrees(bench: _Bench) -> None:
     await bench.layer.get_latest("a-1")
     await authority.write(bench.state("a-1", 2))
     got = await bench.layer.get_latest("a-1")
-    _expect(
+    expect(
         got == bench.state("a-1", 2),
         "what was written through capability(Authority) does not show in get_latest(); a layer"
         " that changes reads must not offer what is inside past itself",
     )
     await authority.erase("a-1")
-    _expect(
+    expect(
         await bench.layer.get_latest("a-1") is None,
         "what was erased through capability(Authority) still shows in get_latest()",
     )
@@ -552,11 +320,15 @@ async def _ability_agrees(bench: _Bench) -> None:
 # Failures
 
 
-async def _failed_writes_raise(bench: _Bench) -> None:
+def _branches(layer: StateStore) -> bool:
+    return any(len(children_of(place.store)) > 1 for place in walk(layer))
+
+
+async def _failed_writes_raise(bench: Bench) -> None:
     """A write that failed inside is never reported as done."""
     await bench.behind.upsert_latest(bench.state("f-1", 1))
-    bench.law.fail(*_WRITES)
-    for op in _WRITES:
+    bench.law.fail(*WRITES)
+    for op in WRITES:
         try:
             await bench.calls("f-1")[op]()
         except StoreError:
@@ -564,21 +336,21 @@ async def _failed_writes_raise(bench: _Bench) -> None:
         raise Broken(f"{op.value}() failed in the store inside and returned normally")
 
 
-async def _failed_reads_raise(bench: _Bench) -> None:
+async def _failed_reads_raise(bench: Bench) -> None:
     """A read that failed inside never says that there is no such user."""
     if _branches(bench.layer):
         raise Unneeded("it has another store that may answer")
     await bench.behind.upsert_latest(bench.state("f-2", 1))
-    bench.law.fail(*_READS, Op.GET_HISTORY)
-    for op in (*_READS, Op.GET_HISTORY):
+    bench.law.fail(*READS, Op.GET_HISTORY)
+    for op in (*READS, Op.GET_HISTORY):
         try:
             got = await bench.calls("f-2")[op]()
         except StoreError:
             continue
-        _expect(got, f"{op.value}() failed in the store inside and says that there is no such user")
+        expect(got, f"{op.value}() failed in the store inside and says that there is no such user")
 
 
-async def _unknown_write_hidden(bench: _Bench) -> None:
+async def _unknown_write_hidden(bench: Bench) -> None:
     """After a write that took effect and failed, reads show it, at once or soon."""
     before, after = bench.state("f-3", 1), bench.state("f-3", 7)
     await bench.layer.upsert_latest(before)
@@ -588,7 +360,7 @@ async def _unknown_write_hidden(bench: _Bench) -> None:
         await bench.layer.upsert_latest(after)
     except StoreError:
         pass
-    bench.inner.behave()
+    bench.law.behave()
     for _ in range(_SOON_TRIES):
         try:
             got = await bench.layer.get_latest("f-3")
@@ -603,35 +375,35 @@ async def _unknown_write_hidden(bench: _Bench) -> None:
     )
 
 
-async def _passes_cancellation(bench: _Bench) -> None:
+async def _passes_cancellation(bench: Bench) -> None:
     """A cancelled call ends as cancelled, and the call below it as well."""
     await bench.behind.upsert_latest(bench.state("x-1", 1))
     for op in Op:
         bench.law.hold(*Op)
         task = asyncio.ensure_future(bench.calls("x-1")[op]())
-        if not await _reached(bench, task):
-            bench.inner.behave()
-            await _end(task, f"{op.value}()")
+        if not await bench.reached(task):
+            bench.law.behave()
+            await end(task, f"{op.value}()")
             continue
         task.cancel()
-        await _end(task, f"a cancelled {op.value}()")
-        _expect(
+        await end(task, f"a cancelled {op.value}()")
+        expect(
             task.cancelled(),
             f"a cancelled {op.value}() did not end as cancelled; let CancelledError through",
         )
-        await _settle()
-        _expect(
+        await settle()
+        expect(
             bench.law.inside == 0, f"a cancelled {op.value}() left its call running in the store"
         )
-        bench.inner.behave()
+        bench.law.behave()
     # As many as fill a small limit, if each leaves something behind.
     for number in range(_CANCELLED):
-        bench.law.hold(*_READS)
+        bench.law.hold(*READS)
         task = asyncio.ensure_future(bench.layer.get_latest(f"x-2-{number}"))
-        await _reached(bench, task)
+        await bench.reached(task)
         task.cancel()
-        await _end(task, "a cancelled get_latest()")
-        bench.inner.behave()
+        await end(task, "a cancelled get_latest()")
+        bench.law.behave()
     state = bench.state("x-2", 2)
     try:
         await bench.layer.upsert_latest(state)
@@ -641,64 +413,64 @@ async def _passes_cancellation(bench: _Bench) -> None:
             " give back in `finally` what a call took"
         ) from exc
     got = await bench.layer.get_latest("x-2")
-    _expect(got == state, "after cancelled calls it does not work as before")
+    expect(got == state, "after cancelled calls it does not work as before")
 
 
-async def _readers_apart(bench: _Bench) -> None:
+async def _readers_apart(bench: Bench) -> None:
     """A cancelled reader neither cancels nor fails another one."""
     state = bench.state("x-3", 1)
     await bench.behind.upsert_latest(state)
-    bench.law.hold(*_READS)
+    bench.law.hold(*READS)
     first = asyncio.ensure_future(bench.layer.get_latest("x-3"))
-    if not await _reached(bench, first):
-        bench.inner.behave()
-        await _end(first, "get_latest()")
+    if not await bench.reached(first):
+        bench.law.behave()
+        await end(first, "get_latest()")
         raise Unneeded("a read does not reach the store inside")
     second = asyncio.ensure_future(bench.layer.get_latest("x-3"))
-    await _settle()
+    await settle()
     first.cancel()
-    await _settle()
-    bench.inner.behave()
-    got = await _end(second, "a read beside a cancelled one")
-    _expect(
+    await settle()
+    bench.law.behave()
+    got = await end(second, "a read beside a cancelled one")
+    expect(
         got == state,
         "a reader that was cancelled took another one with it, which asked for the same user",
     )
-    await _end(first, "a cancelled read")
+    await end(first, "a cancelled read")
 
 
 # Order
 
 
-async def _no_late_fill(bench: _Bench) -> None:
+async def _no_late_fill(bench: Bench) -> None:
     """A read that began before a write or delete leaves nothing old behind."""
     for change in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE):
-        for read in (*_READS, Op.GET_HISTORY):
+        for read in (*READS, Op.GET_HISTORY):
             await _late_fill(bench, read, change)
             if change is not Op.DELETE:
                 await _late_fill(bench, read, change, absent=True)
 
 
-async def _late_fill(bench: _Bench, read: Op, change: Op, *, absent: bool = False) -> None:
+async def _late_fill(bench: Bench, read: Op, change: Op, *, absent: bool = False) -> None:
     user_id = f"o-{change.value}-{read.value}-{absent:d}"
     if not absent:
         await bench.behind.upsert_latest(bench.state(user_id, 1))
-    bench.law.hold(*_READS, Op.GET_HISTORY)
+    bench.law.hold(*READS, Op.GET_HISTORY)
     reading = asyncio.ensure_future(bench.calls(user_id)[read]())
-    reached = await _reached(bench, reading)
+    reached = await bench.reached(reading)
     writing = asyncio.ensure_future(bench.calls(user_id)[change]())
-    await _settle()
+    await settle()
     if reached and not writing.done():
         await asyncio.wait({writing}, timeout=0.05)  # it may wait for the reader
-    bench.inner.behave()
-    await _end(reading, f"{read.value}()")
-    await _end(writing, f"{change.value}()")
+    bench.law.behave()
+    await end(reading, f"{read.value}()")
+    await end(writing, f"{change.value}()")
     wanted = [] if change is Op.DELETE else [bench.state(user_id, 7)]
     if read is Op.GET_HISTORY:
         got = (await bench.calls(user_id)[read]())[:1]
     else:
         got = [state for state in [await bench.layer.get_latest(user_id)] if state is not None]
-    _expect(
+    expect(
         got == wanted,
         f"a {read.value}() that began before {change.value}() put"
         f" {'the absence' if absent else 'the older state'} back; keep what was read only if"
@@ -706,15 +478,15 @@ async def _late_fill(bench: _Bench, read: Op, change: Op, *, absent: bool = Fals
     )
 
 
-async def _reads_follow_writes(bench: _Bench) -> None:
+async def _reads_follow_writes(bench: Bench) -> None:
     """A read after a write gives what was written, whatever was read before."""
     layer = bench.layer
     one, many = Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY
     # Each kind of write first, since the absence may be kept; then the state of before again, which
     # is a write although it equals one.
     for user_id, writes in (("s-1", (one, many, one)), ("s-2", (many, one, many))):
-        _expect(await layer.get_latest(user_id) is None, "an absent user is there")
-        _expect(await layer.get_history(user_id, 5) == [], "an absent user has a history")
+        expect(await layer.get_latest(user_id) is None, "an absent user is there")
+        expect(await layer.get_history(user_id, 5) == [], "an absent user has a history")
         for number, write in enumerate(writes):
             state = bench.state(user_id, number % 2)
             if write is one:
@@ -723,50 +495,50 @@ async def _reads_follow_writes(bench: _Bench) -> None:
                 await layer.upsert_latest_many([bench.state("s-3"), state])
             for _ in range(2):
                 got = await layer.get_latest(user_id)
-                _expect(got == state, f"a read after {write.value}() gives an older state")
+                expect(got == state, f"a read after {write.value}() gives an older state")
                 found = await layer.get_latest_many([user_id])
-                _expect(found == {user_id: state}, "get_latest_many() disagrees with get_latest()")
+                expect(found == {user_id: state}, "get_latest_many() disagrees with get_latest()")
                 kept = await layer.get_history(user_id, 5)
-                _expect(
+                expect(
                     kept[:1] == [state] and len(kept) == number + 1,
                     f"a history after {write.value}() does not begin with what was written",
                 )
         await layer.delete(user_id)
         found = await layer.get_latest_many([user_id, "none"])
-        _expect(found == {}, "a batch shows a deleted user")
+        expect(found == {}, "a batch shows a deleted user")
         await layer.upsert_latest(state)
         got = await layer.get_latest(user_id)
-        _expect(got == state, "a deleted user cannot be written again with the state of before")
+        expect(got == state, "a deleted user cannot be written again with the state of before")
 
 
-async def _writes_at_once(bench: _Bench) -> None:
+async def _writes_at_once(bench: Bench) -> None:
     """Of two writes of one user at the same time none is lost."""
     for write in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY):
         user_id = f"b-{write.value}"
         bench.law.hold(Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY)
         first = asyncio.ensure_future(bench.layer.upsert_latest(bench.state(user_id, 1)))
-        await _reached(bench, first)
+        await bench.reached(first)
         second = asyncio.ensure_future(bench.calls(user_id)[write]())
-        await _settle()
-        bench.inner.behave()
-        await _end(first, "upsert_latest()")
-        await _end(second, f"{write.value}() beside another write")
+        await settle()
+        bench.law.behave()
+        await end(first, "upsert_latest()")
+        await end(second, f"{write.value}() beside another write")
         done = [
             state
             for task, state in ((first, bench.state(user_id, 1)), (second, bench.state(user_id, 7)))
             if not task.cancelled() and task.exception() is None
         ]
         kept = await bench.behind.get_history(user_id, 5)
-        _expect(
+        expect(
             all(state in kept for state in done),
             f"an upsert_latest() and an {write.value}() of one user at the same time both returned"
             " normally, and only one of them reached the store inside",
         )
 
 
-async def _repeats_count_once(bench: _Bench) -> None:
+async def _repeats_count_once(bench: Bench) -> None:
     """A write whose answer was lost and that the layer repeats stands in the history once."""
-    if not isinstance(bench.inner, _VersionedInner):
+    if not isinstance(bench.inner, VersionedInner):
         raise Unneeded("the store inside cannot tell a repeated write from another one")
     for op in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY):
         user_id = f"m-{op.value}"
@@ -776,9 +548,9 @@ async def _repeats_count_once(bench: _Bench) -> None:
         except StoreError:
             continue  # it is its caller's to repeat
         finally:
-            bench.inner.behave()
+            bench.law.behave()
         kept = await bench.behind.get_history(user_id, 5)
-        _expect(
+        expect(
             len(kept) == 1,
             f"{op.value}() was repeated after it took effect and is in the history {len(kept)}"
             " times; repeat within AroundLayer.around, where all attempts count as one write",
@@ -796,13 +568,13 @@ class _Falsy(StateSnapshot):
 
 async def _check_subclass(factory: Any) -> None:
     """States of a class of the application's own come back whole, also one that counts as false."""
-    for inner in (_VersionedInner(_Falsy), _PlainInner(_Falsy)):
+    for inner in (VersionedInner(_Falsy), PlainInner(_Falsy)):
         try:
             layer = await build(factory, inner)
         except ValueError as exc:
             raise Unneeded("its other stores keep another class of snapshots") from exc
         try:
-            _expect(
+            expect(
                 layer.snapshot_type is _Falsy,
                 "snapshot_type is not that of the store inside; forward it (Layer does)",
             )
@@ -810,20 +582,20 @@ async def _check_subclass(factory: Any) -> None:
             await layer.upsert_latest(state)
             for _ in range(2):
                 got = await layer.get_latest("t-1")
-                _expect(
+                expect(
                     got is not None and got == state and got.mood == "calm",
                     "a state that counts as false was taken for a missing one, or lost a field;"
                     " compare with `is None`",
                 )
             many = await layer.get_latest_many(["t-1"])
-            _expect(many == {"t-1": state}, "a batch lost a state that counts as false")
+            expect(many == {"t-1": state}, "a batch lost a state that counts as false")
             history = await layer.get_history("t-1", 5)
-            _expect(history == [state], "the history lost a state that counts as false")
+            expect(history == [state], "the history lost a state that counts as false")
         finally:
             await layer.aclose()
 
 
-async def _whole_interface(bench: _Bench) -> None:
+async def _whole_interface(bench: Bench) -> None:
     """It answers every operation itself or inherits from Layer, which forwards it."""
     if isinstance(bench.layer, Layer):
         return
@@ -832,7 +604,7 @@ async def _whole_interface(bench: _Bench) -> None:
         for name in ("delete", "get_history", "health_report", "aclose", "open", "children")
         if getattr(type(bench.layer), name) is getattr(StateStore, name)
     ]
-    _expect(
+    expect(
         not missing,
         f"it inherits {', '.join(missing)} from StateStore, whose defaults hide the store inside;"
         " subclass Layer",

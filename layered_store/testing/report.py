@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["Broken", "Report", "Result", "Unneeded", "build", "left_since", "run_check"]
+__all__ = [
+    "Broken",
+    "Report",
+    "Result",
+    "Unneeded",
+    "build",
+    "expect",
+    "left_since",
+    "run_check",
+]
 
 T = TypeVar("T")
 
@@ -26,6 +35,12 @@ class Broken(Exception):  # noqa: N818  a finding, which is no error of the chec
 
 class Unneeded(Exception):  # noqa: N818
     """A check does not apply, since the store lacks an ability; the text says which."""
+
+
+def expect(condition: object, message: str) -> None:
+    """Raise :class:`Broken` with this text unless a condition holds."""
+    if not condition:
+        raise Broken(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from layered_store.testing.report import (
     Result,
     Unneeded,
     build,
+    expect,
     left_since,
     run_check,
 )
@@ -203,11 +204,6 @@ class _Suite:
             await asyncio.gather(*map(self.store.delete, self.used), return_exceptions=True)
 
 
-def _expect(condition: object, message: str) -> None:
-    if not condition:
-        raise Broken(message)
-
-
 async def _refused(call: Awaitable[Any], what: str) -> None:
     """Fail unless the call raises ValidationError."""
     try:
@@ -237,11 +233,11 @@ async def _absent(suite: _Suite) -> None:
     """An absent user is None, has no history and is left out of a batch."""
     user_id = suite.user("absent")
     got = await suite.store.get_latest(user_id)
-    _expect(got is None, f"get_latest() of an absent user gave {type(got).__name__}, not None")
+    expect(got is None, f"get_latest() of an absent user gave {type(got).__name__}, not None")
     history = await suite.store.get_history(user_id, 5)
-    _expect(history == [], "get_history() of an absent user is not []")
+    expect(history == [], "get_history() of an absent user is not []")
     many = await suite.store.get_latest_many([user_id])
-    _expect(many == {}, "get_latest_many() has an entry for an absent user; leave it out")
+    expect(many == {}, "get_latest_many() has an entry for an absent user; leave it out")
 
 
 async def _round_trip(suite: _Suite) -> None:
@@ -261,7 +257,7 @@ async def _round_trip(suite: _Suite) -> None:
         wrote = suite.snapshot(user_id, **fields)
         await suite.store.upsert_latest(wrote)
         got = await suite.store.get_latest(user_id)
-        _expect(
+        expect(
             type(got) is suite.store.snapshot_type,
             f"get_latest() gave a {type(got).__name__}, not a {suite.store.snapshot_type.__name__}",
         )
@@ -271,7 +267,7 @@ async def _round_trip(suite: _Suite) -> None:
             if getattr(got, name) != getattr(wrote, name)
             or type(getattr(got, name)) is not type(getattr(wrote, name))
         ]
-        _expect(
+        expect(
             not differs and got == wrote,
             f"what was read is not equal to what was written; it differs in {', '.join(differs)}",
         )
@@ -281,18 +277,18 @@ async def _replaces(suite: _Suite) -> None:
     """The latest state is the one that was written last."""
     written = await suite.write("replace", 3)
     got = await suite.store.get_latest(written[0].user_id)
-    _expect(got == written[-1], "get_latest() is not the state that was written last")
+    expect(got == written[-1], "get_latest() is not the state that was written last")
     await suite.store.upsert_latest(written[-1])
     got = await suite.store.get_latest(written[0].user_id)
-    _expect(got == written[-1], "writing an equal state again changed the latest one")
+    expect(got == written[-1], "writing an equal state again changed the latest one")
     bare = suite.snapshot(written[0].user_id, 4, axes={"other": 0.5})
     await suite.store.upsert_latest(bare)
     got = await suite.store.get_latest(written[0].user_id)
-    _expect(got == bare, "a state was mixed with the one before it; replace it whole")
+    expect(got == bare, "a state was mixed with the one before it; replace it whole")
     tie = suite.snapshot(written[0].user_id, 4, axes={"other": 0.75})
     await suite.store.upsert_latest(tie)
     got = await suite.store.get_latest(written[0].user_id)
-    _expect(got == tie, "of two states of one moment the latest is not the one written last")
+    expect(got == tie, "of two states of one moment the latest is not the one written last")
 
 
 async def _apart(suite: _Suite) -> None:
@@ -323,14 +319,14 @@ async def _apart(suite: _Suite) -> None:
             await suite.store.upsert_latest(state)
         except ValidationError:
             # A layer that lengthens ids may take shorter ones only.
-            _expect(len(user_id) > 200, "a valid user id was refused")  # noqa: PLR2004
+            expect(len(user_id) > 200, "a valid user id was refused")  # noqa: PLR2004
             alike.remove(user_id)
     suite.used.extend(alike)
     many = await suite.store.get_latest_many(alike)
     for user_id in alike:
         wrote = written[user_id]
         got = await suite.store.get_latest(user_id)
-        _expect(
+        expect(
             got == wrote and many.get(user_id) == wrote,
             "a user got the state of another one with a similar id (case, accent, width or"
             " ending); compare ids byte by byte",
@@ -365,7 +361,7 @@ async def _bad_ids(suite: _Suite) -> None:
                     message = f"a read of a bad user id raised {type(exc).__name__}"
                     raise Broken(f"{message}; raise ValidationError") from exc
                 continue
-            _expect(not found, f"a read of a bad user id ({user_id!a:.12}) found somebody")
+            expect(not found, f"a read of a bad user id ({user_id!a:.12}) found somebody")
         if suite.can_delete and isinstance(user_id, str):
             try:
                 await store.delete(user_id)
@@ -410,7 +406,7 @@ async def _bad_snapshots(suite: _Suite) -> None:
             continue
         raise Broken(f"upsert_latest() of a {type(odd).__name__} was accepted")
     got = await suite.store.get_latest(user_id)
-    _expect(got is None, "a batch with a bad snapshot was stored in part; validate all of it first")
+    expect(got is None, "a batch with a bad snapshot was stored in part; validate all of it first")
 
 
 async def _many(suite: _Suite) -> None:
@@ -419,15 +415,15 @@ async def _many(suite: _Suite) -> None:
     ids = [snapshot.user_id for snapshot in written]
     asked = [ids[3], suite.user("many-absent"), *ids, ids[0]]
     got = await suite.store.get_latest_many(iter(asked))
-    _expect(isinstance(got, dict), "get_latest_many() did not return a dict")
+    expect(isinstance(got, dict), "get_latest_many() did not return a dict")
     single = {user_id: await suite.store.get_latest(user_id) for user_id in dict.fromkeys(asked)}
     wanted = {user_id: snapshot for user_id, snapshot in single.items() if snapshot is not None}
-    _expect(
+    expect(
         got == wanted,
         f"get_latest_many() found {len(got)} users where get_latest() finds {len(wanted)}, or"
         " other states of them",
     )
-    _expect(await suite.store.get_latest_many([]) == {}, "get_latest_many([]) is not {}")
+    expect(await suite.store.get_latest_many([]) == {}, "get_latest_many([]) is not {}")
 
 
 async def _write_many(suite: _Suite) -> None:
@@ -440,15 +436,15 @@ async def _write_many(suite: _Suite) -> None:
     many = await suite.store.get_latest_many(ids)
     found = {user_id: await suite.store.get_latest(user_id) for user_id in last}
     lost = list(found.values()).count(None)
-    _expect(
+    expect(
         not lost,
         f"upsert_latest_many() of {len(batch)} snapshots lost {lost} of {len(last)} users",
     )
-    _expect(found == last, "upsert_latest_many() did not keep the last of a user's states")
-    _expect(many == last, f"get_latest_many() found {len(many)} of {len(last)} users")
+    expect(found == last, "upsert_latest_many() did not keep the last of a user's states")
+    expect(many == last, f"get_latest_many() found {len(many)} of {len(last)} users")
     if suite.history >= 3:  # noqa: PLR2004
         kept = await suite.store.get_history(ids[0], 3)
-        _expect(kept == [batch[-1], batch[-2], batch[0]], "a batch is not in the history in order")
+        expect(kept == [batch[-1], batch[-2], batch[0]], "a batch is not in the history in order")
     await suite.store.upsert_latest_many([])
 
 
@@ -461,12 +457,12 @@ async def _history(suite: _Suite) -> None:
     await suite.store.upsert_latest(written[-1])
     newest_first = written[::-1]
     kept = await suite.store.get_history(user_id, 100)
-    _expect(kept[:1] == newest_first[:1], _history_problem(kept, newest_first))
-    _expect(kept == newest_first[: len(kept)], _history_problem(kept, newest_first))
+    expect(kept[:1] == newest_first[:1], _history_problem(kept, newest_first))
+    expect(kept == newest_first[: len(kept)], _history_problem(kept, newest_first))
     for limit in (1, 2, 3):
         part = await suite.store.get_history(user_id, limit)
-        _expect(len(part) <= limit, f"get_history(limit={limit}) gave {len(part)} states")
-        _expect(part == kept[:limit], f"get_history(limit={limit}) is not the newest {limit}")
+        expect(len(part) <= limit, f"get_history(limit={limit}) gave {len(part)} states")
+        expect(part == kept[:limit], f"get_history(limit={limit}) is not the newest {limit}")
 
 
 def _history_problem(kept: list[StateSnapshot], newest_first: list[StateSnapshot]) -> str:
@@ -479,10 +475,10 @@ async def _limits(suite: _Suite) -> None:
     """A history of 0 states is [], a negative or odd limit is refused."""
     user_id = (await suite.write("limits", 2))[0].user_id
     none = await suite.store.get_history(user_id, 0)
-    _expect(none == [], f"get_history(limit=0) gave {len(none)} states, not []")
+    expect(none == [], f"get_history(limit=0) gave {len(none)} states, not []")
     everything = await suite.store.get_history(user_id, 2**64)
     kept = await suite.store.get_history(user_id, 10)
-    _expect(everything == kept, "get_history(limit=2**64) is not all that is kept")
+    expect(everything == kept, "get_history(limit=2**64) is not all that is kept")
     for limit in (-1, -100, 1.5, "3", None, True):
         await _refused(
             suite.store.get_history(user_id, limit),  # type: ignore[arg-type]
@@ -500,7 +496,7 @@ async def _immutable(suite: _Suite) -> None:
     axes["warmth"] = 0.9
     message = "changing what {} changed what the store holds; hand out copies"
     got = await suite.store.get_latest(user_id)
-    _expect(got == same, message.format("was passed in"))
+    expect(got == same, message.format("was passed in"))
     assert got is not None
     for change in (
         lambda: setattr(got, "confidence", 0.25),
@@ -515,14 +511,14 @@ async def _immutable(suite: _Suite) -> None:
     many = await suite.store.get_latest_many([user_id])
     many.clear()
     again = await suite.store.get_latest_many([user_id])
-    _expect(again == {user_id: same}, message.format("get_latest_many() returned"))
+    expect(again == {user_id: same}, message.format("get_latest_many() returned"))
     if suite.history:
         history = await suite.store.get_history(user_id, 5)
         history.clear()
         kept = await suite.store.get_history(user_id, 5)
-        _expect(kept == [same], message.format("get_history() returned"))
+        expect(kept == [same], message.format("get_history() returned"))
         await suite.store.upsert_latest(suite.snapshot(user_id, 1))
-        _expect(kept == [same], "a write changed the list that get_history() had returned")
+        expect(kept == [same], "a write changed the list that get_history() had returned")
 
 
 async def _deletes(suite: _Suite) -> None:
@@ -535,34 +531,34 @@ async def _deletes(suite: _Suite) -> None:
     await store.get_latest(user_id)
     await store.get_history(user_id, 5)
     await store.delete(user_id)
-    _expect(await store.get_latest(user_id) is None, "get_latest() shows a deleted user")
-    _expect(await store.get_latest_many([user_id]) == {}, "get_latest_many() shows a deleted user")
+    expect(await store.get_latest(user_id) is None, "get_latest() shows a deleted user")
+    expect(await store.get_latest_many([user_id]) == {}, "get_latest_many() shows a deleted user")
     left = await store.get_history(user_id, 5)
-    _expect(left == [], f"delete() left {len(left)} states in the history; remove them too")
-    _expect(await store.get_latest(other.user_id) == other, "delete() removed another user")
+    expect(left == [], f"delete() left {len(left)} states in the history; remove them too")
+    expect(await store.get_latest(other.user_id) == other, "delete() removed another user")
     await store.delete(user_id)
     await store.delete(suite.user("delete-absent"))
     # Equal to the last one before: whoever leaves out what did not change must forget it as well.
     await store.upsert_latest(written[-1])
     again = await store.get_latest(user_id)
-    _expect(again == written[-1], "a deleted user cannot be written again")
+    expect(again == written[-1], "a deleted user cannot be written again")
     if suite.history:
         kept = await store.get_history(user_id, 5)
-        _expect(kept == [written[-1]], "after delete() and a write the history holds older states")
+        expect(kept == [written[-1]], "after delete() and a write the history holds older states")
 
 
 async def _health(suite: _Suite) -> None:
     """A store that works is healthy, in a bool and in a report that agree."""
     well = await suite.store.health_check()
-    _expect(well is True, f"health_check() of a store that works gave {well!r}, not True")
+    expect(well is True, f"health_check() of a store that works gave {well!r}, not True")
     report = await suite.store.health_report()
-    _expect(isinstance(report, HealthReport), "health_report() gave no HealthReport")
-    _expect(
+    expect(isinstance(report, HealthReport), "health_report() gave no HealthReport")
+    expect(
         report.status is not HealthStatus.UNHEALTHY,
         "health_check() says healthy, health_report() says unhealthy",
     )
     first, second = await asyncio.gather(suite.store.health_report(), suite.store.health_report())
-    _expect(first.status is second.status, "two health reports at the same time disagree")
+    expect(first.status is second.status, "two health reports at the same time disagree")
 
 
 async def _at_once(suite: _Suite) -> None:
@@ -580,29 +576,29 @@ async def _at_once(suite: _Suite) -> None:
         mine = suite.snapshot(suite.user(f"own-{number}"), number)
         await store.upsert_latest(mine)
         got = await store.get_latest(mine.user_id)
-        _expect(got is None or got.user_id == mine.user_id, mixed_up)
-        _expect(got == mine, "a state that was written is not what its writer reads next")
+        expect(got is None or got.user_id == mine.user_id, mixed_up)
+        expect(got == mine, "a state that was written is not what its writer reads next")
 
     await asyncio.gather(*map(store.upsert_latest, written), *map(own, range(12)))
     ids = [user_id, *(f"check-{suite.run}-own-{number}" for number in range(12))]
     found = await asyncio.gather(*map(store.get_latest, ids))
-    _expect([state and state.user_id for state in found] == ids, mixed_up)
+    expect([state and state.user_id for state in found] == ids, mixed_up)
     latest = await store.get_latest(user_id)
-    _expect(latest in written, "after writes at the same time the latest state is none of them")
+    expect(latest in written, "after writes at the same time the latest state is none of them")
     if suite.history:
         newest = await store.get_history(user_id, 1)
-        _expect(newest == [latest], "the latest state is not the newest of the history")
+        expect(newest == [latest], "the latest state is not the newest of the history")
         one_by_one = (await suite.write("one-by-one", len(written)))[0].user_id
         kept = await store.get_history(user_id, len(written))
         full = len(await store.get_history(one_by_one, len(written)))
         differing = [state for number, state in enumerate(kept) if state not in kept[:number]]
-        _expect(
+        expect(
             len(differing) == len(kept) == full,
             f"of {len(written)} writes at the same time the history holds {len(differing)}, of as"
             f" many one by one {full}; no write may undo another's entry",
         )
     reads = await asyncio.gather(*(store.get_latest(user_id) for _ in range(20)))
-    _expect(all(read == latest for read in reads), "readers at the same time see different states")
+    expect(all(read == latest for read in reads), "readers at the same time see different states")
 
 
 async def _cancelled(suite: _Suite) -> None:
@@ -619,14 +615,14 @@ async def _cancelled(suite: _Suite) -> None:
                 await asyncio.sleep(0)
             asked = task.cancel()
             done, _ = await asyncio.wait({task}, timeout=5.0)
-            _expect(done, "a cancelled call did not end within 5 s; let CancelledError through")
+            expect(done, "a cancelled call did not end within 5 s; let CancelledError through")
             if not task.cancelled():
                 task.result()
-                _expect(not asked, "a cancelled call returned normally; let CancelledError through")
+                expect(not asked, "a cancelled call returned normally; let CancelledError through")
     wrote = suite.snapshot(user_id, 99)
     await suite.store.upsert_latest(wrote)
     got = await suite.store.get_latest(user_id)
-    _expect(got == wrote, "after cancelled calls a write is not what is read next")
+    expect(got == wrote, "after cancelled calls a write is not what is read next")
 
 
 async def _private(suite: _Suite) -> None:
@@ -646,7 +642,7 @@ async def _private(suite: _Suite) -> None:
             texts += [str(exc), repr(exc)]
     for text in texts:
         shown = user_id in text or "0.12345" in text or "100.12345" in text
-        _expect(not shown, "a repr, report or error text shows a user id or a state value")
+        expect(not shown, "a repr, report or error text shows a user id or a state value")
 
 
 # Abilities beyond the interface
@@ -659,37 +655,37 @@ async def _versions(suite: _Suite) -> None:
     first = suite.snapshot(user_id, 1)
     second = suite.snapshot(user_id, 2)
     absent = await authority.read(user_id)
-    _expect(absent.snapshot is None, "read() of an absent user gave a state")
+    expect(absent.snapshot is None, "read() of an absent user gave a state")
     head = await authority.head()
     seen = [absent.version, (await authority.write(first)).version]
     with call_begins():
         record = await authority.write(second)
         again = await authority.write(second)
-    _expect(record == again, "a write that was repeated with the same write id counted twice")
+    expect(record == again, "a write that was repeated with the same write id counted twice")
     seen.append(record.version)
     read = await authority.read(user_id)
-    _expect(read == record, "read() does not give the record that the write left")
+    expect(read == record, "read() does not give the record that the write left")
     many = await authority.read_many([user_id, suite.user("versions-absent")])
-    _expect(len(many) == 2, "read_many() left out an id")  # noqa: PLR2004
-    _expect(many[user_id] == read, "read_many() disagrees with read()")
+    expect(len(many) == 2, "read_many() left out an id")  # noqa: PLR2004
+    expect(many[user_id] == read, "read_many() disagrees with read()")
     if suite.history > 1:
         kept = await suite.store.get_history(user_id, 5)
-        _expect(kept == [second, first], "a repeated write stands in the history twice")
+        expect(kept == [second, first], "a repeated write stands in the history twice")
     seen.append(await authority.erase(user_id, ("tier",)))
-    _expect(await authority.debts(user_id), "a tier that may hold an erased user is not kept")
+    expect(await authority.debts(user_id), "a tier that may hold an erased user is not kept")
     erased = await authority.read(user_id)
-    _expect(erased.snapshot is None, "read() of an erased user gave a state")
+    expect(erased.snapshot is None, "read() of an erased user gave a state")
     await authority.settle(authority.digest(user_id), seen[-1], "tier")
-    _expect(not await authority.debts(user_id), "settle() did not take the debt away")
+    expect(not await authority.debts(user_id), "settle() did not take the debt away")
     seen.append((await authority.write(first)).version)
-    _expect(seen == sorted(set(seen)), f"the versions {seen} do not grow")
-    _expect(await authority.covers(head), "changes after a fresh cursor are not known")
+    expect(seen == sorted(set(seen)), f"the versions {seen} do not grow")
+    expect(await authority.covers(head), "changes after a fresh cursor are not known")
     found, more = set(), True
     while more:
         page = await authority.changes(head, 100)
         found |= {change.digest for change in page.items}
         head, more = page.cursor, page.more
-    _expect(authority.digest(user_id) in found, "changes() skipped a user that changed")
+    expect(authority.digest(user_id) in found, "changes() skipped a user that changed")
 
 
 async def _late_write(suite: _Suite) -> None:
@@ -702,7 +698,7 @@ async def _late_write(suite: _Suite) -> None:
         await asyncio.create_task(_outside(authority.erase(user_id)))
         await authority.write(suite.snapshot(user_id, 2))
     got = await suite.store.get_latest(user_id)
-    _expect(got is None, "a write that began before an erasure brought the user back")
+    expect(got is None, "a write that began before an erasure brought the user back")
 
 
 async def _outside(call: Awaitable[Any]) -> None:
@@ -716,12 +712,12 @@ async def _listing(suite: _Suite) -> None:
     found: set[str] = set()
     async for page in pages(listing, 3):
         found.update(page.user_ids)
-    _expect(ids <= found, f"the listing left out {len(ids - found)} of {len(ids)} users")
+    expect(ids <= found, f"the listing left out {len(ids - found)} of {len(ids)} users")
     if suite.can_delete:
         gone = ids.pop()
         await suite.store.delete(gone)
         async for page in pages(listing, 100):
-            _expect(gone not in page.user_ids, "the listing shows a deleted user")
+            expect(gone not in page.user_ids, "the listing shows a deleted user")
 
 
 # Its life
@@ -746,7 +742,7 @@ async def _closes(store: StateStore, second: StateStore) -> None:
     for _ in range(20):
         await asyncio.sleep(0)
     left = await left_since(before)
-    _expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
+    expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
     try:
         await store.get_latest(snapshot.user_id)
     except ClosedError:
@@ -759,9 +755,9 @@ async def _context(store: StateStore, second: StateStore) -> None:
     """``async with`` gives the store itself and closes it."""
     del second
     async with store as entered:
-        _expect(entered is store, "`async with` gives another object than the store")
+        expect(entered is store, "`async with` gives another object than the store")
         await store.open()
-        _expect(await store.health_check() is True, "it is not healthy once it was opened")
+        expect(await store.health_check() is True, "it is not healthy once it was opened")
     await store.aclose()
 
 
@@ -770,12 +766,12 @@ async def _identity(store: StateStore, second: StateStore) -> None:
     if store is second:
         raise Unneeded("the factory returns one object every time")
     same = store == store  # noqa: PLR0124
-    _expect(same and store != second, "two stores are equal; build dataclasses with eq=False")
+    expect(same and store != second, "two stores are equal; build dataclasses with eq=False")
     try:
         hash(store)
     except TypeError as exc:
         raise Broken("it cannot be hashed; build dataclasses with eq=False") from exc
-    _expect(isinstance(repr(store), str), "it has no repr")
+    expect(isinstance(repr(store), str), "it has no repr")
 
 
 _CHECKS: Final = (
