@@ -151,16 +151,18 @@ async def test_who_is_refused_a_pass_takes_nothing_from_the_one_under_way(redis_
     await store.aclose()
 
 
-async def test_a_pass_that_was_never_begun_stamps_nothing(redis_url: str) -> None:
-    """Nor one that ended with its last stamp."""
-    store = RedisStore(redis_url, prefix="no-pass:")
+async def test_a_pass_that_another_stack_took_over_stamps_nothing(redis_url: str) -> None:
+    """Over one store too: only the one that began last does."""
+    store = RedisStore(redis_url, prefix="took-over:")
     tier = RedisTier(store)
     begun = await tier.begin("one", "5")
     assert begun is not None
-    assert not await tier.stamp(begun._replace(owner="another"), "7", 2.0)
     assert await tier.stamp(begun, "6", 0.0)
-    assert await tier.stamp(begun, "7", 2.0)
+    await store.command("DEL", store.bucket_key("0", "repairer"))  # its time was over
+    other = await tier.begin("another", "7")
+    assert other is not None and other.cursor == "6"
     assert not await tier.stamp(begun, "8", 2.0)
+    assert await tier.stamp(other, "9", 2.0)
     await store.aclose()
 
 

@@ -45,17 +45,19 @@ class _Part(NamedTuple):
     number: int
 
 
-class _Open:
-    """A pass under way.
+class _UnderWay:
+    """The pass under way.
 
     Args:
+        owner: who began it.
         began: when, on our own clock.
         parts: what the buckets told.
     """
 
-    __slots__ = ("began", "parts")
+    __slots__ = ("began", "owner", "parts")
 
-    def __init__(self, began: float, parts: list[_Part]) -> None:
+    def __init__(self, owner: str, began: float, parts: list[_Part]) -> None:
+        self.owner = owner
         self.began = began
         self.parts = parts
 
@@ -83,12 +85,11 @@ class RepairPasses:
         self._store = store
         self._buckets = buckets
         self._scripts = scripts
-        # By owner: several stacks over one store make their passes in turn.
-        self._open: dict[str, _Open] = {}
+        # Of whichever stack over this store began one last: there is one at a time.
+        self._under_way: _UnderWay | None = None
 
     async def begin(self, me: str, head: str) -> Pass | None:
         """See :meth:`CacheTier.begin`; who holds the first bucket's lock repairs them all."""
-        self._open.pop(me, None)
         started = self._store.clock.monotonic()
 
         async def ask(bucket: Bucket) -> _Part | None:
@@ -112,7 +113,7 @@ class RepairPasses:
         # number of the pass that left it tells which that is.
         known = [part for part in told if part.number]
         oldest = min(known or told, key=lambda part: part.number)
-        self._open[me] = _Open(started, told)
+        self._under_way = _UnderWay(me, started, told)
         generation = b"".join(part.generation for part in told)
         began = min(part.began for part in told) / 1000
         return Pass(began, generation, oldest.cursor, not known, me)
@@ -121,7 +122,7 @@ class RepairPasses:
         """See :meth:`CacheTier.renew`."""
         size = _GENERATION_BYTES
         old = [generation[at : at + size] for at in range(0, len(generation), size)]
-        number = max((each.next_number for each in self._open.values()), default=1)
+        number = 1 if self._under_way is None else self._under_way.next_number
 
         async def renew(bucket: Bucket, before: bytes) -> None:
             keys = (bucket.guard, bucket.repair)
@@ -155,8 +156,8 @@ class RepairPasses:
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
         """See :meth:`CacheTier.stamp`."""
-        under_way = self._open.get(begun.owner)
-        if under_way is None:
+        under_way = self._under_way
+        if under_way is None or under_way.owner != begun.owner:
             return False
         number = under_way.next_number
         # On our own clock too, since those of the servers may have been set back meanwhile.
@@ -183,8 +184,6 @@ class RepairPasses:
             return bool(reply)
 
         stamped = all(await together(map(stamp, under_way.parts)))
-        if seconds or not stamped:
-            self._open.pop(begun.owner, None)
         # Each cursor has a number of its own: a bucket that loses its newest must not look like
         # one that has it.
         under_way.parts = [part._replace(number=number) for part in under_way.parts]
