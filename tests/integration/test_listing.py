@@ -9,6 +9,7 @@ from redis_servers import BINARY, Server, running
 
 from layered_store.copying import Copy
 from layered_store.enumerable import enumerable_of, pages
+from layered_store.errors import ValidationError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.redis.record import STATE, pack
@@ -73,3 +74,10 @@ async def test_a_listing_names_only_users_that_a_read_would_find() -> None:
             assert sorted(found) == ["u-1", "u-2"]
             for user_id in ("u-3", "u-4", "u-5"):
                 assert await redis.get_latest(user_id) is None
+
+
+async def test_a_cursor_of_another_store_is_refused_by_a_database(tmp_path: Path) -> None:
+    """As a mistake of the caller's, in our own words."""
+    async with SQLStore(f"sqlite+aiosqlite:///{tmp_path / 'a.db'}") as sql:
+        with pytest.raises(ValidationError, match="not one of this store's"):
+            await sql.users("another's", 10)

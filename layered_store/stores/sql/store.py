@@ -19,6 +19,7 @@ from layered_store.errors import (
     ConfigError,
     CorruptDataError,
     StoreError,
+    ValidationError,
 )
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
@@ -451,8 +452,13 @@ class SQLStore(StoreOfRecord, Enumerable):
 
     async def users(self, cursor: str, limit: int) -> UserPage:
         self._check_open("users")
-        # By digest, the primary key: a page costs the same wherever it begins.
-        values = {"after_digest": bytes.fromhex(cursor), "max_rows": limit}
+        try:
+            # By digest, the primary key: a page costs the same wherever it begins.
+            values = {"after_digest": bytes.fromhex(cursor), "max_rows": limit}
+        except ValueError:
+            raise ValidationError(
+                "is not one of this store's", field="cursor", operation="users", layer=self.name
+            ) from None
 
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.users, values)
