@@ -46,6 +46,8 @@ class Channel:
     # The tier's clock in the latest message that was taken in.
     _seen: float = field(default=0.0, init=False)
     _away: bool = field(default=False, init=False)
+    # No number is used twice: a ping of before may be echoed over the next subscription.
+    _pings: int = field(default=0, init=False)
     # Whether the tier may have this process among the holders of leases.
     _registered: bool = field(default=False, init=False)
 
@@ -105,9 +107,9 @@ class Channel:
             self.watch.ping_now.set()
 
     async def _ping_for_ever(self) -> None:
-        number = 0
         while True:
-            number += 1
+            self._pings += 1
+            number = self._pings
             self.leases.ping_sent(number)
             self._registered = True
             try:
