@@ -127,6 +127,26 @@ async def test_a_message_that_another_server_handed_on_ends_the_channel(setting:
                     await anext(notices)
 
 
+async def test_no_message_before_an_erasures_is_taken_for_it(setting: Setting) -> None:
+    """Who took in a message acknowledges all up to its moment; that of the erasure is its own,
+    however many messages a millisecond has."""
+    record = Versioned(7, state())
+    async with setting.tier.listen() as notices:
+        for number in range(40):
+            *_, holders = await asyncio.gather(
+                *(setting.tier.put("u-1", record, None) for _ in range(4)),
+                setting.tier.bury("u-1", 8 + number, "me"),
+            )
+            seen = []
+            while len(seen) < 5:
+                notice = await anext(notices)
+                if not notice.echo:
+                    seen.append(notice)
+            buried = next(at for at, notice in enumerate(seen) if notice.erased)
+            assert seen[buried].sent == holders.now
+            assert all(notice.sent < holders.now for notice in seen[:buried])
+
+
 async def test_an_older_put_never_lowers_a_copy(setting: Setting) -> None:
     """Whoever comes with it."""
     await setting.stack.upsert_latest(state())

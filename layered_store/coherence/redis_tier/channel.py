@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Notice
 from layered_store.coherence.redis_tier.connection import connected
-from layered_store.coherence.redis_tier.messages import Message, parse
+from layered_store.coherence.redis_tier.messages import MOMENTS, Message, parse
 from layered_store.coherence.together import together
 from layered_store.errors import StoreError, UnavailableError
 from layered_store.stores.redis.wire import pack_command
@@ -184,7 +184,7 @@ class RedisChannel:
             if isinstance(item, StoreError):
                 raise item
             bucket, server, message = item
-            sent = message.sent / 1000
+            sent = message.sent / MOMENTS
             if not message.echo:
                 yield Notice(message.body, message.number, message.erased, sent)
             elif message.body in self._pinging and listener.echoed(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-__all__ = ["Message", "parse"]
+__all__ = ["MOMENTS", "Message", "parse"]
 
-_PARTS = 6
+MOMENTS: Final = 1_000_000
+"""How many moments of the server's clock a second has: no two messages are sent at the same."""
+
+_PARTS: Final = 6
 
 
 class Message(NamedTuple):
@@ -14,7 +17,7 @@ class Message(NamedTuple):
 
     Args:
         echo: whether it answers a ping; else it tells of a change.
-        sent: the server's clock when it was published, in milliseconds.
+        sent: the server's clock when it was published, in microseconds.
         number: of the ping, or the version of the record.
         erased: whether the record is a tombstone.
         server: the run of the server that published it.

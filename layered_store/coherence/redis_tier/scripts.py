@@ -11,6 +11,9 @@ does a clock that was set (``last`` is when it was looked at before).
 Somebody may set the server's clock. Set forward, what expires does so too early, which only costs.
 Set back, it lasts longer than it was given, which shows by its time left: then it counts as ended.
 
+Whoever has taken in a message has taken in all of its moment and before. So moments are told in
+microseconds, of which no two scripts share one; a millisecond has messages before and after.
+
 Any key may hold something else, written by another program: it then counts as missing and is
 replaced. A lock that never runs out is none of ours.
 
@@ -87,13 +90,14 @@ local function version(r)
   return n
 end
 local function generation(r) return string.sub(r, 13, 28) end
-local function now()
+local function moment()
   local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  return t[1] * 1000000 + t[2]
 end
+local function now() return math.floor(moment() / 1000) end
 local function text(n) return string.format('%.0f', n) end
-local function tell(channel, version, erased, digest)
-  local notice = {'i', text(now()), version, erased, server, digest}
+local function tell(channel, version, erased, digest, at)
+  local notice = {'i', text(at or moment()), version, erased, server, digest}
   redis.call(publish, channel, table.concat(notice, '|'))
 end
 local function keep(key, value, life)
@@ -128,11 +132,10 @@ local function trust(key)
   redis.call('DEL', key)
   return false
 end
-local function holders(key)
+local function holders(key, at)
   redis.pcall('HDEL', key, '')
-  local t = now()
-  register(key, t)
-  return {text(t), redis.call('HGET', key, 'born'), redis.call('HGETALL', key)}
+  register(key, math.floor(at / 1000))
+  return {text(at), redis.call('HGET', key, 'born'), redis.call('HGETALL', key)}
 end
 """
 
@@ -215,15 +218,16 @@ if copy and g and generation(r) == string.sub(g, 1, 16) then
 elseif r then
   redis.call('DEL', KEYS[1])
 end
-tell(ARGV[5], ARGV[1], '1', ARGV[6])
-return holders(KEYS[3])
+local at = moment()
+tell(ARGV[5], ARGV[1], '1', ARGV[6], at)
+return holders(KEYS[3], at)
 """
 )
 """Keys: record, guard, register. Arguments: version, tombstone before and after the generation, its
 life in ms, channel, digest. It replaces a copy and voids a token, but leaves nothing where nothing
 was: it may come so late that the user was written again, and that was replayed already."""
 
-HOLDERS: Final = _LIBRARY + "return holders(KEYS[1])"
+HOLDERS: Final = _LIBRARY + "return holders(KEYS[1], moment())"
 """Keys: register."""
 
 BEGIN: Final = (
@@ -326,7 +330,8 @@ return false
 PING: Final = (
     _LIBRARY
     + """
-local t = now()
+local at = moment()
+local t = math.floor(at / 1000)
 register(KEYS[1], t)
 redis.call('HSET', KEYS[1], ARGV[1], text(t + tonumber(ARGV[2])) .. '|' .. ARGV[3])
 if redis.call('HLEN', KEYS[1]) > 64 then
@@ -336,7 +341,7 @@ if redis.call('HLEN', KEYS[1]) > 64 then
     if till and till + 60000 < t then redis.call('HDEL', KEYS[1], all[i]) end
   end
 end
-local echo = {'p', text(t), ARGV[4], '0', server, ARGV[1]}
+local echo = {'p', text(at), ARGV[4], '0', server, ARGV[1]}
 redis.call(publish, ARGV[5], table.concat(echo, '|'))
 local g = trust(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return 0 end

@@ -18,6 +18,7 @@ from layered_store.coherence.redis_tier.batches import ReadBatches
 from layered_store.coherence.redis_tier.buckets import buckets_of
 from layered_store.coherence.redis_tier.channel import RedisChannel
 from layered_store.coherence.redis_tier.loading import Scripts
+from layered_store.coherence.redis_tier.messages import MOMENTS
 from layered_store.coherence.redis_tier.passes import RepairPasses
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import StoreError
@@ -257,12 +258,12 @@ class RedisTier(CacheTier):
 
 
 def _holders(reply: Any, me: str) -> Holders:
-    now, born, pairs = float(reply[0]) / 1000, float(reply[1]) / 1000, reply[2]
+    now, born, pairs = float(reply[0]) / MOMENTS, float(reply[1]) / 1000, reply[2]
     others = {}
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         until, bar, seen = value.partition(b"|")
         if not (bar and until.isdigit() and seen.isdigit()) or name == me.encode():
             continue  # not a lease, or our own
         if float(until) / 1000 > now - _STEP_SECONDS:
-            others[name.decode()] = (float(until) / 1000, float(seen) / 1000)
+            others[name.decode()] = (float(until) / 1000, float(seen) / MOMENTS)
     return Holders(now, now - born, others)
