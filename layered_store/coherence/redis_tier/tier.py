@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.call import new_id
@@ -20,6 +19,7 @@ from layered_store.coherence.redis_tier.channel import RedisChannel
 from layered_store.coherence.redis_tier.loading import Scripts
 from layered_store.coherence.redis_tier.messages import MOMENTS
 from layered_store.coherence.redis_tier.passes import RepairPasses
+from layered_store.coherence.together import together
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import StoreError
 from layered_store.stores.redis.record import (
@@ -116,13 +116,8 @@ class RedisTier(CacheTier):
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         # Calls of one turn of the loop share a round trip, so each is simply made.
-        reads = await asyncio.gather(
-            *(self.read(user_id) for user_id in user_ids), return_exceptions=True
-        )
-        for read in reads:
-            if isinstance(read, BaseException):
-                raise read
-        return dict(zip(user_ids, reads, strict=True))  # type: ignore[arg-type]
+        reads = await together(self.read(user_id) for user_id in user_ids)
+        return dict(zip(user_ids, reads, strict=True))
 
     def _read(self, user_id: str, server: bytes, guard: Any, value: Any) -> TierRead:
         """Return what a guard and a value under a record's key mean."""
