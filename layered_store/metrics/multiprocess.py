@@ -52,6 +52,9 @@ class MultiprocessExporter(Exporter):
         super().__init__()
         import prometheus_client as client  # noqa: PLC0415  an optional driver
 
+        # Now, since a fork while the thread below imports it leaves the child half of a module.
+        import prometheus_client.multiprocess  # noqa: PLC0415
+
         if not Path(_folder()).is_dir():
             raise ConfigError(
                 "PROMETHEUS_MULTIPROC_DIR names no folder; create it, empty, before the start",
@@ -79,6 +82,9 @@ class MultiprocessExporter(Exporter):
         self._flushing = threading.Lock()
         self._start()
         os.register_at_fork(after_in_child=self._forked)
+        # Not in the midst of a hand-over: the child would find the client's own lock held for ever.
+        held, free = self._flushing.acquire, self._flushing.release
+        os.register_at_fork(before=held, after_in_parent=free, after_in_child=free)
         atexit.register(self._end)
 
     def collect(self) -> Iterator[Any]:
@@ -154,7 +160,6 @@ class MultiprocessExporter(Exporter):
 
     def _forked(self) -> None:
         # The parent hands over what was counted before; the child begins from there.
-        self._flushing = threading.Lock()
         self._gauges = {}
         for metrics in self.open_stacks():
             handed = self._handed[metrics] = _Handed()

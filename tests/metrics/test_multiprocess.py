@@ -311,6 +311,42 @@ def test_nobody_needs_to_look_and_a_full_disk_is_waited_for(tmp_path: Path) -> N
     )
 
 
+def test_no_fork_in_the_midst_of_a_hand_over(tmp_path: Path) -> None:
+    """The client's own lock is held then, and the child would wait for it for ever."""
+    run(
+        """
+        import threading, time
+        stack = Metrics(MemoryStore(), name="s")
+        asyncio.run(use(stack, 1))
+        exporter, entered, inside = stack._exporter, threading.Event(), []
+        real = exporter._flush
+        def slow():
+            inside.append(True)
+            entered.set()
+            time.sleep(0.2)
+            real()
+            inside.clear()
+        exporter._flush = slow
+        thread = threading.Thread(target=exporter.flush)
+        thread.start()
+        entered.wait()
+        child = os.fork()
+        if not child:
+            if inside:
+                os._exit(3)
+            exporter._flush = real
+            exporter.flush()
+            if not os.fork():
+                exporter.flush()
+                os._exit(0)
+            os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        thread.join()
+        """,
+        tmp_path,
+    )
+
+
 def test_a_file_that_cannot_be_read_takes_no_others_with_it(tmp_path: Path) -> None:
     """Left by another version of the client, or two containers with one folder: told once."""
     used = (96).to_bytes(8, "little")
