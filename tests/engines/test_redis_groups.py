@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -227,6 +228,30 @@ async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
     finally:
         owner.cont()
         await asyncio.to_thread(cluster.wait)
+
+
+def test_event_loops_that_end_close_their_clients(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver complains of a client that is collected open, in the log of the next loop."""
+    store = RedisStore(cluster.url)
+    connections: list[Any] = []
+
+    async def use() -> None:
+        await asyncio.gather(*(store.upsert_latest(state(user, 1)) for user in USERS))
+        gc.collect()
+        await asyncio.sleep(0)
+        link: Any = store._link
+        for node in link._client.nodes_manager.nodes_cache.values():
+            connections.extend(node._connections)
+
+    for _ in range(2):
+        asyncio.run(use())
+        assert connections
+        assert not any(each.is_connected for each in connections)
+    asyncio.run(store.aclose())
+    gc.collect()
+    assert "Unclosed" not in caplog.text
 
 
 async def test_a_cluster_that_moved_is_found_under_the_name_in_the_url() -> None:

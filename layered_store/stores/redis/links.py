@@ -341,6 +341,16 @@ async def _close_with_loop(link: weakref.ref[LaneLink]) -> AsyncGenerator[None, 
             await owner._limits.clock.sleep(0)  # noqa: SLF001
 
 
+async def _close_client_with_loop(link: weakref.ref[ClientLink]) -> AsyncGenerator[None, None]:
+    """Close the client when the event loop ends, as above; or earlier, when this is closed."""
+    try:
+        yield
+    finally:
+        owner = link()
+        if owner is not None and owner.loop is asyncio.get_running_loop():
+            await owner.close_client()
+
+
 class ClientLink:
     """Calls of one event loop through a client of the driver: a cluster's, or one passed in.
 
@@ -359,10 +369,12 @@ class ClientLink:
         self._limits = limits
         self._places = asyncio.Semaphore(limits.max_connections)
         self._running: set[asyncio.Task[Any]] = set()
+        self._guard: AsyncGenerator[None, None] | None = None
 
     async def connect(self, key: bytes) -> Any:
         """Return a connection of the driver to the server that has this key."""
         client = self._client
+        await self._begin()
         if not hasattr(client, "get_node_from_key"):
             connection = client.connection_pool.make_connection()
         else:
@@ -382,6 +394,7 @@ class ClientLink:
     async def owners(self, keys: Sequence[bytes]) -> list[str]:
         """Return names of the servers that have these keys, looked up anew."""
         client = self._client
+        await self._begin()
         if not hasattr(client, "get_node_from_key"):
             return [""] * len(keys)
         self._look_anew()
@@ -462,7 +475,14 @@ class ClientLink:
             raise
         return task.result()
 
+    async def _begin(self) -> None:
+        """See to it that a client of our own is closed when the event loop ends."""
+        if self._guard is None and not self._shared:
+            self._guard = _close_client_with_loop(weakref.ref(self))
+            await anext(self._guard)
+
     async def _execute(self, command: Command) -> Any:
+        await self._begin()
         try:
             async with self._limits.clock.timeout(self._limits.timeout):
                 return await self._client.execute_command(*command)
@@ -483,8 +503,10 @@ class ClientLink:
                     await self._places.acquire()
         except TimeoutError:
             pass
-        if not self._shared:
-            await self._close_client()
+        if self._guard is not None:
+            await self._guard.aclose()
+        elif not self._shared:
+            await self.close_client()
 
     def abandon(self) -> None:
         """Close from another event loop, as far as this one still runs."""
@@ -493,11 +515,12 @@ class ClientLink:
                 self.loop.call_soon_threadsafe(self._begin_to_close)
 
     def _begin_to_close(self) -> None:
-        task = self.loop.create_task(self._close_client())
+        task = self.loop.create_task(self.close_client())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _close_client(self) -> None:
+    async def close_client(self) -> None:
+        """Close the client, whether or not calls are under way."""
         if hasattr(self._client, "get_node_from_key"):
             # Told to look anew, it would take itself for closed already.
             self._client._initialize = False  # noqa: SLF001
