@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from layered_store.cli.common import build, fail, guarded
+from layered_store.cli.common import NumberRange, build, fail, guarded
 
 __all__ = ["command"]
 
@@ -48,7 +48,7 @@ _KEY = "LAYERED_STORE_API_KEY"
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(0, min_open=True),
+    type=NumberRange(0, 86_400, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds in which a caller must have sent its request.",

@@ -208,6 +208,8 @@ def test_schema() -> None:
         (("bench", "STACK", "--writes", "nan"), 2, "'nan' is not a number"),
         (("bench", "STACK", "--zipf", "nan"), 2, "'nan' is not a number"),
         (("check", "STACK", "--timeout", "nan"), 2, "'nan' is not a number"),
+        (("serve", "STACK", "--patience", "nan"), 2, "'nan' is not a number"),
+        (("serve", "STACK", "--patience", "inf"), 2, "Invalid value for '--patience'"),
         (("copy", "sqlite:////nowhere/\udcff", "STACK"), 1, "cannot be opened"),
         (("export", "STACK", "--all", "--output", "/nowhere/x"), 1, "/nowhere/x: No such file"),
         (("copy", "STACK", "STACK", "--state", "/nowhere/x"), 1, "cannot write /nowhere/x"),
