@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse
 from layered_store import (
     Cached,
     CircuitBreaker,
+    ErasureIncompleteError,
     HealthStatus,
     Metrics,
     RedisStore,
@@ -122,7 +123,7 @@ async def store_error(_: Request, error: StoreError) -> JSONResponse:
     """Turn the one error tree into status codes; messages hold no user data."""
     if isinstance(error, ValidationError):
         return JSONResponse({"error": error.message}, 400)
-    if isinstance(error, (UnavailableError, RejectedError)):
+    if isinstance(error, (UnavailableError, RejectedError, ErasureIncompleteError)):
         return JSONResponse({"error": "try again"}, 503, {"retry-after": "1"})
     return JSONResponse({"error": "the state could not be served"}, 500)
 

@@ -22,6 +22,7 @@ from flask import Flask, Response, abort, jsonify, request
 
 from layered_store import (
     Cached,
+    ErasureIncompleteError,
     HealthStatus,
     Metrics,
     RejectedError,
@@ -82,7 +83,7 @@ def create_app(store: SyncStore) -> Flask:
         """Turn the one error tree into status codes; messages hold no user data."""
         if isinstance(error, ValidationError):
             return jsonify(error=error.message), 400
-        if isinstance(error, (UnavailableError, RejectedError)):
+        if isinstance(error, (UnavailableError, RejectedError, ErasureIncompleteError)):
             return jsonify(error="try again"), 503
         return jsonify(error="the state could not be served"), 500
 

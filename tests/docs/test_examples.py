@@ -227,6 +227,38 @@ print("ada-" in text, "layered_store_reads_total" in text)
     ]
 
 
+def test_an_erasure_that_is_to_be_repeated_is_told_as_such(tmp_path: Path) -> None:
+    """503, as for all that may be tried again; the user is erased, a tier is not cleaned yet."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import fastapi_app, flask_app
+from starlette.testclient import TestClient
+from layered_store import MemoryStore, SyncStore, WriteThrough
+from layered_store.testing import Faults
+
+def stack():
+    tier = Faults(MemoryStore())
+    tier.outage()
+    return WriteThrough(tier, origin=MemoryStore())
+
+with TestClient(fastapi_app.create_app(stack())) as client:
+    print(client.delete("/users/ada").status_code)
+with SyncStore(stack) as store:
+    print(flask_app.create_app(store).test_client().delete("/users/ada").status_code)
+"""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["503", "503"], done.stderr
+
+
 def test_every_example_is_run() -> None:
     """No example is left out here or elsewhere in the tests."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
