@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from layered_store import ClosedError, RedisStore, SQLStore, StateSnapshot, WriteThrough
-from layered_store.coherence.contract import CacheTier, Versioned
+from layered_store.coherence.contract import CacheTier, Change, Ticket, Versioned
 from layered_store.coherence.redis_tier import RedisTier
 from layered_store.errors import UnavailableError
-from layered_store.stores.redis.record import STATE, pack, unpack
+from layered_store.stores.redis.record import FILLED, STATE, TOKEN, TOMBSTONE, pack, unpack
 
 
 class Setting:
@@ -226,3 +226,289 @@ async def test_a_server_that_cannot_be_a_tier_is_told(
         await RedisTier(store).read("u-1")
     assert caught.value.retryable is retryable
     assert connection.closed
+
+
+class Bare:
+    """A tier that nothing repairs in the background, and one user's key."""
+
+    def __init__(self, url: str) -> None:
+        self.store = RedisStore(url)
+        self.tier = RedisTier(self.store)
+        self.key = self.store.key(self.store.digest("u-1"))
+        self.digest = self.store.digest("u-1")
+
+    async def trust(self) -> bytes:
+        """Make a whole pass; return the generation."""
+        begun = await self.tier.begin("me", "head")
+        assert begun is not None and await self.tier.stamp(begun, "cursor", 2.0)
+        return begun.generation
+
+    async def holding(self, value: bytes | None) -> None:
+        await self.store.command("DEL", self.key)
+        if value is not None:
+            await self.store.command("SET", self.key, value)
+
+    async def held(self) -> Any:
+        return await self.store.command("GET", self.key)
+
+
+@pytest.fixture
+async def bare(redis_url: str) -> AsyncIterator[Bare]:
+    made = Bare(redis_url)
+    async with made.store:
+        yield made
+
+
+OTHER = b"\x01" + b"o" * 15
+"""A generation that is not the tier's."""
+
+
+def copies(generation: bytes, version: int = 5, body: bytes = b"x") -> dict[str, bytes | None]:
+    """What may stand under a key, by name."""
+    return {
+        "state": pack(STATE, version, body, generation=generation),
+        "filled": pack(FILLED, version, body, generation=generation),
+        "tombstone": pack(TOMBSTONE, version, generation=generation),
+        "token": pack(TOKEN, 0, generation=b"t" * 16),
+        "nonsense": b"nonsense",
+        "nothing": None,
+    }
+
+
+async def test_a_ticket_leaves_what_may_be_believed(bare: Bare) -> None:
+    """It stands in for anything else, and all who miss share one."""
+    generation = await bare.trust()
+    for name, value in copies(generation).items():
+        await bare.holding(value)
+        ticket = await bare.tier.ticket("u-1")
+        assert ticket is not None and ticket.generation == generation
+        if name in ("state", "filled", "tombstone"):
+            assert (ticket.token, await bare.held()) == (b"", value), name
+        else:
+            assert ticket.token == await bare.held(), name
+            assert (ticket.token == value) is (name == "token"), name
+    for name, value in copies(OTHER).items():
+        await bare.holding(value)
+        ticket = await bare.tier.ticket("u-1")
+        assert ticket is not None and ticket.token == await bare.held() != b"", name
+
+
+async def test_repair_removes_what_is_older_and_tells_of_what_was_not_told(bare: Bare) -> None:
+    """A copy that a reader filled in was never told of; from then on it was."""
+    generation = await bare.trust()
+    for version in (4, 5, 6):
+        for name, value in copies(generation, version).items():
+            await bare.holding(value)
+            change = Change(bare.digest, 5, erased=False)
+            told = await bare.tier.repair([change])
+            known = version >= 5 and name in ("state", "tombstone")
+            assert list(told) == ([] if known else [change]), (name, version)
+            if version >= 5 and name == "filled":
+                value = copies(generation, version)["state"]
+            elif not known:
+                value = None
+            assert await bare.held() == value, (name, version)
+    await bare.holding(copies(generation)["state"])
+    both = [Change(bare.digest, 5, erased=False), Change(bare.store.digest("u-2"), 1, erased=True)]
+    assert list(await bare.tier.repair(both)) == both[1:]
+
+
+@pytest.mark.parametrize("erased", [False, True])
+async def test_a_put_moves_a_copy_up_and_brings_none_where_none_was(
+    bare: Bare, *, erased: bool
+) -> None:
+    """Only with a ticket of the tier's generation, or with the token that stands there."""
+    generation = await bare.trust()
+    written = Versioned(5, None if erased else state())
+    new = bare.tier._value(STATE, written, generation)
+    ticket, foreign = Ticket(b"", generation), Ticket(b"", OTHER)
+    for version in (4, 5, 6):
+        for name, value in copies(generation, version, new[29:]).items():
+            for given in (ticket, foreign, None):
+                await bare.trust()
+                await bare.holding(value)
+                await bare.tier.put("u-1", written, given)
+                kept = value
+                if name in ("token", "nonsense"):
+                    kept = None
+                elif version == 4 and value is not None:
+                    kept = new if given is ticket else None
+                elif version == 5 and name == "filled":
+                    kept = copies(generation, 5, new[29:])["state"]
+                elif version == 5 and name == "tombstone" and not erased:
+                    kept = None  # one version was given twice: nobody knows which one it is
+                assert await bare.held() == kept, (name, version, given)
+    for value in copies(OTHER, 4).values():
+        await bare.holding(value)
+        await bare.tier.put("u-1", written, ticket)
+        assert await bare.held() is None
+    await bare.holding(None)
+    own = await bare.tier.ticket("u-1")
+    assert own is not None
+    await bare.tier.put("u-1", written, Ticket(own.token, OTHER))
+    assert await bare.held() is None
+    own = await bare.tier.ticket("u-1")
+    await bare.tier.put("u-1", written, own)
+    assert await bare.held() == new
+
+
+async def test_a_burial_replaces_a_copy_and_brings_none_where_none_was(bare: Bare) -> None:
+    """A newer copy stays: the user was written again since."""
+    generation = await bare.trust()
+    for version in (4, 5, 6):
+        for name, value in copies(generation, version).items():
+            await bare.trust()
+            await bare.holding(value)
+            await bare.tier.bury("u-1", 5, "me")
+            kept = value if version == 6 else copies(generation, 5)["tombstone"]
+            if name in ("token", "nonsense", "nothing"):
+                kept = None
+            assert await bare.held() == kept, (name, version)
+    for value in copies(OTHER, 6).values():
+        await bare.holding(value)
+        await bare.tier.bury("u-1", 5, "me")
+        assert await bare.held() is None
+
+
+async def test_a_stale_copy_is_of_the_generation_that_was_trusted_last(bare: Bare) -> None:
+    """And of this server's run, for as long as it was told."""
+    generation = await bare.trust()
+    repair = bare.tier._repair("0")
+    body = bare.store.codec.encode(state())
+    seconds, micros = await bare.store.command("TIME")
+    now = int(seconds) * 1000 + int(micros) // 1000
+
+    async def stale(until: int, limit: float = 60.0) -> bool:
+        await bare.store.command("HSET", repair, "until", until)
+        found = await bare.tier.read_stale("u-1", limit)
+        assert found in (None, Versioned(5, state()))
+        return found is not None
+
+    for name, value in copies(generation, 5, body).items():
+        await bare.holding(value)
+        assert await stale(now - 30_000) is (name in ("state", "filled")), name
+        assert not await stale(now - 30_000, 20.0)
+        assert not await stale(now + 60_000)  # the clock was set back
+    await bare.holding(copies(OTHER, 5, body)["state"])
+    assert not await stale(now)
+    await bare.holding(copies(generation, 5, body)["state"])
+    assert await stale(now)
+    await bare.store.command("HSET", repair, "run", "another")
+    assert not await stale(now)
+
+
+async def test_one_process_repairs_at_a_time(bare: Bare) -> None:
+    """Whoever's lock ran out may go on while nobody took over."""
+    begun = await bare.tier.begin("me", "head")
+    assert begun is not None and begun.fresh
+    again = await bare.tier.begin("me", "head")
+    assert again is not None
+    other = RedisTier(bare.store)
+    assert await other.begin("other", "head") is None
+    await bare.store.command("DEL", bare.tier._lock("0"))
+    assert await bare.tier.stamp(again, "cursor", 0.0)
+    await bare.store.command("DEL", bare.tier._lock("0"))
+    theirs = await other.begin("other", "later")
+    assert theirs is not None and (theirs.cursor, theirs.fresh) == ("cursor", False)
+    assert theirs.generation == again.generation
+    assert not await bare.tier.stamp(again, "cursor", 2.0)
+    await bare.store.command("SET", bare.tier._lock("0"), "none of ours")
+    assert await other.begin("other", "later") is not None
+    assert await other.stamp(theirs, "cursor", 2.0)
+    assert (await bare.tier.read("u-1")).trusted
+
+
+async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
+    """Though nobody holds the lock any more: another pass, or another generation, came since."""
+    await bare.trust()
+    for renewed in (False, True):
+        await bare.store.command("DEL", bare.tier._lock("0"))
+        begun = await bare.tier.begin("me", "head")
+        assert begun is not None
+        other = RedisTier(bare.store)
+        await bare.store.command("DEL", bare.tier._lock("0"))
+        theirs = await other.begin("other", "head")
+        assert theirs is not None
+        await other.renew(OTHER, "head")  # of a generation that is gone: nothing happens
+        if renewed:
+            await other.renew(theirs.generation, "head")
+        else:
+            assert await other.stamp(theirs, "later", 0.0)
+        await bare.store.command("DEL", bare.tier._lock("0"))
+        assert not await bare.tier.stamp(begun, "earlier", 2.0)
+        after = await other.begin("other", "head")
+        assert after is not None
+        assert (after.generation == begun.generation) is not renewed
+
+
+async def test_leases_that_ended_long_ago_are_forgotten_where_there_are_many(bare: Bare) -> None:
+    """So that the register of a service whose processes come and go is bounded."""
+    await bare.tier.ping("me", 1.0, 0.0, 1)
+    register = bare.tier._register("0")
+    seconds, _ = await bare.store.command("TIME")
+    for index in range(40):
+        for name, age in (("old", 90), ("new", 30)):
+            lease = b"%d|0" % ((int(seconds) - age) * 1000)
+            await bare.store.command("HSET", register, f"{name}-{index}", lease)
+    await bare.tier.ping("me", 1.0, 0.0, 2)
+    names = await bare.store.command("HKEYS", register)
+    assert {bytes(name) for name in names} == {
+        *(b"new-%d" % index for index in range(40)), b"me", b"run", b"born", b"last"
+    }  # fmt: skip
+
+
+async def test_a_fill_needs_the_token_that_stands_there(bare: Bare) -> None:
+    """And trust in the generation that it was given under."""
+    generation = await bare.trust()
+    record = Versioned(5, state())
+    ticket = await bare.tier.ticket("u-1")
+    assert ticket is not None
+    for wrong in (Ticket(ticket.token, OTHER), Ticket(pack(TOKEN, 0), generation)):
+        await bare.tier.fill("u-1", record, wrong)
+        assert await bare.held() == ticket.token
+    await bare.store.command("DEL", bare.tier._guard("0"))
+    await bare.tier.fill("u-1", record, ticket)
+    assert await bare.held() == ticket.token
+    await bare.trust()
+    await bare.tier.fill("u-1", record, ticket)
+    filled = await bare.held()
+    assert filled == bare.tier._value(FILLED, record, generation)
+    await bare.tier.fill("u-1", Versioned(4, state(value=0.1)), ticket)
+    assert await bare.held() == filled
+
+
+async def test_trust_that_lasts_too_long_or_is_of_another_run_is_none(bare: Bare) -> None:
+    """A clock was set back, or a guard was copied from another server: it is removed."""
+    guard = bare.tier._guard("0")
+    for change in (
+        ("PERSIST", guard),
+        ("PEXPIRE", guard, 60_000),
+        ("SET", guard, OTHER + b"another run", "PX", 1_000),
+    ):
+        await bare.trust()
+        assert await bare.tier.ping("me", 1.0, 0.0, 1) > 0
+        await bare.store.command(*change)
+        assert await bare.tier.ticket("u-1") is None
+        assert not (await bare.tier.read("u-1")).trusted
+        assert await bare.tier.ping("me", 1.0, 0.0, 2) == 0
+    generation = await bare.trust()
+    await bare.tier.renew(generation, "head")
+    assert not (await bare.tier.read("u-1")).trusted
+
+
+async def test_leases_of_another_run_or_another_clock_are_begun_anew(bare: Bare) -> None:
+    """Then nobody can tell who holds what, and an erasure waits for the longest lease."""
+    seconds, _ = await bare.store.command("TIME")
+    now = int(seconds) * 1000
+    for field, value in (
+        ("run", "another"),
+        ("born", "x"),
+        ("last", now + 60_000),
+        ("last", now - 60_000),
+    ):
+        await bare.tier.ping("other", 60.0, 0.0, 1)
+        assert "other" in (await bare.tier.holders("u-1", "me")).others
+        await bare.store.command("HSET", bare.tier._register("0"), field, value)
+        holders = await bare.tier.holders("u-1", "me")
+        assert holders.others == {}, (field, value)
+        assert holders.since < 1.0
