@@ -11,6 +11,7 @@ from random import sample
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ConfigError
 from layered_store.options import nearest
 
@@ -27,6 +28,7 @@ _SENTINEL_PORT: Final = 26379
 # Whatever a URL says: records are bytes, and in version 3 of the protocol the driver swallows the
 # messages that stand between replies, those of the invalidation channel among them.
 _ALWAYS: Final = {"decode_responses": False, "protocol": 2}
+_CONTEXT_SECONDS: Final = 10.0
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '([a-z][a-z_]{0,40})'").search
 
 
@@ -264,7 +266,10 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
                 *(each.aclose() for each in manager.sentinels), return_exceptions=True
             )
 
-        return Address(connection=lambda: _hold(pool.make_connection(), pool), release=release)
+        context = _Context()
+        return Address(
+            connection=lambda: context.lend(_hold(pool.make_connection(), pool)), release=release
+        )
 
     address = make()
     assert address.connection is not None
@@ -276,6 +281,30 @@ def _hold(connection: Any, pool: Any) -> Any:
     # The connection knows its pool only by a weak reference.
     connection.layered_store_pool = pool
     return connection
+
+
+class _Context:
+    """The TLS context of connections that are made soon after one another.
+
+    Making one reads all authorities that the system knows, and the event loop stands still for 20
+    ms; while a server is away, connecting is tried many times a second. It does not stay for good,
+    since certificates are replaced.
+    """
+
+    def __init__(self) -> None:
+        self._lent: Any = None
+        self._until = float("-inf")
+
+    def lend(self, connection: Any) -> Any:
+        """Return the connection, with the context of those before it."""
+        own = getattr(connection, "ssl_context", None)
+        if own is None:
+            return connection
+        now = SYSTEM_CLOCK.monotonic()
+        if now >= self._until:
+            self._lent, self._until = own, now + _CONTEXT_SECONDS
+        connection.ssl_context = self._lent
+        return connection
 
 
 def _hosts(url: str, port: int) -> tuple[list[tuple[str, int]], str]:
@@ -336,4 +365,5 @@ def _of_pool(pool: Any, quiet: dict[str, Any] | None = None) -> Address:
             options[name] = value
     for name in ("retry_on_timeout", "retry_on_error", "maint_notifications_pool_handler"):
         options.pop(name, None)
-    return Address(connection=lambda: _hold(kind(**options), pool))
+    context = _Context()
+    return Address(connection=lambda: context.lend(_hold(kind(**options), pool)))

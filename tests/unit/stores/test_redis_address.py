@@ -9,7 +9,9 @@ import redis.asyncio
 from redis.asyncio.connection import SSLConnection
 
 from layered_store.errors import ConfigError
+from layered_store.stores.redis import address as address_module
 from layered_store.stores.redis.address import Address, address_of_client, address_of_url
+from layered_store.testing.clock import FakeClock
 
 
 def address(url: str) -> Address:
@@ -129,3 +131,23 @@ def test_a_client_of_the_driver_gives_its_connections_and_any_other_is_called() 
     called = address_of_client(other, 0.5)
     assert called.connection is None and called.client is not None
     assert called.client() is other and called.shared and not called.cluster
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "rediss+sentinel"])
+def test_connections_made_soon_after_one_another_share_a_tls_context(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making one costs 20 ms, at each attempt while a server is away; certificates are replaced."""
+    clock = FakeClock()
+    monkeypatch.setattr(address_module, "SYSTEM_CLOCK", clock)
+    connect = address(f"{scheme}://127.0.0.1:6379/0").connection
+    assert connect is not None
+    first = connect()
+    assert first.ssl_context.get() is connect().ssl_context.get()
+    other = address(f"{scheme}://127.0.0.1:6379/0?ssl_cert_reqs=none").connection
+    assert other is not None
+    assert other().ssl_context is not first.ssl_context
+    clock.set(clock.monotonic() + 10.0)
+    later = connect()
+    assert later.ssl_context is not first.ssl_context
+    assert later.ssl_context is connect().ssl_context
