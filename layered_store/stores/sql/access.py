@@ -230,7 +230,7 @@ class Access:
     # Batches
 
     async def _read_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
-        session = batch.session = self._session()
+        session = batch.goes_on_in(self._session())
         digests = list({digest for digest, _ in batch.entries})
 
         async def work(desk: Desk) -> Any:
@@ -249,7 +249,7 @@ class Access:
 
     async def _history_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
         """Return for each entry (digest, most rows, oldest age) the payloads, newest first."""
-        session = batch.session = self._session()
+        session = batch.goes_on_in(self._session())
         entries = [what for what, _ in batch.entries]
         age = entries[0][2]
         longest: dict[bytes, int] = {}
@@ -300,7 +300,7 @@ class Access:
     ) -> list[Any]:
         """Store what can be stored without a closer look; None stands for the others."""
         nothing: list[Any] = [None] * len(items)
-        session = batch.session = self._session()
+        session = batch.goes_on_in(self._session())
         if self._lite is not None:
             if not all(item.fresh for item in items):
                 return nothing
@@ -362,7 +362,7 @@ class Access:
     async def _in_transaction(
         self, home: engines.Home, batch: Batch, work: Callable[..., Awaitable[T]], *args: Any
     ) -> T:
-        session = batch.session = self._session()
+        session = batch.goes_on_in(self._session())
         return await self._attempt(
             home, session, partial(self._operate, session, lambda s: work(s, *args)), writes=True
         )
@@ -441,7 +441,7 @@ class Access:
             # connection away, which for a database in memory is the database.
             return writes
         home.desks.stop(task)
-        return writes and session.committing
+        return writes and session.sent
 
     def _session(self) -> Session:
         if self._lite is not None:
@@ -527,7 +527,7 @@ class Access:
                 exc,
                 operation="",
                 layer=self._name,
-                outcome_unknown=writes and session.committing,
+                outcome_unknown=writes and session.sent,
             )
             if error is exc:
                 raise

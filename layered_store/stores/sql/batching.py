@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Container, Sequence
 
     from layered_store.clock import Clock, TimerHandle
     from layered_store.stores.sql.transactions import Session
@@ -50,19 +50,41 @@ class Batch:
         entries: what was called for and by whom.
     """
 
-    __slots__ = ("cut_off", "entries", "session", "task")
+    __slots__ = ("_part", "_session", "_stands", "cut_off", "entries", "task")
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
         self.cut_off = False
         self.task: asyncio.Task[None] | None = None
-        # Of what it does now; set by whoever runs it.
-        self.session: Session | None = None
+        # What it does now, in one session or as a batch of its own, and whether anything that it
+        # did before was committed.
+        self._session: Session | None = None
+        self._part: Batch | None = None
+        self._stands = False
 
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
         return any(not future.done() for _, future in self.entries)
+
+    @property
+    def sent(self) -> bool:
+        """Whether a commit was sent: what some of it wrote stands, or may."""
+        return (
+            self._stands
+            or (self._session is not None and self._session.sent)
+            or (self._part is not None and self._part.sent)
+        )
+
+    def goes_on_in(self, session: Session) -> Session:
+        """Note the session of what is done next; return it."""
+        self._stands, self._session = self.sent, session
+        return session
+
+    def part(self, entries: list[Entry]) -> Batch:
+        """Return a batch of some of the calls, which is done next."""
+        self._stands, self._part = self.sent, Batch(entries)
+        return self._part
 
 
 class Batcher(ABC):
@@ -201,10 +223,7 @@ class Batcher(ABC):
         async def run(entries: list[Entry]) -> Sequence[Any]:
             if entries[0][1].done():
                 return [None]
-            single = Batch(entries)
-            results = await self._run(single)
-            batch.session = single.session
-            return results
+            return await self._run(batch.part(entries))
 
         return await one_by_one(batch.entries, run, error, self._alone)
 
@@ -227,23 +246,24 @@ class Batcher(ABC):
     def _expire(self) -> None:
         now = self._clock.monotonic()
         calls = self._calls
-        sent = {
-            id(future)
-            for batch in self.out
-            if not self._stoppable or (batch.session is not None and batch.session.committing)
-            for _, future in batch.entries
-        }
-        begun = None
+        over: dict[asyncio.Future[Any], float] = {}
         while calls and (calls[0][0].done() or calls[0][1] <= now):
             future, deadline = calls.popleft()
             if not future.done():
-                begun = deadline - self._limit if begun is None else begun
-                future.set_result(
-                    StoreTimeoutError(
-                        f"no answer within {self._limit:g} s",
-                        outcome_unknown=self.writes and id(future) in sent,
-                    )
+                over[future] = deadline - self._limit
+        unknown = {
+            future
+            for batch in self.out
+            if self.writes and self._may_commit(batch, over)
+            for _, future in batch.entries
+        }
+        for future in over:
+            future.set_result(
+                StoreTimeoutError(
+                    f"no answer within {self._limit:g} s", outcome_unknown=future in unknown
                 )
+            )
+        begun = next(iter(over.values()), None)
         self.left()
         if begun is not None and self._expired is not None:
             self._expired(begun)
@@ -251,6 +271,14 @@ class Batcher(ABC):
             if self._timer is not None:  # of a call that came since: others wait longer than it
                 self._timer.cancel()
             self._watch()
+
+
+    def _may_commit(self, batch: Batch, over: Container[asyncio.Future[Any]]) -> bool:
+        """Tell whether something of a batch stands or may, though those who are over are told."""
+        if not self._stoppable or batch.sent:
+            return True
+        # It is not cut off while others wait for it.
+        return any(not future.done() and future not in over for _, future in batch.entries)
 
 
 class Reads(Batcher):

@@ -125,6 +125,12 @@ class Session:
     clock: Clock
     open: bool = False
     committing: bool = False
+    committed: bool = False
+
+    @property
+    def sent(self) -> bool:
+        """Whether a commit was sent: what it wrote stands, or may."""
+        return self.committing or self.committed
 
     def timed(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return ``values`` with the time, where the host's clock is the database's."""
@@ -166,6 +172,7 @@ class Session:
         await self.command("COMMIT")
         self.open = False
         self.committing = False
+        self.committed = True
 
     async def rollback(self) -> None:
         """Give up the transaction."""

@@ -259,7 +259,7 @@ async def test_a_write_out_of_time_is_unknown_once_it_may_be_committed(
     session = Session(None, None, clock, committing=committing)  # type: ignore[arg-type]
 
     async def hang(batch: Batch) -> list[Any]:
-        batch.session = session
+        batch.goes_on_in(session)
         await clock.sleep(9.0)
         return [1]
 
@@ -271,6 +271,66 @@ async def test_a_write_out_of_time_is_unknown_once_it_may_be_committed(
     assert isinstance(call.result(), StoreTimeoutError)
     assert call.result().outcome_unknown is unknown
     await clock.advance(7.0)
+    await batcher.drain()
+
+
+async def test_a_call_that_is_over_while_its_batch_goes_on_may_take_effect() -> None:
+    """Others wait for the batch still, and what it commits is not theirs alone."""
+    clock = FakeClock()
+    gates = [asyncio.Event(), asyncio.Event()]
+
+    async def run(batch: Batch) -> list[Any]:
+        await gates[len(stored)].wait()
+        stored.append([what.value for what, _ in batch.entries])
+        return [1 for _ in batch.entries]
+
+    stored: list[list[int]] = []
+    batcher = Writes(run, about_one, clock, 2.0, out=1, stoppable=True)
+    batcher.submit(Put(b"a", 1))
+    await asyncio.sleep(0)
+    await clock.advance(0.5)
+    early = batcher.submit(Put(b"b", 2))
+    await asyncio.sleep(0)
+    await clock.advance(1.0)
+    late = batcher.submit(Put(b"c", 3))
+    gates[0].set()
+    await clock.advance(1.0)
+    told = await early
+    assert isinstance(told, StoreTimeoutError)
+    assert told.outcome_unknown
+    gates[1].set()
+    assert await late == 1
+    assert stored == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_call_that_is_over_may_stand_once_a_commit_was_sent(
+    *, alone: bool, ended: bool
+) -> None:
+    """Also when that was of a part of the batch, or when more is done behind it."""
+    clock = FakeClock()
+
+    async def run(batch: Batch) -> list[Any]:
+        if alone and len(batch.entries) > 1:
+            raise StoreError("one of them is bad")
+        if alone and batch.entries[0][0].value == 1:
+            return [1]
+        session = batch.goes_on_in(Session(None, None, clock))  # type: ignore[arg-type]
+        session.committing = True
+        if ended:
+            session.committing, session.committed = False, True
+            batch.goes_on_in(Session(None, None, clock))  # type: ignore[arg-type]
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    batcher = Writes(run, about_one, clock, 2.0, out=1, stoppable=True)
+    futures = [batcher.submit(Put(bytes([n]), n)) for n in (1, 2)]
+    await asyncio.sleep(0)
+    await clock.advance(2.0)
+    for future in futures:
+        told = await future
+        assert isinstance(told, StoreTimeoutError)
+        assert told.outcome_unknown
     await batcher.drain()
 
 
