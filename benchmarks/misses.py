@@ -27,7 +27,7 @@ async def run(setting: Setting) -> list[Result]:
 
 
 class Nowhere(StateStore):
-    """A backend that answers at once with bytes that it decodes."""
+    """A backend that answers at once with bytes that it decodes, and keeps nothing."""
 
     def __init__(self, data: dict[str, bytes]) -> None:
         self._data = data
@@ -37,7 +37,7 @@ class Nowhere(StateStore):
         return self._decode(self._data[user_id], user_id)
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        raise NotImplementedError
+        pass
 
 
 async def _lone(setting: Setting) -> Result:
@@ -67,7 +67,17 @@ async def _lone(setting: Setting) -> Result:
         Figure(3, "a lone miss: the layers' own cost, caching it included", micros, "µs", 1.5),
         Figure(3, "tasks made by 100 lone misses", spread([len(tasks)]), "tasks", 0),
     ]
+    written = [snapshot(user_id) for user_id in keys]
+    writes = {
+        names[0]: micro(backend.upsert_latest, written),
+        names[1]: micro(stack.upsert_latest, written),
+    }
+    written_costs = await compare(writes, setting.some(21, 2))
+    own = written_costs.difference(names[1], names[0])
+    micros = type(own)(own.middle * 1e6, own.low * 1e6, own.high * 1e6)
+    figures.append(Figure(3, "a lone write: the layers' own cost", micros, "µs"))
     rows = [[name, costs.wall(name) * 1e6] for name in names]
+    rows.append(["a write through Metrics(Cached(Retry()))", written_costs.wall(names[1]) * 1e6])
     await stack.aclose()
     return Result("A lone miss, nothing behind it", figures, ["contender", "µs"], rows)
 

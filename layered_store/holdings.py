@@ -13,6 +13,8 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
 from layered_store.eviction import Node, S3FIFOCache
 from layered_store.given_cache import GivenCache
@@ -54,7 +56,7 @@ class Entry(Node, gc=False):
     digest: bytes | None = None
 
 
-class Writers:
+class Writers(msgspec.Struct, eq=False):
     """The writes of one user that are under way.
 
     Args:
@@ -63,12 +65,9 @@ class Writers:
         noticed: the highest version that the channel told of meanwhile.
     """
 
-    __slots__ = ("count", "noticed", "overlapped")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.overlapped = False
-        self.noticed = 0
+    count: int = 0
+    overlapped: bool = False
+    noticed: int = 0
 
 
 class Holdings:
