@@ -502,27 +502,27 @@ class Cached(Layer):
         if user_id in self._flights or user_id in self._held.writing:
             return
         loop = asyncio.get_running_loop()
+        flight = self._takeoff(user_id, loop)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._refreshes.discard(task)
+            # Here, since a task that is cancelled as soon as it is made runs none of its code.
+            if task.cancelled() or task.exception() is not None:
+                self._abandoned(user_id, flight)
+
         # A context of its own: the refresh is nobody's call.
         task = loop.create_task(
-            self._refresh_quietly(user_id, self._takeoff(user_id, loop)),
-            context=contextvars.Context(),
+            self._refresh_quietly(user_id, flight), context=contextvars.Context()
         )
         self._refreshes.add(task)
-        task.add_done_callback(self._refreshes.discard)
+        task.add_done_callback(ended)
 
     async def _refresh_quietly(self, user_id: str, flight: Flight) -> None:
         try:
             value = check_state(await self.inner.get_latest(user_id), user_id, self)
         except Exception as exc:  # noqa: BLE001
             # The entry answers until its deadline whatever happens here; then a caller sees it.
-            try:
-                await self._failed(user_id, flight, exc)
-            except BaseException:
-                self._abandoned(user_id, flight)
-                raise
-        except BaseException:
-            self._abandoned(user_id, flight)
-            raise
+            await self._failed(user_id, flight, exc)
         else:
             self._held.landed(user_id, flight, value)
             flight.land(value)

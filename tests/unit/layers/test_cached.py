@@ -466,6 +466,31 @@ async def test_a_given_cache_is_its_own() -> None:
     Cached(Minimal(), cache=given)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_a_refresh_that_others_cancel_leaves_no_load_to_wait_for(steps: int) -> None:
+    """Not even in the turn in which it was made: who joined it loads, and so do later callers."""
+    clock, gate = FakeClock(), Gate()
+    cache = Cached(Scripted(OLD, gate, NEW), ttl=100, refresh_ahead=0.5, clock=clock)
+    await cache.get_latest("u-1")
+    await clock.advance(60)
+    assert await cache.get_latest("u-1") == OLD
+    (refresh,) = cache._refreshes
+    joined = []
+    if steps:
+        await clock.advance(60)
+        joined.append(asyncio.create_task(cache.get_latest("u-1")))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    refresh.cancel()
+    await settle()
+    assert not cache._refreshes
+    gate.open(NEW)
+    assert await asyncio.gather(*joined) == [NEW] * len(joined)
+    await clock.advance(60)
+    assert await asyncio.wait_for(cache.get_latest("u-1"), 1) == NEW
+    assert not cache._flights
+
+
 @pytest.mark.parametrize("way", ["write", "read", "batch"])
 async def test_what_began_in_doubt_is_not_kept_though_it_ends_after_it(way: str) -> None:
     """The write that was not answered may have come in between."""
