@@ -342,7 +342,7 @@ class Ramp(Layer):
         try:
             for user_id in users:
                 turns[user_id] = await self._turns.begin(user_id)
-            # What an earlier write may still do at the alternative could come after this one.
+            # What an earlier write may still do, on either side, could come after this one.
             settled = [user_id for user_id in users if not self._doubted(user_id)]
             with call_begins() as call:
                 try:
@@ -350,6 +350,8 @@ class Ramp(Layer):
                 except BaseException as exc:
                     if not not_happened(exc):
                         self._fall_behind(users)
+                    if may_take_effect(exc):
+                        self._doubt(users)
                     raise
                 in_share = any(place_of(user_id, self.salt) < self.share for user_id in users)
                 if call.superseded:
@@ -405,7 +407,12 @@ class Ramp(Layer):
                 erase = self._erase_other if store is self._other else store.delete
                 try:
                     await erase(user_id)
-                except Exception as exc:  # noqa: BLE001  whatever it was, the other must erase
+                except BaseException as exc:
+                    if may_take_effect(exc):
+                        self._doubt([user_id])
+                    if not isinstance(exc, Exception):
+                        raise
+                    # Whatever it was, the other must erase.
                     first = first or exc
                     nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
                     pending.extend(nested or (store.name,))

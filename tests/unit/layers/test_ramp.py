@@ -18,6 +18,7 @@ from layered_store import (
     Ramp,
     Retry,
     StateSnapshot,
+    StoreError,
     StoreTimeoutError,
     Timeout,
     UnavailableError,
@@ -586,6 +587,31 @@ async def test_a_write_that_may_still_reach_the_alternative_keeps_its_user_at_in
     await ramp.upsert_latest(StateSnapshot(LOW, 3))
     assert ramp.behind == 0
     assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 3)
+
+
+@pytest.mark.parametrize("side", ["inner", "alternative"])
+@pytest.mark.parametrize("way", ["upsert", "delete"])
+@pytest.mark.parametrize(
+    "error", [StoreTimeoutError("no answer"), OSError("of a driver"), asyncio.CancelledError()]
+)
+async def test_what_may_still_reach_one_side_leaves_the_user_at_inner(
+    side: str, way: str, error: BaseException
+) -> None:
+    """For 5 s no write is the last on both sides for sure."""
+    clock = FakeClock()
+    sides = {"inner": Down(), "alternative": Down()}
+    ramp = Ramp(sides["inner"], alternative=sides["alternative"], share=1.0, clock=clock)
+    sides[side].error = error  # type: ignore[assignment]
+    with pytest.raises((StoreError, OSError, asyncio.CancelledError)):
+        await (ramp.delete(LOW) if way == "delete" else ramp.upsert_latest(StateSnapshot(LOW, 1)))
+    sides[side].error = None
+    await ramp.upsert_latest(StateSnapshot(LOW, 2))
+    assert ramp.behind == 1
+    await sides["inner"].upsert_latest(StateSnapshot(LOW, 1))  # so late
+    assert await ramp.get_latest(LOW) == StateSnapshot(LOW, 1)
+    await clock.advance(5.1)
+    await ramp.upsert_latest(StateSnapshot(LOW, 3))
+    assert ramp.behind == 0
 
 
 async def test_a_write_that_began_in_doubt_leaves_its_user_at_inner_though_it_ends_later() -> None:
