@@ -230,6 +230,27 @@ async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
         await asyncio.to_thread(cluster.wait)
 
 
+async def test_slots_that_move_cost_no_call(cluster: Cluster) -> None:
+    """The driver closes all connections with every fifth that it hears of, those in use as well."""
+    store = RedisStore(cluster.url)
+    for user in USERS:
+        await store.upsert_latest(state(user, 1))
+    slots = {cluster.slot(store.key(store.digest(user)).decode()) for user in USERS}
+    moved = asyncio.Event()
+
+    async def write(user: str) -> None:
+        while not moved.is_set():
+            await store.upsert_latest(state(user, 2))
+            assert await number(store, user) == 2
+
+    writers = [asyncio.create_task(write(user)) for user in USERS[:8]]
+    for slot in slots:
+        await asyncio.to_thread(cluster.move, slot)
+    moved.set()
+    await asyncio.gather(*writers)
+    await store.aclose()
+
+
 def test_event_loops_that_end_close_their_clients(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -173,6 +173,8 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         given["ssl"] = True
     for name in ("host", "port", "db"):
         given.pop(name, None)
+    # Where a slot went the reply says; to look anew for it would cut off the calls under way.
+    quiet |= {"reinitialize_steps": 0}
     options = {**quiet, "max_connections": limit, **given, **_ALWAYS}
 
     known_hints = inspect.signature(RedisCluster.initialize).parameters
