@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import ConfigError
@@ -28,6 +29,7 @@ _lock: Final = threading.Lock()
 Labels = tuple[str, ...]
 Key = tuple[str, Labels]
 """A key of the catalogue and the values of its labels."""
+_Counts = tuple[dict[Key, float], "dict[Labels, Durations]"]
 
 
 def export(metrics: Metrics, registry: Any) -> Exporter:
@@ -106,6 +108,8 @@ class Exporter:
         # Prometheus like a restart, after which all that is left of it is new.
         self._past: dict[Key, float] = {}
         self._past_durations: dict[Labels, Durations] = {}
+        # What the last scrape showed of stacks that share a name: nobody tells when one is let go.
+        self._shown: dict[weakref.ref[Metrics], _Counts] = {}
         self._changing = threading.Lock()  # who scrapes may do so in another thread
 
     def add(self, metrics: Metrics) -> None:
@@ -123,18 +127,22 @@ class Exporter:
         with self._changing:
             exported = metrics in self.open_stacks()
             self._stacks = [ref for ref in self._stacks if ref() not in (None, metrics)]
+            self._shown.pop(weakref.ref(metrics), None)
             names = {each.name for each in self.open_stacks()}
             if exported and metrics.name in names:
-                for key, value in self.figures(metrics):
-                    if CATALOGUE[key[0]].kind == "counter":
-                        self._past[key] = self._past.get(key, 0) + value
-                for operation, each in metrics.durations():
-                    labels = (metrics.name, operation)
-                    self._past_durations[labels] = summed(self._past_durations.get(labels), each)
+                self._keep(_counts(metrics, self.figures(metrics)))
             for key in [key for key in self._past if key[1][0] not in names]:
                 del self._past[key]
             for gone in [labels for labels in self._past_durations if labels[0] not in names]:
                 del self._past_durations[gone]
+
+    def _keep(self, counts: _Counts) -> None:
+        """Go on showing what a stack counted that is no more."""
+        counters, durations = counts
+        for key, value in counters.items():
+            self._past[key] = self._past.get(key, 0) + value
+        for labels, each in durations.items():
+            self._past_durations[labels] = summed(self._past_durations.get(labels), each)
 
     def open_stacks(self) -> list[Metrics]:
         """Return the stacks to export now."""
@@ -153,7 +161,9 @@ class Exporter:
         """Yield all families; what the client calls at a scrape. Nothing while no stack is open."""
         with self._changing:
             stacks = self.open_stacks()
-            names = {metrics.name for metrics in stacks}
+            for ref in [ref for ref in self._shown if ref() is None]:
+                self._keep(self._shown.pop(ref))
+            names = Counter(metrics.name for metrics in stacks)
             figures = {key: value for key, value in self._past.items() if key[1][0] in names}
             durations = {
                 labels: each for labels, each in self._past_durations.items() if labels[0] in names
@@ -178,7 +188,10 @@ class Exporter:
         exemplars: dict[Labels, dict[int, Any]] = {}
         labels: Labels
         for metrics in stacks:
-            for key, value in self.figures(metrics):
+            own = list(self.figures(metrics))
+            if names[metrics.name] > 1:
+                self._shown[weakref.ref(metrics)] = _counts(metrics, own)
+            for key, value in own:
                 figures[key] = combined(key, figures.get(key), value)
             for operation, each in metrics.durations():
                 labels = (metrics.name, operation)
@@ -215,6 +228,12 @@ class Exporter:
         if layer not in self._warned:
             self._warned.add(layer)
             _log.warning("metrics of %s are left out: %s", layer, problem)
+
+
+def _counts(metrics: Metrics, figures: Iterable[tuple[Key, float]]) -> _Counts:
+    """Return what a stack has counted and timed so far, without its gauges."""
+    counters = {key: value for key, value in figures if CATALOGUE[key[0]].kind == "counter"}
+    return counters, {(metrics.name, operation): each for operation, each in metrics.durations()}
 
 
 def combined(key: Key, known: float | None, value: float) -> float:

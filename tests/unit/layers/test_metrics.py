@@ -659,6 +659,32 @@ async def test_no_counter_falls_when_one_of_a_name_is_closed(registry: Collector
         await stack.aclose()
 
 
+async def test_no_counter_falls_when_one_of_a_name_is_let_go(registry: CollectorRegistry) -> None:
+    """As when it is closed; what was never scraped cannot fall, and what was closed counts once."""
+
+    def counts() -> list[float | None]:
+        gc.collect()
+        once = {"stack": "s", "operation": "get_latest"}
+        return [
+            registry.get_sample_value("layered_store_operations_total", {**once, "outcome": "ok"}),
+            registry.get_sample_value("layered_store_operation_duration_seconds_count", once),
+        ]
+
+    gone, closed, kept = (Metrics(MemoryStore(), name="s", registry=registry) for _ in range(3))
+    for stack in (gone, gone, closed, kept):
+        await stack.get_latest("u-1")
+    assert counts() == [4, 4]
+    del gone, stack
+    assert counts() == [4, 4]
+    await closed.aclose()
+    del closed
+    assert counts() == [4, 4]
+    await kept.get_latest("u-1")
+    assert counts() == [5, 5]
+    await kept.aclose()
+    assert counts() == [None, None]
+
+
 async def test_closing_a_stack_takes_its_series_away(registry: CollectorRegistry) -> None:
     """Those of the others stay; with the last one the registry is as empty as before."""
     one = Metrics(Cached(MemoryStore()), name="a", registry=registry)
