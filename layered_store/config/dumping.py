@@ -56,7 +56,7 @@ def _one(store: StateStore) -> dict[str, Any]:
     spec = spec_of_class(type(store))
     table: dict[str, Any] = {"use": spec.kind}
     if (block_id := getattr(store, "block_id", None)) is not None:
-        table["id"] = block_id
+        table["id"] = block_id.replace("${", "$${")
     for option in spec.options:
         value = getattr(store, option.name, option.default)
         if option.store or value is MISSING or isinstance(value, StateStore):

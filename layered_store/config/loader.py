@@ -227,13 +227,22 @@ class _Build:
 
     def _override(self, table: Any) -> StateStore | None:
         name = table.get("id") if isinstance(table, Mapping) else None
-        found = self.overrides.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str):
+            return None
+        try:
+            found = self.overrides.get(interpolate(name, self._environ))
+        except ConfigError:
+            return None  # it is told where the id is noted
         return found if isinstance(found, StateStore) else None
 
     def _note_id(self, table: Mapping[str, Any], path: str) -> str | None:
         name = table.get("id")
         if name is None:
             return None
+        if isinstance(name, str) and name:
+            name = self._filled(name, f"{path}.id")
+            if name is None:
+                return None
         if not isinstance(name, str) or not name:
             self.problem(f"must be a name, not {word(name)}", path=f"{path}.id")
             return None
@@ -253,6 +262,9 @@ class _Build:
         kind = table["use"]
         if not isinstance(kind, str):
             self.problem(f"must be the name of a block, not {word(kind)}", path=f"{path}.use")
+            return None
+        kind = self._filled(kind, f"{path}.use")
+        if kind is None:
             return None
         try:
             spec = spec_of(kind)
@@ -388,6 +400,15 @@ class _Build:
                 return None
             else:
                 return None if broken else store
+
+    def _filled(self, text: str, path: str) -> str | None:
+        """Return a name with its variables filled in, or None with a problem."""
+        try:
+            return interpolate(text, self._environ)
+        except ConfigError as exc:
+            exc.path = path
+            self._problems.append(exc)
+            return None
 
     def _value(self, option: Option, value: Any, path: str) -> Any:
         """Return what the constructor gets for a value of the file, or MISSING with a problem."""

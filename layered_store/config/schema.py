@@ -81,7 +81,7 @@ def _choice(names: list[str], group: str) -> dict[str, Any]:
     return {
         "type": "object",
         "required": ["use"],
-        "properties": {"use": {"enum": names}},
+        "properties": {"use": {"anyOf": [{"enum": names}, _VARIABLE]}},
         "allOf": [
             {
                 "if": {"properties": {"use": {"const": name}}, "required": ["use"]},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jsonschema
 import pytest
 
-from layered_store import ConfigError, load_stack
+from layered_store import ConfigError, MemoryStore, load_stack, to_config
+from layered_store.config import json_schema
 from layered_store.config.environment import interpolate
 
 ENVIRON = {"A": "1", "B": "2", "EMPTY": "", "BRACES": "${A}", "JSON": '{"a": 1}'}
@@ -61,3 +63,29 @@ def test_no_source_at_all(source: object) -> None:
     """What is neither a path nor a dict is a ConfigError too."""
     with pytest.raises(ConfigError, match="source: must be a path or a dict"):
         load_stack(source)  # type: ignore[arg-type]
+
+
+def test_names_and_ids_come_from_the_environment_too() -> None:
+    """Which block stands there is chosen outside; a missing variable is named with its place."""
+    config = {
+        "use": "${KIND:-memory}",
+        "id": "${ID}",
+        "layers": [{"use": "${OUTER}", "id": "outer"}],
+    }
+    environ = {"ID": "truth", "OUTER": "retry"}
+    assert repr(load_stack(config, environ=environ)) == "Retry(MemoryStore())"
+    jsonschema.validate({"store": config}, json_schema())
+    other = MemoryStore()
+    stack = load_stack(config, environ=environ, overrides={"truth": other})
+    assert stack.children()["inner"] is other
+    with pytest.raises(ConfigError) as caught:
+        load_stack(config, environ={"KIND": "memroy"})
+    assert [(each.path, each.message.split(";")[0]) for each in caught.value.problems] == [
+        ("store.layers.0.use", "the environment variable OUTER is not set"),
+        ("store.use", "there is no block of this name"),
+        ("store.id", "the environment variable ID is not set"),
+    ]
+    with pytest.raises(ConfigError, match="store.id: must be a name"):
+        load_stack({"use": "memory", "id": "${ID}"}, environ={"ID": ""})
+    literal = load_stack({"use": "memory", "id": "$${ID}"}, environ={})
+    assert to_config(load_stack(to_config(literal)))["store"]["id"] == "$${ID}"
