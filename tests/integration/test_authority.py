@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from layered_store.call import Call, _current, call_begins, next_order
-from layered_store.coherence.contract import ABSENT
+from layered_store.coherence.contract import ABSENT, Change
 from layered_store.errors import ClosedError, CorruptDataError, UnavailableError, ValidationError
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
@@ -241,6 +241,9 @@ async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:
     await store.settle(store.digest("u"), second, "redis-1")
     await store.settle(store.digest("u"), second, "unknown")
     assert list(await store.debts("u")) == ["redis-2"]
+    owed = Change(store.digest("u"), second, erased=True, owed=True)
+    assert list(await store.owing("redis-2", 9)) == [owed]
+    assert not await store.owing("redis-1", 9)
     await store.settle(store.digest("u"), second, "redis-2")
     assert list(await store.debts("u")) == []
     await store.settle(store.digest("never-seen"), second, "redis-2")

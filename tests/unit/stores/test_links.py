@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from redis.exceptions import NoScriptError
 
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError
 from layered_store.stores.redis.address import Address
-from layered_store.stores.redis.failures import ConnectionLostError, NotSentError
+from layered_store.stores.redis.failures import ConnectionLostError, NotSentError, ReplyError
 from layered_store.stores.redis.links import _PENDING, ClientLink, LaneLink, Limits
 from layered_store.testing.clock import FakeClock
 
@@ -243,6 +244,25 @@ async def test_calls_through_a_client_wait_for_a_place_in_time() -> None:
     assert client.calls == 1
     client.gate.set()
     assert await first == b"late"
+
+
+async def test_a_clients_failure_is_returned() -> None:
+    """As what it is, and no reply: None would be an absent user. Its place is free again."""
+
+    class Failing:
+        error = Exception("refused")
+
+        async def execute_command(self, *_: Any) -> bytes:
+            raise self.error
+
+    client = Failing()
+    link = ClientLink(Address(client=lambda: client), Limits(0.5, 1.0, 1, FakeClock()))
+    for call in (link.call(("GET", "k")), link.probe()):
+        assert await call is client.error
+    assert await link.call_all([("GET", "k"), ("GET", "l")]) == [client.error] * 2
+    client.error = NoScriptError("of the driver")
+    reply = await link.call(("EVALSHA", "f", 1, "k"))
+    assert isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
 
 
 class Client:

@@ -57,6 +57,15 @@ ERRORS: list[tuple[Exception, type[StoreError], str, bool, bool]] = [
     (ReplyError(f"WRONGTYPE {SECRET}"), StoreError, "command (WRONGTYPE)", False, False),
     (ReplyError(SECRET), StoreError, "command (ERR)", False, False),
     (ReplyError(f"ERR {SECRET}"), StoreError, "command (ERR)", False, False),
+    (ReplyError("Marked value"), StoreError, "command (ERR)", False, False),
+    *(
+        (ReplyError(f"{code} {SECRET}"), UnavailableError, f"({code})", retryable, False)
+        for codes, retryable in (
+            ("READONLY OOM LOADING BUSY MASTERDOWN MISCONF NOREPLICAS CLUSTERDOWN TRYAGAIN", True),
+            ("MOVED ASK NOAUTH WRONGPASS NOPERM", False),
+        )
+        for code in codes.split()
+    ),
     *(
         (error, UnavailableError, f"{text} ({code})", retryable, False)
         for reply, text, code, retryable in INSIDE
