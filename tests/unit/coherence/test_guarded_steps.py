@@ -44,6 +44,7 @@ class Tier(CacheTier):
         self.fails: dict[str, Exception] = {}
         self.log: list[str] = []
         self.tickets_come_with_reads = False
+        self.trusted = True
         self.notices: asyncio.Queue[Notice | Exception] = asyncio.Queue()
         self.cursor = ""
 
@@ -56,7 +57,7 @@ class Tier(CacheTier):
         self._step("read")
         found = self.copies.get(user_id)
         ticket = TICKET if self.tickets_come_with_reads and found is None else None
-        return TierRead(found, ticket, trusted=True)
+        return TierRead(found, ticket, trusted=True) if self.trusted else TierRead()
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         self._step("read_many")
@@ -68,7 +69,7 @@ class Tier(CacheTier):
 
     async def ticket(self, user_id: str) -> Ticket | None:
         self._step("ticket")
-        return TICKET
+        return TICKET if self.trusted else None
 
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
         self._step("fill")
@@ -107,7 +108,7 @@ class Tier(CacheTier):
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
         self._step("ping")
         self.notices.put_nowait(Notice(b"", number, echo=me))
-        return 1.0
+        return 1.0 if self.trusted else 0.0
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Notice]]:
@@ -340,6 +341,23 @@ async def test_what_is_noted_as_behind_is_bounded(
     for number in range(10):
         await world.guard.upsert_latest(state(f"u-{number}"))
     assert world.guard.pending == 3
+
+
+async def test_what_is_behind_counts_until_the_tier_is_trusted_again(world: World) -> None:
+    """That the tier answers says nothing yet; that another process repaired it shows by trust."""
+    world.guard.attach(Cache())
+    for step in ("put", "begin"):
+        world.tier.fails[step] = UnavailableError("away")
+    world.tier.trusted = False
+    await world.guard.upsert_latest(state())
+    for _ in range(10):
+        await world.clock.advance(0.5)
+        await world.guard.get_latest("u-1")
+    assert "ping" in world.tier.log
+    assert world.guard.pending == 1
+    world.tier.trusted = True
+    await world.clock.advance(0.5)
+    assert world.guard.pending == 0
 
 
 async def test_a_stale_copy_is_never_older_than_what_was_seen(world: World) -> None:
