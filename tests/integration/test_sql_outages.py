@@ -165,6 +165,35 @@ async def test_closing_while_the_server_hangs_keeps_its_limit(
     assert "Exception closing connection" not in caplog.text
 
 
+@pytest.mark.parametrize("waited", [0.0, 0.6], ids=["in time", "over"])
+async def test_closing_in_the_midst_of_calls_that_hang_leaves_no_task(
+    url: str, waited: float
+) -> None:
+    """Neither theirs nor what a driver does to have the server stop; and a write may stand."""
+    async with proxied(url) as (proxy, through):
+        store = SQLStore(through, timeout=0.5)
+        assert await idle(store) > 3
+        await proxy.set(Mode.DEAF)
+        before = asyncio.all_tasks()
+        calls = [
+            asyncio.ensure_future(store.get_latest("u1")),
+            asyncio.ensure_future(store.get_history("u1", 5)),
+            asyncio.ensure_future(store.upsert_latest(state("u2"))),
+        ]
+        await asyncio.sleep(waited)
+        begun = time.monotonic()
+        await store.aclose()
+        assert time.monotonic() - begun < 3.0
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(error, StoreError) for error in errors)
+        if url.startswith("postgresql+asyncpg"):  # it writes and commits in one statement
+            assert getattr(errors[2], "outcome_unknown", False)
+        await asyncio.sleep(0)
+        # What the proxy opened meanwhile is no concern of the store's.
+        left = asyncio.all_tasks() - before - set(calls) - proxy._tasks
+        assert not {task for task in left if "Proxy" not in repr(task)}
+
+
 async def test_a_server_that_takes_writes_again_is_written_to(postgres_url: str) -> None:
     """After a failover the old connections are those of a replica, for as long as they live."""
     name = make_url(postgres_url).database

@@ -42,6 +42,9 @@ _WRITES_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
 """Batches of writes under way. A commit waits for the disk, and the server flushes several at
 once; SQLite admits one writer."""
 
+_STOP_SECONDS: Final = 0.5
+"""How long a driver may take, when a store is closed, to have a server stop what it does."""
+
 _MOST_PATIENCE: Final = 86_400.0
 """Seconds that a write waits for the writers of other processes at most."""
 
@@ -220,12 +223,26 @@ class Access:
         if home.histories is not None:
             home.histories.close()
         home.desks.end()
+        if not self._cannot_stop:
+            await self._cut_off(home)
         if home.closer is not None:
             await home.closer.aclose()  # which has a time limit
             return
         await home.desks.release()
         if self._given is None:
             await home.engine.dispose()
+
+    async def _cut_off(self, home: engines.Home) -> None:
+        """End what the server did not answer, and what the drivers do to have it stop."""
+        for last in (False, True):
+            tasks = home.tasks()
+            if not tasks:
+                return
+            for task in tasks if last else home.running:
+                task.cancel()
+            with suppress(TimeoutError):
+                async with self._clock.timeout(_STOP_SECONDS):
+                    await asyncio.wait(tasks)
 
     # Batches
 

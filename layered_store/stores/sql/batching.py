@@ -165,16 +165,22 @@ class Batcher(ABC):
             await self._clock.sleep(0)
 
     def close(self) -> None:
-        """Fail what still waits."""
-        error = ClosedError("this store was closed; build a new one")
-        for future, _ in self._calls:
+        """Fail what still waits, and cut off what is under way."""
+        unfinished = dict(self._calls)
+        unknown = self._unknown_of(unfinished)
+        for future in unfinished:
             if not future.done():
-                future.set_result(error)
+                future.set_result(
+                    ClosedError(
+                        "this store was closed; build a new one", outcome_unknown=future in unknown
+                    )
+                )
         self.waiting.clear()
         self._calls.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.left()
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -251,12 +257,7 @@ class Batcher(ABC):
             future, deadline = calls.popleft()
             if not future.done():
                 over[future] = deadline - self._limit
-        unknown = {
-            future
-            for batch in self.out
-            if self.writes and self._may_commit(batch, over)
-            for _, future in batch.entries
-        }
+        unknown = self._unknown_of(over)
         for future in over:
             future.set_result(
                 StoreTimeoutError(
@@ -273,8 +274,16 @@ class Batcher(ABC):
             self._watch()
 
 
+    def _unknown_of(self, over: Container[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
+        """Return the calls that stand or may, though those who are over are told."""
+        return {
+            future
+            for batch in self.out
+            if self.writes and self._may_commit(batch, over)
+            for _, future in batch.entries
+        }
+
     def _may_commit(self, batch: Batch, over: Container[asyncio.Future[Any]]) -> bool:
-        """Tell whether something of a batch stands or may, though those who are over are told."""
         if not self._stoppable or batch.sent:
             return True
         # It is not cut off while others wait for it.

@@ -93,6 +93,12 @@ class Home:
     closer: AsyncGenerator[None, None] | None = None
     running: set[asyncio.Task[Any]] = field(default_factory=set)
 
+    def tasks(self) -> set[asyncio.Task[Any]]:
+        """Return what is under way."""
+        batchers = (self.reads, self.writes, self.histories)
+        out = [batch.task for each in batchers if each is not None for batch in each.out]
+        return {*self.running, *(task for task in out if task is not None)}
+
 
 def parse_url(url: object, owner: str) -> URL:
     """Return the URL with an async driver filled in where it names none.

@@ -410,6 +410,33 @@ async def test_what_still_waits_at_the_end_is_told() -> None:
     assert isinstance(await future, ClosedError)
 
 
+async def test_what_is_under_way_at_the_end_is_cut_off_and_told_whether_it_may_stand() -> None:
+    """``close`` comes when those who wait have waited long enough."""
+    ended: list[str] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        session = batch.goes_on_in(Session(None, None, FakeClock()))  # type: ignore[arg-type]
+        session.committing = batch.entries[0][0].value == 2
+        try:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            ended.append("cut")
+            raise
+
+    batcher = Writes(run, about_one, FakeClock(), 5.0, out=2, stoppable=True)
+    futures = []
+    for number in (1, 2):
+        futures.append(batcher.submit(Put(bytes([number]), number)))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    batcher.close()
+    await batcher.drain()
+    told = [future.result() for future in futures]
+    assert all(isinstance(error, ClosedError) for error in told)
+    assert [error.outcome_unknown for error in told] == [False, True]
+    assert ended == ["cut", "cut"]
+
+
 async def test_many_writes_of_one_user_do_not_go_one_by_one() -> None:
     """With one write per user and batch, a crowd around one user still shares batches."""
     backend = Backend()
