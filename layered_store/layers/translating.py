@@ -7,6 +7,7 @@ record of the coherence protocol and every error passes them is written here, on
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -37,7 +38,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from layered_store.coherence.contract import Holders, Ticket
 
@@ -126,7 +127,9 @@ class TranslatingLayer(Layer):
         check_limit(limit)
         below = self.id_below(user_id, Op.GET_HISTORY)
         with _ErrorsOf({below: user_id}):
-            kept = await self.inner.get_history(below, limit)
+            kept: object = await self.inner.get_history(below, limit)
+        if not isinstance(kept, Iterable):
+            raise not_of_user(user_id, Op.GET_HISTORY, self.name)
         found = (self.opened(each, user_id, Op.GET_HISTORY) for each in kept)
         return [snapshot for snapshot in found if snapshot is not None]
 

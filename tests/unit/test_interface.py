@@ -354,6 +354,8 @@ async def test_layers_keep_what_they_do_not_override() -> None:
         lambda store: WriteThrough(MemoryStore(), origin=store),
         lambda store: Fallback(store, secondary=MemoryStore()),
         lambda store: Fallback(Scripted(UnavailableError("down")), secondary=store),
+        Compressed,
+        lambda store: Prefixed(store, prefix="t"),
     ],
 )
 async def test_a_history_that_is_not_the_users_is_never_returned(
