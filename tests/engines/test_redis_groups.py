@@ -170,14 +170,26 @@ async def test_a_node_that_is_lost(cluster: Cluster, tmp_path: Path, how: str) -
         assert await number(other, USERS[0]) is None
 
 
+async def fill(store: RedisStore) -> None:
+    """Write all users; the cluster may still be busy with what was done to it before."""
+
+    async def filled() -> bool:
+        try:
+            await asyncio.gather(*(store.upsert_latest(state(user, 1)) for user in USERS))
+        except UnavailableError:
+            return False
+        return True
+
+    await until(filled, "a cluster that takes writes")
+
+
 async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster) -> None:
     """The time limit that ends the calls cuts off the driver, which then learns nothing of it.
 
     The others are asked where the keys are now: who calls them meanwhile does not wait either.
     """
     store = RedisStore(cluster.url, timeout=0.5)
-    for user in USERS:
-        await store.upsert_latest(state(user, 1))
+    await fill(store)
 
     def owned(user: str) -> Server:
         return cluster.owner(cluster.slot(store.key(store.digest(user)).decode()))
@@ -206,13 +218,37 @@ async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster
         await asyncio.to_thread(cluster.wait)
 
 
+async def test_a_node_that_hangs_keeps_its_own_callers_waiting_alone(cluster: Cluster) -> None:
+    """However many they are: each node has places of its own."""
+    store = RedisStore(cluster.url, max_connections=2)
+    await fill(store)
+
+    def owned(user: str) -> Server:
+        return cluster.owner(cluster.slot(store.key(store.digest(user)).decode()))
+
+    owner = await asyncio.to_thread(owned, "user-1")
+    other = next(user for user in USERS if owned(user) is not owner)
+    owner.stop()
+    try:
+        calls = [asyncio.create_task(store.get_latest("user-1")) for _ in range(10)]
+        await asyncio.sleep(0.1)
+        begun = time.monotonic()
+        for _ in range(10):
+            assert await number(store, other) == 1
+        assert time.monotonic() - begun < 0.5
+        await asyncio.gather(*calls, return_exceptions=True)
+    finally:
+        owner.cont()
+        await store.aclose()
+        await asyncio.to_thread(cluster.wait)
+
+
 async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
     cluster: Cluster,
 ) -> None:
     """The driver takes itself for closed while it is to ask anew who has which keys."""
     store = RedisStore(cluster.url, timeout=0.2)
-    for user in USERS:
-        await store.upsert_latest(state(user, 1))
+    await fill(store)
     slot = cluster.slot(store.key(store.digest("user-1")).decode())
     owner = await asyncio.to_thread(cluster.owner, slot)
     link: Any = store._link
@@ -233,8 +269,7 @@ async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
 async def test_slots_that_move_cost_no_call(cluster: Cluster) -> None:
     """The driver closes all connections with every fifth that it hears of, those in use as well."""
     store = RedisStore(cluster.url)
-    for user in USERS:
-        await store.upsert_latest(state(user, 1))
+    await fill(store)
     slots = {cluster.slot(store.key(store.digest(user)).decode()) for user in USERS}
     moved = asyncio.Event()
 

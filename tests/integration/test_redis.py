@@ -369,7 +369,7 @@ async def test_no_sentinel_is_lost(server: Server) -> None:
     sentinel = Sentinel(server)
     try:
         hosts = f"127.0.0.1:1,127.0.0.1:2,127.0.0.1:{sentinel.port}"
-        address = address_of_url(f"redis+sentinel://{hosts}/mymaster", 1.0, 1.0, 10)()
+        address = address_of_url(f"redis+sentinel://{hosts}/mymaster", 1.0, 1.0)()
         assert address.connection is not None
         assert address.release is not None
         connections = [address.connection() for _ in range(5)]

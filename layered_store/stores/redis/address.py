@@ -79,16 +79,13 @@ def _quiet(connect_timeout: float, timeout: float) -> dict[str, Any]:
     return options
 
 
-def address_of_url(
-    url: str, connect_timeout: float, timeout: float, limit: int
-) -> Callable[[], Address]:
+def address_of_url(url: str, connect_timeout: float, timeout: float) -> Callable[[], Address]:
     """Return a maker of addresses, one per event loop; the URL is checked at once.
 
     Args:
         url: whole, as the driver takes it; query options are the driver's.
         connect_timeout: seconds to establish a connection.
         timeout: seconds for one reply.
-        limit: most connections to one server.
     """
     try:
         scheme = urlsplit(url).scheme
@@ -98,7 +95,7 @@ def address_of_url(
         if scheme.endswith("+sentinel"):
             return _sentinel(url, scheme, _quiet(connect_timeout, timeout))
         if scheme.endswith("+cluster"):
-            return _cluster(url, scheme, _quiet(connect_timeout, timeout), limit)
+            return _cluster(url, scheme, _quiet(connect_timeout, timeout))
         return _single(url, _quiet(connect_timeout, timeout))
     except ConfigError:
         raise
@@ -161,7 +158,7 @@ def _single(url: str, quiet: dict[str, Any]) -> Callable[[], Address]:
     return lambda: address
 
 
-def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callable[[], Address]:
+def _cluster(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Address]:
     from redis.asyncio.cluster import ClusterNode, RedisCluster  # noqa: PLC0415
 
     plain = scheme.removesuffix("+cluster")
@@ -175,7 +172,8 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any], limit: int) -> Callab
         given.pop(name, None)
     # Where a slot went the reply says; to look anew for it would cut off the calls under way.
     quiet |= {"reinitialize_steps": 0}
-    options = {**quiet, "max_connections": limit, **given, **_ALWAYS}
+    # Places are counted above the driver, which refuses calls that find none.
+    options = {**quiet, **given, **_ALWAYS}
 
     known_hints = inspect.signature(RedisCluster.initialize).parameters
 

@@ -358,7 +358,7 @@ class ClientLink:
 
     Args:
         address: makes the client.
-        limits: the store's limits; calls beyond ``max_connections`` wait.
+        limits: the store's limits; calls of one node beyond ``max_connections`` wait.
     """
 
     def __init__(self, address: Address, limits: Limits) -> None:
@@ -367,7 +367,8 @@ class ClientLink:
         self._client = address.client()
         self._shared = address.shared
         self._limits = limits
-        self._places = asyncio.Semaphore(limits.max_connections)
+        # By name of a node: one that hangs must not take the places of those that do not.
+        self._places: dict[str, asyncio.Semaphore] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._guard: AsyncGenerator[None, None] | None = None
 
@@ -411,17 +412,21 @@ class ClientLink:
         """Have the driver ask others before the node that a command hung at: all calls wait for
         the answer.
         """
-        client = self._client
-        key = command[3 if command[0] in ("EVAL", "EVALSHA") else 1] if len(command) > 1 else None
-        if not hasattr(client, "nodes_manager") or not isinstance(key, bytes):
-            return
-        with suppress(Exception):  # it knows no nodes yet
-            hung = client.get_node_from_key(key.decode()).name
-            manager = client.nodes_manager
+        hung = self._node_of(command)
+        if hung:
+            manager = self._client.nodes_manager
             manager.startup_nodes = _last(manager.startup_nodes, hung)
             manager.nodes_cache = _last(manager.nodes_cache, hung)
             if not self._shared:
-                client.hung = hung
+                self._client.hung = hung
+
+    def _node_of(self, command: Command) -> str:
+        """Return the name of the node that has a command's key; empty as long as none is known."""
+        key = command[3 if command[0] in ("EVAL", "EVALSHA") else 1] if len(command) > 1 else None
+        if isinstance(key, bytes) and hasattr(self._client, "get_node_from_key"):
+            with suppress(Exception):  # the driver knows no nodes yet
+                return str(self._client.get_node_from_key(key.decode()).name)
+        return ""
 
     def send_now(self, packed: bytes) -> None:
         """Return None: a client takes no packed commands."""
@@ -431,13 +436,16 @@ class ClientLink:
 
     async def call(self, command: Command) -> Any:
         """Send one command and return its reply."""
-        limits = self._limits
+        limits, node = self._limits, self._node_of(command)
+        places = self._places.get(node)
+        if places is None:
+            places = self._places[node] = asyncio.Semaphore(limits.max_connections)
         try:
             async with limits.clock.timeout(limits.connect_timeout + limits.timeout):
-                await self._places.acquire()
+                await places.acquire()
         except TimeoutError as exc:
             return not_sent(exc)
-        return await self._send(command, self._places.release)
+        return await self._send(command, places.release)
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
         """Send several commands, those of one key in their order, and return their replies."""
@@ -499,8 +507,9 @@ class ClientLink:
         """Close what the link opened, after the calls under way."""
         try:
             async with self._limits.clock.timeout(self._limits.timeout):
-                for _ in range(self._limits.max_connections):
-                    await self._places.acquire()
+                for places in list(self._places.values()):
+                    for _ in range(self._limits.max_connections):
+                        await places.acquire()
         except TimeoutError:
             pass
         if self._guard is not None:

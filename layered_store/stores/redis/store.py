@@ -640,9 +640,7 @@ class RedisStore(StateStore, Enumerable):
             return lambda: given
         if not isinstance(self.url, str):
             raise ConfigError("must be a str", option="url", layer=self.name)
-        return address.address_of_url(
-            self.url, limits.connect_timeout, limits.timeout, limits.max_connections
-        )
+        return address.address_of_url(self.url, limits.connect_timeout, limits.timeout)
 
     @property
     def driver_retries(self) -> int:

@@ -15,7 +15,7 @@ from layered_store.testing.clock import FakeClock
 
 
 def address(url: str) -> Address:
-    return address_of_url(url, 0.5, 0.7, 3)()
+    return address_of_url(url, 0.5, 0.7)()
 
 
 def connection(url: str) -> Any:
