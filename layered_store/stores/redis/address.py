@@ -29,6 +29,14 @@ _SENTINEL_PORT: Final = 26379
 # messages that stand between replies, those of the invalidation channel among them.
 _ALWAYS: Final = {"decode_responses": False, "protocol": 2}
 _CONTEXT_SECONDS: Final = 10.0
+_OBJECTS: Final = (
+    "address_remap",
+    "credential_provider",
+    "event_dispatcher",
+    "load_balancing_strategy",
+    "policy_resolver",
+    "retry",
+)
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '([a-z][a-z_]{0,40})'").search
 
 
@@ -170,6 +178,7 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addre
         given["ssl"] = True
     for name in ("host", "port", "db"):
         given.pop(name, None)
+    _type_options(given)
     # Where a slot went the reply says; to look anew for it would cut off the calls under way.
     quiet |= {"reinitialize_steps": 0}
     # Places are counted above the driver, which refuses calls that find none.
@@ -206,6 +215,32 @@ def _cluster(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addre
 
     client()
     return lambda: Address(client=client, cluster=True)
+
+
+def _type_options(given: dict[str, Any]) -> None:
+    """Give a cluster's options the types of which the driver knows nothing in a URL.
+
+    Raises:
+        ConfigError: one that needs an object, or that would have reads go behind writes.
+        ValueError: no such value.
+    """
+    from redis.asyncio.connection import to_bool  # noqa: PLC0415
+
+    replicas = to_bool(given.pop("read_from_replicas", None))
+    for name in ("require_full_coverage", "dynamic_startup_nodes"):
+        if name in given:
+            given[name] = to_bool(given[name])
+    for name in ("reinitialize_steps", "cluster_error_retry_attempts"):
+        if name in given:
+            given[name] = int(given[name])
+    wrong = next((name for name in _OBJECTS if name in given), None)
+    if replicas:
+        problem = "read_from_replicas, by which a read would not see the write before it"
+    elif wrong:
+        problem = f"{wrong}, which a URL cannot hold; pass client="
+    else:
+        return
+    raise ConfigError(f"has the query option {problem}", option="url", layer="RedisStore")
 
 
 def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Address]:

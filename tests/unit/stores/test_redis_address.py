@@ -41,6 +41,9 @@ def connection(url: str) -> Any:
         ("redis://h?bogus=s3cret", "does not know: bogus"),
         ("redis+cluster://a,b?bogus=s3cret", "does not know: bogus"),
         ("redis+sentinel://a/service?bogus=s3cret", "does not know: bogus"),
+        ("redis+cluster://a?read_from_replicas=yes", "would not see the write before it"),
+        ("redis+cluster://a?address_remap=s3cret", "which a URL cannot hold; pass client="),
+        ("redis+cluster://a?reinitialize_steps=s3cret", "cannot be read"),
     ],
 )
 def test_a_url_that_cannot_be_read_is_a_mistake_that_is_named(url: str, text: str) -> None:
@@ -68,6 +71,18 @@ def test_an_unknown_option_is_told_with_the_nearest(url: str, near: str | None) 
     with pytest.raises(ConfigError) as caught:
         address(url)
     assert caught.value.suggestion == near
+
+
+def test_options_of_a_cluster_have_their_types() -> None:
+    """The driver takes any text for true, and counts with text when a slot moves."""
+    options = "read_from_replicas=false&require_full_coverage=no&reinitialize_steps=3"
+    make = address(f"redis+cluster://a?{options}&dynamic_startup_nodes=0").client
+    assert make is not None
+    client = make()
+    assert client.read_from_replicas is False
+    assert client.nodes_manager.require_full_coverage is False
+    assert client.nodes_manager._dynamic_startup_nodes is False
+    assert client.reinitialize_steps == 3
 
 
 def test_connections_have_the_limits_and_repeat_nothing() -> None:
