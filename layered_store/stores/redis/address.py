@@ -271,6 +271,8 @@ def _sentinel(url: str, scheme: str, quiet: dict[str, Any]) -> Callable[[], Addr
     }
     # The driver makes numbers of those options only that it knows by these names.
     own = {name: URL_QUERY_ARGUMENT_PARSERS.get(name, str)(own[name]) for name in own}
+    if "min_other_sentinels" in given:
+        given["min_other_sentinels"] = int(given["min_other_sentinels"])
     options = {**quiet, **given, **_ALWAYS, **({"ssl": True} if secure else {})}
     shared = {name: value for name, value in given.items() if name.startswith(("ssl_", "socket_"))}
     sentinel_options = {**quiet, **shared, **own, **({"ssl": True} if secure else {})}

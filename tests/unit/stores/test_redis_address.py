@@ -73,6 +73,14 @@ def test_an_unknown_option_is_told_with_the_nearest(url: str, near: str | None) 
     assert caught.value.suggestion == near
 
 
+def test_how_many_sentinels_must_agree_is_a_number() -> None:
+    """The driver compares it with one when it looks for the primary, and makes none of a text."""
+    made = connection("redis+sentinel://a/service?min_other_sentinels=2")
+    assert made.connection_pool.sentinel_manager.min_other_sentinels == 2
+    with pytest.raises(ConfigError, match="cannot be read"):
+        address("redis+sentinel://a/service?min_other_sentinels=some")
+
+
 def test_options_of_a_cluster_have_their_types() -> None:
     """The driver takes any text for true, and counts with text when a slot moves."""
     options = "read_from_replicas=false&require_full_coverage=no&reinitialize_steps=3"
