@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
-from layered_store.options import check_store
+from layered_store.options import check_store, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -350,6 +350,13 @@ def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
     # By identity: one object that stands in two places is one match, swapped in both.
     unique = {id(place.store): place.store for place in walk(stack)}
     matches = [store for store in unique.values() if _matches(store, target)]
+    if not matches and isinstance(target, str):
+        ids = {name for store in unique.values() if (name := getattr(store, "block_id", None))}
+        raise ConfigError(
+            f"no block has this id; ids of this stack: {', '.join(sorted(ids)) or 'none'}",
+            option="target",
+            suggestion=nearest(target, ids),
+        )
     if len(matches) != 1:
         found = "matches no block" if not matches else f"matches {len(matches)} blocks"
         raise ConfigError(

@@ -81,6 +81,10 @@ def load_unchecked(
         document = read_file(Path(source))
     else:
         raise ConfigError(f"must be a path or a dict, not {type(source).__name__}", option="source")
+    if not isinstance(overrides or {}, Mapping):
+        raise ConfigError(
+            f"must be a dict of stores by id, not {type(overrides).__name__}", option="overrides"
+        )
     document.pop("$schema", None)
     build = _Build(dict(overrides or {}), os.environ if environ is None else environ)
     build.check_keys(document, _TOP, "")
@@ -179,7 +183,8 @@ class _Build:
     def block(self, table: Any, path: str, depth: int) -> StateStore:
         """Return the block that a table describes, with its ``layers`` around it."""
         if not isinstance(table, Mapping):
-            self.problem(f"must be a table with a key 'use', not {word(table)}", path=path)
+            way = "; pass it with overrides={id: block}" if isinstance(table, StateStore) else ""
+            self.problem(f"must be a table with a key 'use', not {word(table)}{way}", path=path)
             return _StandIn()
         if depth > _MAX_DEPTH or id(table) in self._above:
             reason = "contains itself" if depth <= _MAX_DEPTH else f"more than {_MAX_DEPTH} deep"

@@ -466,6 +466,21 @@ def test_replace_refuses_what_is_not_there() -> None:
             replace(stack, target, MemoryStore())
 
 
+def test_a_misspelt_target_or_override_is_told() -> None:
+    """With the ids that there are and the nearest; a store in a table with how to pass it."""
+    stack = load_stack({"use": "memory", "id": "cache"})
+    with pytest.raises(ConfigError) as caught:
+        replace(stack, "chache", MemoryStore())
+    assert caught.value.suggestion == "cache"
+    assert "ids of this stack: cache" in str(caught.value)
+    with pytest.raises(ConfigError, match="ids of this stack: none"):
+        replace(MemoryStore(), "cache", MemoryStore())
+    with pytest.raises(ConfigError, match="overrides: must be a dict of stores by id, not list"):
+        load_stack({"use": "memory"}, overrides=[MemoryStore()])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="store.inner: .*; pass it with overrides"):
+        load_stack({"use": "cached", "inner": MemoryStore()})
+
+
 async def test_replace_empties_a_cache_object() -> None:
     """A rebuilt Cached does not share the cache object that was passed in."""
     from cachetools import LRUCache
