@@ -112,6 +112,8 @@ def _around_given(factory: Callable[..., Any]) -> Callable[[StateStore], Any]:
 
     async def around(inner: StateStore) -> StateStore:
         stack = await build(factory)
+        if not isinstance(stack, StateStore):
+            raise TypeError(f"the factory must return a StateStore, not {type(stack).__name__}")
         end = stack
         while below := children_of(end):
             end = below.get("origin") or below.get("inner") or next(iter(below.values()))

@@ -175,6 +175,9 @@ async def test_factory_of_something_else() -> None:
         await check_store(dict)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a function that builds a store"):
         await check_store(MemoryStore())  # type: ignore[arg-type]
+    for nothing in (lambda: None, lambda _: None):
+        with pytest.raises(TypeError, match="must return a StateStore, not NoneType"):
+            await check_layer(nothing)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a function that builds a layer"):
         await check_layer(broken.Layer(MemoryStore()))  # type: ignore[arg-type]
 
