@@ -43,8 +43,7 @@ def not_happened(exc: BaseException) -> bool:
 
 def may_take_effect(exc: BaseException) -> bool:
     """Tell whether a write that raised this may still take effect, now or later."""
-    late = isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
-    return late and not not_happened(exc)
+    return isinstance(exc, StoreTimeoutError) or getattr(exc, "outcome_unknown", True)
 
 
 def after_commit(exc: StoreError) -> StoreError:

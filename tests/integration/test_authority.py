@@ -308,8 +308,11 @@ async def test_a_cursor_of_the_future_is_not_covered(bench: Bench) -> None:
     store = bench.build()
     head = await store.head()
     assert await store.covers(head)
-    ahead = head.replace(head.split(".", maxsplit=1)[0], str(10**15), 1)
-    assert not await store.covers(ahead)
+    position = head.split(".", maxsplit=1)[0]
+    assert not await store.covers(head.replace(position, str(10**15), 1))
+    # PostgreSQL's go on with whatever the server does.
+    if bench.kind in ("sqlite_file", "sqlite_memory", "mysql", "asyncmy"):
+        assert not await store.covers(head.replace(position, str(int(position) + 1), 1))
 
 
 async def test_a_cursor_of_another_store_is_not_covered(bench: Bench) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import operator
 import pickle
+import re
 import sys
 import traceback
 from collections import OrderedDict
@@ -331,6 +332,22 @@ def test_refused_reading(data: Any) -> None:
     shown = text.rpartition("ValidationError")[2]
     assert "SECRET" not in shown
     assert "7.25" not in shown
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"user_id":"u","confidence":"x"}', "Expected `float`, got `str` - at `$.confidence`"),
+        (b'{"user_id":"u","axes":[]}', "axes must map names to finite numbers"),
+        (b'{"user_id":"u","axes":{"a":"x"}}', "axes must map names to finite numbers"),
+        (b'{"user_id":"u","source":"x"}', "source must be 'self_report', 'inferred' or 'mixed'"),
+        (b"nonsense", "is not valid JSON"),
+    ],
+)
+def test_refused_reading_says_what_is_wrong(data: bytes, reason: str) -> None:
+    """As far as that shows no key of the data."""
+    with pytest.raises(ValidationError, match=re.escape(reason)):
+        StateSnapshot.from_json(data)
 
 
 @pytest.mark.parametrize(

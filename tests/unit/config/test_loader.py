@@ -309,6 +309,16 @@ def test_nearest_name(config: dict[str, Any], suggestion: str) -> None:
     assert f"did you mean {suggestion!r}" in str(caught.value)
 
 
+def test_nearest_choice() -> None:
+    """Of an option that takes one of a few words; where none is near, none is named."""
+    table = {"use": "sql", "url": "sqlite+aiosqlite://"}
+    with pytest.raises(ConfigError, match="did you mean 'arrival'"):
+        load_stack({**table, "order": "arival"})
+    with pytest.raises(ConfigError, match="must be .*arrival") as caught:
+        load_stack({**table, "order": "42"})
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
