@@ -125,6 +125,9 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
     place: Any = {"operation": operation, "layer": layer}
     if isinstance(exc, NotSentError):
         inner = translate(exc.__cause__ or TimeoutError(), write=False, **place)
+        if inner is exc.__cause__:  # one of ours that many share, and that nobody named yet
+            inner = inner.fresh()
+            inner.operation, inner.layer = operation, layer
         inner.outcome_unknown = False
         return inner
     name = type(exc).__name__

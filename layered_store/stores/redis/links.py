@@ -26,6 +26,8 @@ __all__ = ["ClientLink", "LaneLink", "Limits"]
 
 _PENDING: Final = 1024
 """Calls under way on one lane; more would only wait in the server's input buffer instead."""
+_STOP_SECONDS: Final = 0.25
+"""How long a call through a client may take to end when it is cut off."""
 _BATCH: Final = 256
 """Commands of one call that leave together."""
 
@@ -371,6 +373,7 @@ class ClientLink:
         self._places: dict[str, asyncio.Semaphore] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._guard: AsyncGenerator[None, None] | None = None
+        self._closed = False
 
     async def connect(self, key: bytes) -> Any:
         """Return a connection of the driver to the server that has this key."""
@@ -445,6 +448,9 @@ class ClientLink:
                 await places.acquire()
         except TimeoutError as exc:
             return not_sent(exc)
+        if self._closed:
+            places.release()
+            return not_sent(ClosedError("this store was closed; build a new one"))
         return await self._send(command, places.release)
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
@@ -481,7 +487,7 @@ class ClientLink:
         except asyncio.CancelledError:
             task.cancel()
             raise
-        return task.result()
+        return ConnectionLostError() if task.cancelled() else task.result()
 
     async def _begin(self) -> None:
         """See to it that a client of our own is closed when the event loop ends."""
@@ -505,13 +511,15 @@ class ClientLink:
 
     async def aclose(self) -> None:
         """Close what the link opened, after the calls under way."""
-        try:
-            async with self._limits.clock.timeout(self._limits.timeout):
-                for places in list(self._places.values()):
-                    for _ in range(self._limits.max_connections):
-                        await places.acquire()
-        except TimeoutError:
-            pass
+        self._closed = True
+        for seconds in (self._limits.timeout, _STOP_SECONDS):
+            if self._running:
+                with suppress(TimeoutError):
+                    async with self._limits.clock.timeout(seconds):
+                        await asyncio.wait(set(self._running))
+            # One that went on would connect anew, and nobody would close that.
+            for task in self._running:
+                task.cancel()
         if self._guard is not None:
             await self._guard.aclose()
         elif not self._shared:

@@ -225,8 +225,25 @@ async def test_a_client_that_hangs_is_closed_when_its_time_is_up() -> None:
     assert not client.closed and not closing.done()
     await clock.advance(0.2)
     assert client.closed and closing.done()
+    assert isinstance(await call, ConnectionLostError)
+    assert not link._running, "it would connect anew, and nobody would close that"
+
+
+async def test_who_waits_for_a_place_when_a_client_is_closed_is_not_sent() -> None:
+    """The call before it is waited for."""
+    client = Client()
+    link = ClientLink(Address(client=lambda: client), Limits(5.0, 1.0, 1, FakeClock()))
+    first, second = (asyncio.create_task(link.call(("PING",))) for _ in range(2))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(link.aclose())
+    await asyncio.sleep(0)
     client.gate.set()
-    assert await call == b"late"
+    await closing
+    assert await first == b"late"
+    failure = await second
+    assert isinstance(failure, NotSentError)
+    assert isinstance(failure.__cause__, ClosedError)
+    assert client.calls == 1
 
 
 async def test_calls_through_a_client_wait_for_a_place_in_time() -> None:

@@ -10,6 +10,7 @@ import redis.exceptions as driver
 from redis.asyncio.sentinel import MasterNotFoundError
 
 from layered_store.errors import (
+    ClosedError,
     OverloadedError,
     StoreError,
     StoreTimeoutError,
@@ -142,6 +143,18 @@ def test_what_was_not_sent_has_no_unknown_end() -> None:
         ours = translate(not_sent(cause), operation="delete", layer="RedisStore", write=True)
         assert type(ours) is kind
         assert not ours.outcome_unknown
+
+
+def test_many_who_were_not_sent_each_have_an_error_of_their_own() -> None:
+    """With its operation and layer, though a link that is closed knows neither."""
+    closed = ClosedError("this store was closed")
+    first, second = (
+        translate(not_sent(closed), operation=operation, layer="RedisStore", write=True)
+        for operation in ("get_latest", "delete")
+    )
+    assert str(first) == "RedisStore.get_latest: this store was closed"
+    assert str(second) == "RedisStore.delete: this store was closed"
+    assert closed.layer is None
 
 
 def test_ours_is_returned_as_it_is() -> None:
