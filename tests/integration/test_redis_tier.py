@@ -373,7 +373,7 @@ async def test_a_burial_replaces_a_copy_and_brings_none_where_none_was(bare: Bar
 async def test_a_stale_copy_is_of_the_generation_that_was_trusted_last(bare: Bare) -> None:
     """And of this server's run, for as long as it was told."""
     generation = await bare.trust()
-    repair = bare.tier._repair("0")
+    repair = bare.store.bucket_key("0", "repair")
     body = bare.store.codec.encode(state())
     seconds, micros = await bare.store.command("TIME")
     now = int(seconds) * 1000 + int(micros) // 1000
@@ -405,14 +405,14 @@ async def test_one_process_repairs_at_a_time(bare: Bare) -> None:
     assert again is not None
     other = RedisTier(bare.store)
     assert await other.begin("other", "head") is None
-    await bare.store.command("DEL", bare.tier._lock("0"))
+    await bare.store.command("DEL", bare.store.bucket_key("0", "repairer"))
     assert await bare.tier.stamp(again, "cursor", 0.0)
-    await bare.store.command("DEL", bare.tier._lock("0"))
+    await bare.store.command("DEL", bare.store.bucket_key("0", "repairer"))
     theirs = await other.begin("other", "later")
     assert theirs is not None and (theirs.cursor, theirs.fresh) == ("cursor", False)
     assert theirs.generation == again.generation
     assert not await bare.tier.stamp(again, "cursor", 2.0)
-    await bare.store.command("SET", bare.tier._lock("0"), "none of ours")
+    await bare.store.command("SET", bare.store.bucket_key("0", "repairer"), "none of ours")
     assert await other.begin("other", "later") is not None
     assert await other.stamp(theirs, "cursor", 2.0)
     assert (await bare.tier.read("u-1")).trusted
@@ -422,11 +422,11 @@ async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
     """Though nobody holds the lock any more: another pass, or another generation, came since."""
     await bare.trust()
     for renewed in (False, True):
-        await bare.store.command("DEL", bare.tier._lock("0"))
+        await bare.store.command("DEL", bare.store.bucket_key("0", "repairer"))
         begun = await bare.tier.begin("me", "head")
         assert begun is not None
         other = RedisTier(bare.store)
-        await bare.store.command("DEL", bare.tier._lock("0"))
+        await bare.store.command("DEL", bare.store.bucket_key("0", "repairer"))
         theirs = await other.begin("other", "head")
         assert theirs is not None
         await other.renew(OTHER, "head")  # of a generation that is gone: nothing happens
@@ -434,7 +434,7 @@ async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
             await other.renew(theirs.generation, "head")
         else:
             assert await other.stamp(theirs, "later", 0.0)
-        await bare.store.command("DEL", bare.tier._lock("0"))
+        await bare.store.command("DEL", bare.store.bucket_key("0", "repairer"))
         assert not await bare.tier.stamp(begun, "earlier", 2.0)
         after = await other.begin("other", "head")
         assert after is not None
@@ -444,7 +444,7 @@ async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
 async def test_leases_that_ended_long_ago_are_forgotten_where_there_are_many(bare: Bare) -> None:
     """So that the register of a service whose processes come and go is bounded."""
     await bare.tier.ping("me", 1.0, 0.0, 1)
-    register = bare.tier._register("0")
+    register = bare.store.bucket_key("0", "leases")
     seconds, _ = await bare.store.command("TIME")
     for index in range(40):
         for name, age in (("old", 90), ("new", 30)):
@@ -466,7 +466,7 @@ async def test_a_fill_needs_the_token_that_stands_there(bare: Bare) -> None:
     for wrong in (Ticket(ticket.token, OTHER), Ticket(pack(TOKEN, 0), generation)):
         await bare.tier.fill("u-1", record, wrong)
         assert await bare.held() == ticket.token
-    await bare.store.command("DEL", bare.tier._guard("0"))
+    await bare.store.command("DEL", bare.store.bucket_key("0", "guard"))
     await bare.tier.fill("u-1", record, ticket)
     assert await bare.held() == ticket.token
     await bare.trust()
@@ -479,7 +479,7 @@ async def test_a_fill_needs_the_token_that_stands_there(bare: Bare) -> None:
 
 async def test_trust_that_lasts_too_long_or_is_of_another_run_is_none(bare: Bare) -> None:
     """A clock was set back, or a guard was copied from another server: it is removed."""
-    guard = bare.tier._guard("0")
+    guard = bare.store.bucket_key("0", "guard")
     for change in (
         ("PERSIST", guard),
         ("PEXPIRE", guard, 60_000),
@@ -508,7 +508,7 @@ async def test_leases_of_another_run_or_another_clock_are_begun_anew(bare: Bare)
     ):
         await bare.tier.ping("other", 60.0, 0.0, 1)
         assert "other" in (await bare.tier.holders("u-1", "me")).others
-        await bare.store.command("HSET", bare.tier._register("0"), field, value)
+        await bare.store.command("HSET", bare.store.bucket_key("0", "leases"), field, value)
         holders = await bare.tier.holders("u-1", "me")
         assert holders.others == {}, (field, value)
         assert holders.since < 1.0
