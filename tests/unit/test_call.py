@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from layered_store import Cached, MemoryStore, Retry, SQLStore, StateSnapshot, StateStore, Timeout
-from layered_store.call import call_begins, current_call
+from layered_store.call import call_begins, current_call, new_id
 from layered_store.clock import SYSTEM_CLOCK, SystemClock
+from layered_store.errors import ValidationError
 from layered_store.layer import Layer
 from layered_store.testing.clock import FakeClock
 
@@ -141,3 +143,51 @@ def test_the_beginning_on_another_clock() -> None:
         assert call.began(fake) == 5.0
         assert call.began(other) == 7.0
         assert before <= call.began(SYSTEM_CLOCK) <= SYSTEM_CLOCK.monotonic()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_makes_ids_of_its_own() -> None:
+    """Two writes of one id would count as one, and the second be lost."""
+    new_id()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, b"".join(new_id() for _ in range(10)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reading, 160)
+    os.close(reading)
+    os.close(writing)
+    ours = {new_id() for _ in range(10)}
+    assert len(ours) == 10
+    assert ours.isdisjoint(theirs[at : at + 16] for at in range(0, 160, 16))
+    assert len(theirs) == 160
+
+
+async def test_each_layer_takes_a_snapshot_for_valid_that_the_one_above_found_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once per write, not once per layer; another snapshot is looked at all the same."""
+    looked: list[StateSnapshot] = []
+    validate = StateSnapshot.validate
+
+    def noted(self: StateSnapshot) -> None:
+        looked.append(self)
+        validate(self)
+
+    monkeypatch.setattr(StateSnapshot, "validate", noted)
+
+    class Doubling(Layer):
+        """Writes something else too."""
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await self.inner.upsert_latest(snapshot)
+            await self.inner.upsert_latest(bad)
+
+    bad = StateSnapshot("u-1", axes={"a": 2.0})
+    good = state(0.5)
+    await Cached(Retry(Cached(MemoryStore()))).upsert_latest(good)
+    assert looked == [good]
+    with pytest.raises(ValidationError):
+        await Cached(Doubling(Cached(MemoryStore()))).upsert_latest(good)
+    assert looked == [good, good, bad]
