@@ -52,6 +52,7 @@ async def test_latest_and_history(store: RedisStore) -> None:
     assert latest.axes == {"a": 0.4}
     history = await store.get_history("u-1", 10)
     assert [entry.axes["a"] for entry in history] == [0.4, 0.3, 0.2]
+    assert await store.command("LLEN", store.key(store.digest("u-1"), "h")) == 3
     assert await store.get_history("u-1", 1) == history[:1]
     assert await store.get_history("u-1", 0) == []
 

@@ -201,6 +201,34 @@ async def test_a_repeat_is_known_behind_many_other_writes(
     assert await here.get_history("u-1", 99) == [state(number) for number in range(10, -1, -1)]
 
 
+async def test_a_repeat_whose_first_attempt_was_lost_is_stored(
+    here: RedisStore, there: RedisStore
+) -> None:
+    """Whatever others wrote meanwhile: it comes after them."""
+    with call_begins() as call:
+        assert call.first_attempt()
+        for number in range(1, 4):
+            await own_call(here.upsert_latest(state(number)))
+        await there.upsert_latest(state(0))
+    assert not call.superseded
+    assert await here.get_latest("u-1") == state(0)
+    assert await here.get_history("u-1", 99) == [state(number) for number in (0, 3, 2, 1)]
+
+
+async def test_a_repeated_erasure_spares_what_was_written_since(
+    here: RedisStore, there: RedisStore
+) -> None:
+    """Its first attempt took effect, so the user began anew."""
+    await here.upsert_latest(state(1))
+    with call_begins():
+        await here.delete("u-1")
+        await own_call(here.upsert_latest(state(2)))
+        await there.delete("u-1")
+    assert await there.get_latest("u-1") == state(2)
+    await there.delete("u-1")
+    assert await here.get_latest("u-1") is None
+
+
 async def test_a_state_after_an_erasure_is_no_copy_of_a_tier(
     here: RedisStore, there: RedisStore
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry
 
 from layered_store import (
@@ -110,6 +111,14 @@ async def test_the_trace_of_a_call_is_its_exemplar(
         "trace_id": f"{span.context.trace_id:032x}",
         "span_id": f"{span.context.span_id:016x}",
     }
+
+
+async def test_a_trace_that_is_not_recorded_is_no_exemplar() -> None:
+    """It would lead nowhere."""
+    tracer = TracerProvider(sampler=ALWAYS_OFF).get_tracer("tests")
+    with tracer.start_as_current_span("not recorded") as span:
+        assert span.get_span_context().is_valid
+        assert trace_exemplar() is None
 
 
 async def test_without_a_tracer_the_global_provider_is_asked() -> None:
