@@ -181,9 +181,8 @@ async def test_closing_in_the_midst_of_calls_that_hang_leaves_no_task(
             asyncio.ensure_future(store.upsert_latest(state("u2"))),
         ]
         await asyncio.sleep(waited)
-        begun = time.monotonic()
-        await store.aclose()
-        assert time.monotonic() - begun < 3.0
+        async with asyncio.timeout(5.0):
+            await store.aclose()
         errors = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(error, StoreError) for error in errors)
         if url.startswith("postgresql+asyncpg"):  # it writes and commits in one statement

@@ -37,14 +37,18 @@ class Desk:
         connection: SQLAlchemy's, in AUTOCOMMIT mode.
         driver: the driver's own connection below it.
         engine: what made it.
+        losses: how often connections had been distrusted when it was made.
     """
 
-    __slots__ = ("connection", "driver", "engine", "idle_since", "user")
+    __slots__ = ("connection", "driver", "engine", "idle_since", "losses", "user")
 
-    def __init__(self, connection: AsyncConnection, driver: Any, engine: AsyncEngine) -> None:
+    def __init__(
+        self, connection: AsyncConnection, driver: Any, engine: AsyncEngine, losses: int
+    ) -> None:
         self.connection = connection
         self.driver = driver
         self.engine = engine
+        self.losses = losses
         self.idle_since = 0.0
         # The task of the operation that has it.
         self.user: asyncio.Task[Any] | None = None
@@ -64,6 +68,7 @@ class Desks:
         self, engine: AsyncEngine, size: int, *, keep: bool, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         self.busy = 0
+        self._losses = 0
         self._closed = False
         self._engine = engine
         self._size = size
@@ -92,10 +97,10 @@ class Desks:
             return self._hand(self._idle.pop())
         connection: AsyncConnection | None = None
         try:
-            engine = self._engine
+            engine, losses = self._engine, self._losses
             connection = await engine.connect()
             raw = await connection.get_raw_connection()
-            return self._hand(Desk(connection, raw.driver_connection, engine))
+            return self._hand(Desk(connection, raw.driver_connection, engine, losses))
         except BaseException:
             self.busy -= 1
             self._next()
@@ -136,6 +141,7 @@ class Desks:
         try:
             # Of an engine that was replaced, or is closed by now.
             left = desk.engine is not self._engine or (self._closed and self._keep)
+            left = left or (self._keep and desk.losses < self._losses)
             if broken or left or connection.invalidated or connection.closed:
                 await self._end(connection)
             elif self._keep:
@@ -150,14 +156,16 @@ class Desks:
             self._next()
 
     def distrust(self, since: float = float("inf")) -> None:
-        """End connections that idle, in tasks of their own.
+        """End connections that idle, in tasks of their own; those in use when they are given back.
 
         What cost one operation its connection has likely cost the others theirs: a server that was
         restarted or became a replica, a firewall that forgot them. Each would fail one call more.
 
         Args:
-            since: those that were used after this stay.
+            since: those that were used after this stay, as do those in use.
         """
+        if since == float("inf"):
+            self._losses += 1
         idle, self._idle = self._idle, []
         for desk in idle:
             if desk.idle_since > since:

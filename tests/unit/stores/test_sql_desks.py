@@ -90,6 +90,26 @@ async def test_only_what_can_be_used_again_stays_at_hand(how: str, engine: Async
     assert out(engine) == 0
 
 
+async def test_what_is_in_use_when_the_server_is_lost_is_not_used_again(
+    engine: AsyncEngine,
+) -> None:
+    """It may lead to the server from before a failover, which answers with what was there then."""
+    desks = Desks(engine, 3, keep=True)
+    failed, used, kept = await desks.take(), await desks.take(), await desks.take()
+    await desks.give(kept)
+    desks.distrust(desks._clock.monotonic() - 60.0)  # of one call that was over, not of the server
+    desks.distrust()
+    await desks.give(failed, broken=True)
+    await desks.give(used)
+    await asyncio.gather(*desks._ending)
+    assert out(engine) == 0
+    anew = await desks.take()
+    await desks.give(anew)
+    assert await desks.take() is anew
+    await desks.give(anew)
+    await desks.aclose()
+
+
 async def test_a_connection_in_use_at_the_end_is_closed_when_its_operation_ends(
     engine: AsyncEngine,
 ) -> None:
