@@ -8,14 +8,14 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.errors import ClosedError
 from layered_store.stores.redis.failures import ConnectionLostError, ReplyError, not_sent
 from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 
     from layered_store.clock import Clock, TimerHandle
     from layered_store.stores.redis.address import Address
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from layered_store.stores.redis.wire import Command
 
 __all__ = ["ClientLink", "LaneLink", "Limits"]
+
+T = TypeVar("T")
 
 _PENDING: Final = 1024
 """Calls under way on one lane; more would only wait in the server's input buffer instead."""
@@ -382,7 +384,7 @@ class ClientLink:
         if not hasattr(client, "get_node_from_key"):
             connection = client.connection_pool.make_connection()
         else:
-            await client.initialize()
+            await self._apart(client.initialize())
             node = client.get_node_from_key(key.decode())
             # Of a passed-in client too: messages must come in the order of the replies.
             options = {**node.connection_kwargs, "protocol": 2}
@@ -403,7 +405,7 @@ class ClientLink:
             return [""] * len(keys)
         self._look_anew()
         async with self._limits.clock.timeout(self._limits.connect_timeout + self._limits.timeout):
-            await client.initialize()
+            await self._apart(client.initialize())
         return [str(client.get_node_from_key(key.decode()).name) for key in keys]
 
     def _look_anew(self) -> None:
@@ -472,14 +474,23 @@ class ClientLink:
         return await self._send(("PING",))
 
     async def _send(self, command: Command, ended: Callable[[], object] | None = None) -> Any:
-        """Have the driver send a command, in a task of its own.
+        """Have the driver send a command; only when that has ended its place is free."""
+        try:
+            return await self._apart(self._execute(command), ended)
+        except ConnectionLostError as exc:
+            return exc
+
+    async def _apart(
+        self, work: Coroutine[Any, Any, T], ended: Callable[[], object] | None = None
+    ) -> T:
+        """Do a step of the driver in a task of its own.
 
         The driver's clients now and then swallow a cancellation. Here the caller leaves at once,
-        and what was begun ends by itself; only then its place is free.
+        and what was begun ends by itself.
         """
-        task = self.loop.create_task(self._execute(command))
+        task = self.loop.create_task(work)
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._over)
         if ended is not None:
             task.add_done_callback(lambda _: ended())
         try:
@@ -487,7 +498,14 @@ class ClientLink:
         except asyncio.CancelledError:
             task.cancel()
             raise
-        return ConnectionLostError() if task.cancelled() else task.result()
+        if task.cancelled():
+            raise ConnectionLostError
+        return task.result()
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: its caller may be gone
 
     async def _begin(self) -> None:
         """See to it that a client of our own is closed when the event loop ends."""

@@ -246,6 +246,34 @@ async def test_who_waits_for_a_place_when_a_client_is_closed_is_not_sent() -> No
     assert client.calls == 1
 
 
+@pytest.mark.parametrize("step", ["owners", "connect"])
+async def test_a_cluster_that_is_looked_for_is_left_at_once(step: str) -> None:
+    """The driver swallows the cancellation when what it tidies up fails; closing waits for it."""
+
+    class Seeking(Client):
+        async def initialize(self) -> None:
+            await self.execute_command()
+
+        def get_node_from_key(self, key: str) -> None:
+            raise AssertionError("its caller is gone")
+
+    clock = FakeClock()
+    client = Seeking()
+    link = ClientLink(Address(client=lambda: client, cluster=True), Limits(5.0, 1.0, 1, clock))
+    work = link.owners([b"a"]) if step == "owners" else link.connect(b"a")
+    call: asyncio.Task[Any] = asyncio.ensure_future(work)
+    await clock.advance(0)
+    call.cancel()
+    await asyncio.wait([call], timeout=5)
+    assert call.cancelled()
+    closing = asyncio.create_task(link.aclose())
+    await clock.advance(0.9)
+    assert not closing.done()
+    client.gate.set()
+    await closing
+    assert client.closed
+
+
 async def test_calls_through_a_client_wait_for_a_place_in_time() -> None:
     """And who found none was not sent."""
     clock = FakeClock()
