@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,30 @@ async def _elsewhere(work: Any) -> None:
     import contextvars
 
     await asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+
+
+async def test_closing_ends_the_connections_of_other_event_loops(server: Server) -> None:
+    """Each on its own loop, which still runs in another thread."""
+    store = RedisStore(server.url)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    async with RedisStore(server.url) as watch, asyncio.timeout(10):
+
+        async def connected() -> int:
+            return len((await watch.command("CLIENT", "LIST", "TYPE", "normal")).splitlines())
+
+        before = await connected()
+        await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(store.upsert_latest(state()), loop)
+        )
+        assert await connected() > before
+        await store.aclose()
+        while await connected() > before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 async def test_many(store: RedisStore) -> None:
