@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Signal", "Watch", "spawn"]
 
+_AGAIN_SECONDS: Final = 0.2
+
 # Tasks of the process that this one was forked from.
 _parents: Final[list[asyncio.Task[None]]] = []
 
@@ -83,6 +85,7 @@ class Watch:
     """
 
     def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self.me = os.urandom(8).hex()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
@@ -127,8 +130,13 @@ class Watch:
                 for task in tasks:
                     loop.call_soon_threadsafe(task.cancel)
             return False
-        for task in tasks:
-            task.cancel()
+        # Again, as long as any goes on: drivers lose a cancellation now and then.
+        while left := [task for task in tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(_AGAIN_SECONDS):
+                    await asyncio.wait(left)
         await asyncio.gather(*tasks, return_exceptions=True)
         return True
 

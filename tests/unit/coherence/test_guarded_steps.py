@@ -549,6 +549,34 @@ def test_closing_after_the_loop_is_closed_is_silent() -> None:
     asyncio.run(world.guard.aclose())
 
 
+async def test_closing_ends_also_when_a_driver_loses_a_cancellation(world: World) -> None:
+    """As redis-py does now and then while it looks for the nodes of a cluster."""
+    lost: list[str] = []
+
+    class Losing(Tier):
+        @asynccontextmanager
+        async def listen(self) -> AsyncIterator[AsyncIterator[Notice]]:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                lost.append("lost")
+            async with super().listen() as notices:
+                yield notices
+
+    guard = GuardedCopies(Losing(), world.authority, world.clock)
+    guard.attach(Cache())
+    starting = asyncio.create_task(guard.upsert_latest(state()))
+    await world.clock.advance(1.5)
+    await starting
+    before = asyncio.all_tasks()
+    closing = asyncio.create_task(guard.aclose())
+    await world.clock.advance(0.1)
+    assert lost and not closing.done()
+    await world.clock.advance(0.2)
+    assert closing.done()
+    assert asyncio.all_tasks() < before
+
+
 async def test_one_read_of_several_that_fails_leaves_none_running(world: World) -> None:
     """The first failure is raised when all have ended."""
     world.tier.fails["put"] = ClosedError("this store was closed")
