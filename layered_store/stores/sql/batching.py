@@ -207,8 +207,7 @@ class Batcher(ABC):
         except Exception as exc:  # noqa: BLE001  handed to those who wait
             results = await self._each(batch, exc)
         for (_, future), result in zip(batch.entries, results, strict=True):
-            if not future.done():
-                future.set_result(result)
+            _answer(future, result)
 
     def _ended(self, batch: Batch, _: object) -> None:
         """Let the next ones go; a callback, since a task that was cut off may never have begun.
@@ -227,9 +226,17 @@ class Batcher(ABC):
 
     async def _each(self, batch: Batch, error: Exception) -> list[Any]:
         async def run(entries: list[Entry]) -> Sequence[Any]:
-            if entries[0][1].done():
+            future = entries[0][1]
+            if future.done():
                 return [None]
-            return await self._run(batch.part(entries))
+            try:
+                results = await self._run(batch.part(entries))
+            except Exception as exc:
+                _answer(future, exc)
+                raise
+            # At once: nobody is out of time for the others that are made behind it.
+            _answer(future, results[0])
+            return results
 
         return await one_by_one(batch.entries, run, error, self._alone)
 
@@ -272,7 +279,6 @@ class Batcher(ABC):
             if self._timer is not None:  # of a call that came since: others wait longer than it
                 self._timer.cancel()
             self._watch()
-
 
     def _unknown_of(self, over: Container[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
         """Return the calls that stand or may, though those who are over are told."""
@@ -378,6 +384,11 @@ async def one_by_one(
             strikes = 0 if concerns_one(exc) else strikes + 1
             error = exc
     return results
+
+
+def _answer(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 def _unknown(error: Exception) -> bool:

@@ -327,10 +327,39 @@ async def test_a_call_that_is_over_may_stand_once_a_commit_was_sent(
     futures = [batcher.submit(Put(bytes([n]), n)) for n in (1, 2)]
     await asyncio.sleep(0)
     await clock.advance(2.0)
+    if alone:
+        assert await futures.pop(0) == 1  # told as it went
     for future in futures:
         told = await future
         assert isinstance(told, StoreTimeoutError)
         assert told.outcome_unknown
+    await batcher.drain()
+
+
+async def test_what_is_made_one_by_one_is_told_as_it_went() -> None:
+    """What is stored already is not out of time with the rest, and a commit cut off is unknown."""
+    clock = FakeClock()
+
+    async def run(batch: Batch) -> list[Any]:
+        if len(batch.entries) > 1:
+            raise UnavailableError("the write and an erasure met")
+        ((what, _),) = batch.entries
+        session = Session(None, None, clock, committing=True)  # type: ignore[arg-type]
+        batch.goes_on_in(session)
+        if what.value == 2:
+            await clock.sleep(9.0)
+        session.committing = False
+        return [what.value]
+
+    batcher = Writes(run, about_one, clock, 2.0, out=1, stoppable=True)
+    first, second, third = (batcher.submit(Put(b"%d" % n, n)) for n in (1, 2, 3))
+    async with asyncio.timeout(5):
+        assert await first == 1
+    await clock.advance(2.0)
+    await asyncio.wait([second, third])
+    assert isinstance(second.result(), StoreTimeoutError)
+    assert second.result().outcome_unknown
+    assert isinstance(third.result(), StoreTimeoutError)
     await batcher.drain()
 
 
