@@ -87,6 +87,12 @@ class WriteThrough(Layer):
         check_store(self.origin, "origin", self)
         check_a(self.clock, Clock, "clock", self)
         super().__post_init__()
+        if self.inner is self.origin:
+            raise ConfigError(
+                "must be another store than inner, which holds copies of what it has",
+                option="origin",
+                layer=self.name,
+            )
         if self.inner.snapshot_type is not self.origin.snapshot_type:
             raise ConfigError(
                 "inner and origin must be built with the same snapshot_type=",

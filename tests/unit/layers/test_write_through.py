@@ -79,6 +79,13 @@ def test_a_wrong_option_is_refused_by_name(option: str, value: object) -> None:
         WriteThrough(**arguments)
 
 
+def test_a_store_in_front_of_itself_is_refused() -> None:
+    """Each fill would be one more entry of the user's history."""
+    store = MemoryStore()
+    with pytest.raises(ConfigError, match=r"WriteThrough\.origin: must be another store"):
+        WriteThrough(store, origin=store)
+
+
 def test_both_must_keep_the_same_snapshots() -> None:
     """A copy of another class is no copy."""
     with pytest.raises(ConfigError, match="WriteThrough.snapshot_type") as caught:
