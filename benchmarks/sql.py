@@ -70,10 +70,9 @@ async def _sqlite(setting: Setting) -> Result:
 
         return upsert_alone if connection.isolation_level is None else upsert
 
-    store = SQLStore(f"sqlite+aiosqlite:///{setting.folder}/ours.db")
+    users = [user(n) for n in range(_USERS)]
     writing = {connection: upserting(connection) for connection in (raw, lax, each, lax_each)}
-    users = await _fill(store, writing[raw], setting)
-    for connection in (lax, each, lax_each):
+    for connection in writing:
         await connection.executemany(put, [(user_id, _payloads()[0]) for user_id in users])
         await connection.commit()
     assert await read(users[0])
@@ -84,11 +83,15 @@ async def _sqlite(setting: Setting) -> Result:
             "Ours decodes what it reads, keeps versions, the history and write ids. A transaction"
             " each: theirs with isolation_level=None. Sharing commits: theirs executes and commits,"
             " and one commit takes along what all other callers have executed. Not durable: theirs"
-            " with synchronous=NORMAL, where acknowledged writes are lost with the power."
+            " with synchronous=NORMAL, where acknowledged writes are lost with the power. Full:"
+            " ours once each write pushes an old entry out of a history, and in place of theirs"
+            " ours with few entries."
         ),
     )
-    ours = _upserting(store)
     for callers in (1, 16, 64, 256):
+        # A new one each time: histories that grow full would count for the later ones only.
+        store = await _new_store(setting, f"ours_{callers}", users)
+        ours = _upserting(store)
         for name, their_call, our_call in (
             ("read", read, store.get_latest),
             ("read, execute_fetchall", read_in_one_hop, store.get_latest),
@@ -101,10 +104,34 @@ async def _sqlite(setting: Setting) -> Result:
             costs = await _race(setting, users, callers, their_call, our_call, slow=slow)
             goals = {"read": 5, "upsert, a transaction each": 3, "upsert, sharing commits": 3}
             _note(result, 8, name, callers, costs, goals)
-    await store.aclose()
+        await store.aclose()
     for connection in writing:
         await connection.close()
+    await _full(setting, users, result)
     return result
+
+
+async def _new_store(setting: Setting, name: str, users: list[str]) -> SQLStore:
+    store = SQLStore(f"sqlite+aiosqlite:///{setting.folder}/{name}.db")
+    await store.upsert_latest_many(snapshot(user_id) for user_id in users)
+    assert await store.get_latest(users[0]) == snapshot(users[0])
+    return store
+
+
+async def _full(setting: Setting, users: list[str], result: Result) -> None:
+    """What an upsert costs once each pushes an old entry out of its user's history."""
+    few, full = [await _new_store(setting, name, users) for name in ("few", "full")]
+    forms = [[snapshot(user_id, form) for user_id in users] for form in range(_FORMS)]
+    for number in range(setting.some(170, 2)):  # not all of them at the same version
+        batch = setting.random.choices(forms[number % _FORMS], k=len(users))
+        await full.upsert_latest_many(batch)
+    costs = await _race(setting, users, 64, _upserting(few), _upserting(full))
+    _note(result, 8, "upsert, full, against few entries", 64, costs, {})
+    times = costs.ratio("ours", "raw")
+    what = "SQLite upsert, 64 callers, full histories, to one with few entries"
+    result.figures.append(Figure(8, what, times))
+    await few.aclose()
+    await full.aclose()
 
 
 async def _postgres(setting: Setting) -> Result:
