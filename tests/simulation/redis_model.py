@@ -7,12 +7,16 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
+import hiredis
 import lupa.lua51
 
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.redis.failures import ConnectionLostError, ReplyError
+from layered_store.stores.redis.wire import pack_command
 from tests.simulation.clocks import WallClock
 from tests.simulation.loop import Process
 from tests.simulation.network import CutError, Network, Server
@@ -371,8 +375,14 @@ def _from_lua(value: Any) -> Any:
     return int(value) if isinstance(value, float) else value
 
 
+def _wire(message: Any) -> bytes:
+    if isinstance(message, ReplyError):
+        return b"-%b\r\n" % message.code.encode()
+    return pack_command(message)
+
+
 class Connection:
-    """A connection of its own, as the driver hands out: commands, then what is pushed."""
+    """A connection of its own, as the driver hands out; and its transport, once a feed has it."""
 
     def __init__(
         self, nodes: Nodes, server: RedisServer, network: Network, process: Process
@@ -381,6 +391,9 @@ class Connection:
         self._server = server
         self._network = network
         self._process = process
+        self._reader = SimpleNamespace(_buffer=b"")
+        self._writer = SimpleNamespace(transport=self)
+        self._protocol: asyncio.Protocol | None = None
         self._incoming: deque[Any] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._free_at = 0.0
@@ -399,22 +412,18 @@ class Connection:
         def run() -> Any:
             if self._broken:
                 raise CutError
-            if name in (b"SUBSCRIBE", b"SSUBSCRIBE"):
-                channel = _raw(command[1])
-                if self._nodes.of(channel) is not self._server:
-                    return ReplyError("MOVED to another node")
-                self._server.listeners.setdefault(channel, []).append(self)
-                return [b"subscribe", channel, 1]
             return self._server.execute(command)
 
+        self._incoming.appendleft(await self._send(name, run))
+
+    async def _send(self, name: bytes, run: Callable[[], Any]) -> Any:
         label = f"redis {name.decode().lower()}"
         try:
             async with asyncio.timeout(1.0):
-                reply = await self._network.call(self._process, self._server, label, run)
+                return await self._network.call(self._process, self._server, label, run)
         except (TimeoutError, CutError) as exc:
             self.break_off()
             raise ConnectionLostError from exc
-        self._incoming.appendleft(reply)
 
     async def read_response(self, timeout: float | None = 1.0) -> Any:
         """Return the next reply or message; None when none came in time."""
@@ -431,6 +440,43 @@ class Connection:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    async def _subscribe(self, name: bytes, channel: bytes) -> None:
+        def run() -> None:
+            if self._broken:
+                raise CutError
+            if self._nodes.of(channel) is not self._server:
+                self.push(ReplyError("MOVED to another node"))
+                return
+            self._server.listeners.setdefault(channel, []).append(self)
+            self.push([name.lower(), channel, 1])
+
+        with suppress(ConnectionLostError):
+            await self._send(name, run)
+
+    # The transport
+
+    def set_protocol(self, protocol: asyncio.Protocol) -> None:
+        """Tell this one from now on."""
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        """Nothing was held back."""
+
+    def is_closing(self) -> bool:
+        """Whether it has ended."""
+        return self._broken
+
+    def write(self, data: bytes) -> None:
+        """Send commands that subscribe, in their order."""
+        reader = hiredis.Reader(notEnoughData=None)
+        reader.feed(data)
+        while command := reader.gets():
+            self._network.loop.create_task(self._subscribe(*command))
+
+    def abort(self) -> None:
+        """End at once."""
+        self.break_off()
 
     async def disconnect(self, *, nowait: bool = False) -> None:
         """Close."""
@@ -452,8 +498,9 @@ class Connection:
                 # What was lost on the way keeps all that follows from arriving.
                 self.half_open = True
                 return
-            self._incoming.append(message)
-            self._wake()
+            if self._protocol is not None:
+                with loop.inside(self._process):
+                    self._protocol.data_received(_wire(message))
 
         with loop.inside(None):
             loop.call_at(self._free_at, arrive)
@@ -473,6 +520,9 @@ class Connection:
             if self in listeners:
                 listeners.remove(self)
         self._wake()
+        if self._protocol is not None:
+            with self._network.loop.inside(self._process):
+                self._network.loop.call_soon(self._protocol.connection_lost, None)
 
     @property
     def listens(self) -> bool:
