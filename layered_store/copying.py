@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from layered_store.call import Call, call_continues, next_order
+from layered_store.call import Call, call_continues, new_id, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.enumerable import enumerable_of, pages
 from layered_store.errors import CorruptDataError, UnsupportedError
@@ -221,7 +221,7 @@ class Copy:
         if not batch:
             return
         call = Call(
-            os.urandom(16),
+            new_id(),
             self._began,
             self._clock,
             order=self._order,

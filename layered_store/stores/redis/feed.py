@@ -17,9 +17,15 @@ from layered_store.stores.redis.failures import ConnectionLostError, GarbageErro
 if TYPE_CHECKING:
     from layered_store.clock import Clock
 
-__all__ = ["Feed", "take_over"]
+__all__ = ["MORE", "Feed", "new_reader", "take_over"]
 
-_MORE: Final = object()
+MORE: Final = object()
+"""What a reader gives when the next reply has not come whole."""
+
+
+def new_reader() -> Any:
+    """Return a parser of what a server says; error replies are objects of ours, as garbage is."""
+    return hiredis.Reader(protocolError=GarbageError, replyError=ReplyError, notEnoughData=MORE)
 
 
 def take_over(connection: Any, protocol: asyncio.Protocol) -> tuple[Any, bytes]:
@@ -55,9 +61,7 @@ class Feed(asyncio.Protocol):
         self._said: list[Any] = []
         self._lost: Exception | None = None
         self._news = asyncio.Event()
-        self._reader = hiredis.Reader(
-            protocolError=GarbageError, replyError=ReplyError, notEnoughData=_MORE
-        )
+        self._reader = new_reader()
         self._writer, early = take_over(connection, self)
         if self._writer.transport.is_closing():
             self._end(ConnectionLostError())
@@ -106,7 +110,7 @@ class Feed(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._reader.feed(data)
-            while (reply := self._reader.gets()) is not _MORE:
+            while (reply := self._reader.gets()) is not MORE:
                 self._said.append(reply)
         except GarbageError:
             self._end(GarbageError())

@@ -21,7 +21,7 @@ from layered_store.stores.redis.failures import (
     ReplyError,
     not_sent,
 )
-from layered_store.stores.redis.feed import take_over
+from layered_store.stores.redis.feed import MORE, new_reader, take_over
 from layered_store.stores.redis.wire import pack_command
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lane"]
 
-_MORE: Final = object()
 _READS: Final = 256
 """Most keys that one command reads."""
 
@@ -137,9 +136,7 @@ class Lane(asyncio.Protocol):
         self._deadlines: deque[tuple[int, float]] = deque()
         self._gone = self._loop.create_future()
         self._idle: asyncio.Future[None] | None = None
-        self._reader = hiredis.Reader(
-            protocolError=GarbageError, replyError=ReplyError, notEnoughData=_MORE
-        )
+        self._reader = new_reader()
         self._writer, early = take_over(connection, self)
         self._transport: asyncio.Transport = self._writer.transport
         if self._transport.is_closing():
@@ -318,7 +315,7 @@ class Lane(asyncio.Protocol):
         take, before = pending.popleft, len(pending)
         try:
             self._reader.feed(data)
-            while (reply := gets()) is not _MORE:
+            while (reply := gets()) is not MORE:
                 if type(reply) is not bytes:
                     if type(reply) is hiredis.PushNotification:
                         continue
