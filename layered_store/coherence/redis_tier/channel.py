@@ -29,6 +29,9 @@ __all__ = ["RedisChannel"]
 _SILENCE_SECONDS: Final = 2.0
 """How long a channel may be silent: six echoes."""
 
+_SAID: Final = 3
+"""How many parts all has that a server says over a channel."""
+
 _ECHOES: Final = 9
 """Of how many pings the echoes are awaited."""
 
@@ -141,13 +144,13 @@ class RedisChannel:
             left -= sum(reply[0] == done for reply in await self._next(feed))
 
     async def _next(self, feed: Feed) -> list[Any]:
-        """Return what a server says next, all of it lists."""
+        """Return what a server says next: what it is, of which channel, and the rest."""
         try:
             # The echoes keep it busy: a silent channel is one that was lost.
             said = await feed.next(_SILENCE_SECONDS)
         except Exception as exc:
             raise self._store.refusal(exc, "command") from exc
-        if not all(type(reply) is list and reply for reply in said):
+        if not all(type(reply) is list and len(reply) == _SAID for reply in said):
             raise self._lost()
         return said
 

@@ -16,6 +16,7 @@ from layered_store import RedisStore
 from layered_store.coherence.contract import Notice
 from layered_store.coherence.redis_tier.buckets import Bucket, buckets_of
 from layered_store.coherence.redis_tier.channel import RedisChannel
+from layered_store.errors import UnavailableError
 from layered_store.stores.redis.wire import pack_command
 
 RUN = "1" * 40
@@ -155,6 +156,20 @@ async def test_an_echo_of_another_program_is_passed_over(setting: Setting) -> No
         connection.say(bucket, "p", 1, b"\xff\xfe")
     connection.say(setting.buckets[0], "i", 7, b"d" * 16)
     assert (await anext(notices)).version == 7
+
+
+@pytest.mark.parametrize(
+    "said", [(b"smessage",), (b"smessage", b"channel"), (b"pong", b"", b"", b"")]
+)
+async def test_what_no_server_says_there_ends_the_channel(
+    said: tuple[bytes, ...], setting: Setting
+) -> None:
+    """Who listens would wait for ever: nobody reads on."""
+    connection, notices = await setting.listen()
+    connection.protocol.data_received(pack_command(said))
+    with pytest.raises(UnavailableError):
+        async with asyncio.timeout(5):
+            await anext(notices)
 
 
 async def test_a_bucket_that_is_written_to_keeps_no_other_from_being_followed(
