@@ -97,7 +97,11 @@ class Access:
         self.tables = build_tables(latest_table, history_table, family)
         self.statements = Statements(self.tables, family)
         self._file = lite.DatabaseFile()
-        self._lite = lite.LiteStatements(self.statements) if family == "sqlite" else None
+        self._lite = (
+            lite.LiteStatements(self.statements, rules.history_limit)
+            if family == "sqlite"
+            else None
+        )
         self._asyncpg = (
             postgres.PostgresStatements(self.tables, NOW_US["postgresql"], XID)
             if address.get_driver_name() == "asyncpg"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy.dialects import sqlite
 
 from layered_store.errors import UnavailableError
+from layered_store.stores.sql.sweep import Sweep
 from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session, no_counter
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ T = TypeVar("T")
 
 _NAMED: Final = sqlite.dialect(paramstyle="named")
 _LOOK_MS: Final = 20
-_TRIM_EVERY: Final = 64
-"""The history is trimmed with every so many versions of a user: reads never show more anyway. All
-entries are passed on the way to the oldest, so seldom is cheap."""
 
 
 class _Text:
@@ -81,15 +79,19 @@ class LiteStatements:
 
     Args:
         statements: what to compile.
+        history_limit: the store's option.
     """
 
-    def __init__(self, statements: Statements) -> None:
+    def __init__(self, statements: Statements, history_limit: int | None) -> None:
         self._statements = statements
         self._texts: dict[int, tuple[Any, _Text]] = {}
         quote = _NAMED.identifier_preparer.quote
         tables = statements.tables
         latest, history = quote(tables.latest.name), quote(tables.history.name)
         counter = quote(tables.counter.name)
+        self.sweep = None
+        if history_limit is not None:
+            self.sweep = Sweep(latest, history, max(history_limit, KEPT_WRITE_IDS))
         newest = f"{latest} l LEFT JOIN {history} h ON h.position = l.position"
         columns = "l.user_id, l.version, h.payload"
         self.read = f"SELECT {columns} FROM {newest} WHERE l.digest = ?"
@@ -319,6 +321,7 @@ def write_rows(
         follows: whether a write is known to have begun after this erasure.
     """
     texts, execute = session.texts, connection.execute
+    sweep = texts.sweep
     begin(connection, session.patience)
     try:
         digests = list({item.digest for item in writes})
@@ -343,7 +346,7 @@ def write_rows(
         entries = []
         results = []
         revived = []
-        crowded = []
+        walked = []
         hidden = []
         for item in writes:
             digest = item.digest
@@ -363,17 +366,15 @@ def write_rows(
             )
             rows[digest] = (digest, str(item.user_id), version, item.updated, place)
             results.append(version)
-            if version % _TRIM_EVERY == 0:
-                crowded.append(digest)
+            if sweep is not None and sweep.walks(digest, version):
+                walked.append((place, version))
         connection.executemany(texts.append, entries)
         if hidden:
             connection.executemany(texts.hide, hidden)
-        if crowded and rules.history_limit is not None:
-            keep = max(rules.history_limit, KEPT_WRITE_IDS)
-            text = texts.text(session.statements.trim)
-            for digest in crowded:
-                values_of = {"at_digest": digest, "floor": states[digest][0] - keep}
-                execute(*text.bind(values_of))
+        if sweep is not None:
+            for newest, version in walked:
+                sweep.walk(connection, newest, version)
+            sweep.sweep(connection, place, len(writes))
         connection.executemany(texts.put, [row for _, row in sorted(rows.items())])
         if revived:
             connection.executemany(texts.revive, revived)
