@@ -21,7 +21,7 @@ from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.stores.redis import RedisStore
-from layered_store.stores.sql import SQLStore
+from layered_store.stores.sql import SQLStore, transactions
 from layered_store.stores.sql.transactions import Session
 
 if TYPE_CHECKING:
@@ -248,6 +248,37 @@ async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:
     assert list(await store.debts("u")) == []
     await store.settle(store.digest("never-seen"), second, "redis-2")
     assert list(await store.debts("never-seen")) == []
+
+
+async def test_settlements_made_together_share_a_commit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many erasures end at once, each with its own result, of several tiers too."""
+    store = bench.build()
+    users = [f"u{number}" for number in range(40)]
+    tiers = ["redis-1", "redis-2"]
+    versions = await asyncio.gather(*(store.erase(user, tiers) for user in users))
+    again = await store.erase("u7", ["redis-3"])
+    transactions_done = []
+    settle = transactions.settle
+
+    async def counted(session: Session, settlements: Any) -> list[bool]:
+        transactions_done.append(len(settlements))
+        return await settle(session, settlements)
+
+    monkeypatch.setattr(transactions, "settle", counted)
+    await asyncio.gather(
+        *(
+            store.settle(store.digest(user), version, tier)
+            for user, version in zip(users, versions, strict=True)
+            for tier in tiers
+        ),
+        store.settle(store.digest("never-seen"), again, "redis-1"),
+    )
+    owed = {user: sorted(await store.debts(user)) for user in users}
+    assert owed.pop("u7") == [*tiers, "redis-3"]
+    assert not any(owed.values())
+    assert bench.kind == "memory" or len(transactions_done) < 10
 
 
 async def test_changes_come_after_the_head(bench: Bench) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from layered_store.coherence.contract import TRUST_SECONDS
+from layered_store.coherence.together import together
 from layered_store.errors import StoreError
 from layered_store.events import log_event, log_warning
 
@@ -139,5 +140,7 @@ class Repair:
             raise
 
     async def _settle(self, owed: Sequence[Change]) -> None:
-        for change in owed:
-            await self.authority.settle(change.digest, change.version, self.tier.tier_name)
+        name = self.tier.tier_name
+        for start in range(0, len(owed), PAGE):
+            some = owed[start : start + PAGE]
+            await together(self.authority.settle(each.digest, each.version, name) for each in some)

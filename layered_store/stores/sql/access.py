@@ -19,7 +19,7 @@ from layered_store.stores.sql.desks import Desk, Desks
 from layered_store.stores.sql.dialects import NOW_US, XID, Statements
 from layered_store.stores.sql.failures import concerns_one, read_only, statement_lost, translate
 from layered_store.stores.sql.schema import build_tables
-from layered_store.stores.sql.transactions import Erasure, Session, Write, padded
+from layered_store.stores.sql.transactions import Erasure, Session, Settlement, Write, padded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -298,6 +298,8 @@ class Access:
         items = [what for what, _ in batch.entries]
         if type(items[0]) is Erasure:
             return await self._in_transaction(home, batch, transactions.erase, items)
+        if type(items[0]) is Settlement:
+            return await self._in_transaction(home, batch, transactions.settle, items)
         results: list[Any] = [None] * len(items)
         oldest = self._clock.monotonic() - LATEST_SECONDS
         if any(item.started < oldest for item in items):

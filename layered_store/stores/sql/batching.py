@@ -314,7 +314,7 @@ class Reads(Batcher):
 
 
 class Writes(Batcher):
-    """Writes and erasures, each with a ``digest``: those of one user go in their order.
+    """Changes of users, each with a ``digest``: those of one user go in their order.
 
     A batch holds one kind of them, and nothing of a user of whom another batch is out.
     """

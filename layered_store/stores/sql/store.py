@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from layered_store.health import HealthReport
     from layered_store.stores.sql.access import Access
     from layered_store.stores.sql.batching import Batcher
-    from layered_store.stores.sql.transactions import Erasure, Session, Write
+    from layered_store.stores.sql.transactions import Erasure, Session, Settlement, Write
 
 __all__ = ["SQLStore"]
 
@@ -167,7 +167,12 @@ class SQLStore(StoreOfRecord, Enumerable):
         from layered_store.stores.sql import engines  # noqa: PLC0415
         from layered_store.stores.sql.access import Access  # noqa: PLC0415
         from layered_store.stores.sql.batching import own_error  # noqa: PLC0415
-        from layered_store.stores.sql.transactions import Erasure, Rules, Write  # noqa: PLC0415
+        from layered_store.stores.sql.transactions import (  # noqa: PLC0415
+            Erasure,
+            Rules,
+            Settlement,
+            Write,
+        )
 
         if self.engine is None:
             address = engines.parse_url(self.url, self.name)
@@ -181,6 +186,7 @@ class SQLStore(StoreOfRecord, Enumerable):
             )
         self._erasures = KnownErasures(self.clock)
         self._own_error, self._new_write, self._new_erasure = own_error, Write, Erasure
+        self._new_settlement = Settlement
         return Access(
             self.engine,
             address,
@@ -407,14 +413,10 @@ class SQLStore(StoreOfRecord, Enumerable):
         return version  # type: ignore[no-any-return]
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:
-        from layered_store.stores.sql import transactions  # noqa: PLC0415
-
         self._check_open("settle")
-
-        async def work(session: Session) -> None:
-            await transactions.settle(session, digest, version, tier)
-
-        await self._run("settle", work, writes=True)
+        result = await self._changed(self._new_settlement(digest, version, tier), "settle")
+        if isinstance(result, Exception):
+            raise self._own_error(result, "settle", self.name)
 
     async def debts(self, user_id: str) -> Sequence[str]:
         check_user_id(user_id, "debts")
@@ -492,8 +494,8 @@ class SQLStore(StoreOfRecord, Enumerable):
             reads.left()
             raise
 
-    async def _changed(self, item: Write | Erasure, operation: str) -> Any:
-        """Return what a write or an erasure left, or an exception object."""
+    async def _changed(self, item: Write | Erasure | Settlement, operation: str) -> Any:
+        """Return what a change left, or an exception object."""
         writes = self._access.home(operation).writes
         try:
             return await writes.submit(item)

@@ -30,6 +30,7 @@ __all__ = [
     "Row",
     "Rules",
     "Session",
+    "Settlement",
     "Write",
     "erase",
     "no_counter",
@@ -83,6 +84,15 @@ class Erasure:
     tiers: Sequence[str]
     write_id: bytes
     fresh: bool = False
+
+
+@dataclass(slots=True)
+class Settlement:
+    """That a tier holds no copy of a user older than this version of an erasure."""
+
+    digest: bytes
+    version: int
+    tier: str
 
 
 @dataclass(slots=True)
@@ -514,17 +524,33 @@ async def _seen(
     return {(bytes(digest), bytes(write_id)) for digest, write_id in found}
 
 
-async def settle(session: Session, digest: bytes, version: int, tier: str) -> None:
-    """Take one tier off a user's debts, unless a later erasure put it there again."""
+async def settle(session: Session, settlements: Sequence[Settlement]) -> list[bool]:
+    """Take tiers off users' debts in one transaction; tell which were owed.
+
+    What a later erasure put there again stays.
+    """
     await session.begin()
-    found = await session.rows(session.statements.lock, session.timed({"digests": [digest]}))
-    if found and (found[0].erased_version or 0) <= version:
-        owed = json.loads(found[0].debts or "[]")
-        if tier in owed:
-            owed.remove(tier)
-            await session.run(
-                session.statements.owe, [{"at_digest": digest, "to_debts": json.dumps(owed)}]
-            )
-            await session.commit()
-            return
-    await session.rollback()
+    digests = padded(item.digest for item in settlements)
+    found = await session.rows(session.statements.lock, session.timed({"digests": digests}))
+    rows = {bytes(row.digest): row for row in found}
+    owed = {digest: json.loads(row.debts or "[]") for digest, row in rows.items()}
+    changed: set[bytes] = set()
+    results = []
+    for item in settlements:
+        digest = item.digest
+        paid = (
+            item.tier in owed.get(digest, ()) and (rows[digest].erased_version or 0) <= item.version
+        )
+        if paid:
+            owed[digest].remove(item.tier)
+            changed.add(digest)
+        results.append(paid)
+    if not changed:
+        await session.rollback()
+        return results
+    debts = [
+        {"at_digest": digest, "to_debts": json.dumps(owed[digest])} for digest in sorted(changed)
+    ]
+    await session.run(session.statements.owe, debts)
+    await session.commit()
+    return results

@@ -331,6 +331,25 @@ async def test_a_pass_that_could_not_settle_looks_for_the_debt_later(
     assert await world.authority.debts("u-1") == []
 
 
+async def test_a_pass_settles_what_it_came_upon_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many erasures may be owed after an outage: one by one they would outlast the stamp."""
+    users = [f"u-{number}" for number in range(20)]
+    real, under_way = world.authority.settle, asyncio.Barrier(len(users))
+
+    async def settle(digest: bytes, version: int, tier: str) -> None:
+        await under_way.wait()
+        await real(digest, version, tier)
+
+    monkeypatch.setattr(world.authority, "settle", settle)
+    for user in users:
+        await world.authority.erase(user, ("tier",))  # by processes that found the tier away
+    await world.clock.advance(0.3)
+    for user in users:
+        assert await world.authority.debts(user) == []
+
+
 async def test_what_is_noted_as_behind_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
