@@ -208,6 +208,23 @@ async def test_histories_stay_short_however_writes_come(shared_url: str, togethe
         assert len(await store.get_history("u", 100)) == 20
 
 
+async def test_a_limit_that_was_lowered_holds_for_older_entries_too(shared_url: str) -> None:
+    """Nothing that is not shown any more stays for ever, whatever trims were left out."""
+    async with build(shared_url, history_limit=None) as before:
+        await before.upsert_latest_many(state("u", number) for number in range(150))
+        names = {"latest_table": before.latest_table, "history_table": before.history_table}
+        async with SQLStore(shared_url, history_limit=20, **names) as store:
+            for number in range(150, 420):
+                await store.upsert_latest(state("u", number))
+            engine = create_async_engine(shared_url)
+            async with engine.connect() as connection:
+                counted = text(f"SELECT count(*) FROM {store.history_table}")  # noqa: S608
+                kept = (await connection.execute(counted)).scalar_one()
+            await engine.dispose()
+            assert 20 <= kept <= 20 + 64
+            assert values(await store.get_history("u", 100)) == list(range(400, 420))
+
+
 async def test_plans_made_while_the_tables_are_small_stay_good(postgres_url: str) -> None:
     """A server keeps a plan while a table grows: none may look through a whole table."""
     async with build(postgres_url) as store:

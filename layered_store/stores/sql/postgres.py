@@ -62,6 +62,8 @@ class PostgresStatements:
         )
         # Arrays are planned anew each time; a lone write is spared that.
         one = "(VALUES ($1::bytea, $2::text, $3::bytea, $4::bytea, $5::bigint, $6::bigint))"
+        # What was trimmed is in the index until a vacuum: a trim looks back only as far as the one
+        # before it may have left something, and now and then as far as anything may stand.
         write = f"""
             WITH given AS (
                 SELECT * FROM %s AS g
@@ -90,6 +92,8 @@ class PostgresStatements:
             ), trimmed AS (
                 DELETE FROM {history} h USING stored
                 WHERE h.digest = stored.digest AND h.version <= stored.version - $8::bigint
+                    AND h.version > CASE WHEN stored.version %% 256 = 0 THEN 0
+                        ELSE stored.version - $8::bigint - 32 END
                     AND stored.version %% 16 = 0
             )
             SELECT digest, version FROM stored"""
