@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from layered_store.call import Call, _current, call_begins, next_order
 from layered_store.coherence.contract import ABSENT, Change
@@ -582,6 +582,43 @@ async def test_old_history_is_not_shown(bench: Bench) -> None:
     await store.write(state("u", 0.2))
     assert [s.get_axis("a") for s in await store.get_history("u", 10)] == [0.2]
     assert (await store.get_latest("u")).get_axis("a") == 0.2
+
+
+@about_tables
+@pytest.mark.parametrize("limit", [None, 100])
+@pytest.mark.parametrize("order", ["arrival", "snapshot_time"])
+async def test_what_is_too_old_to_be_shown_is_removed(
+    bench: Bench, limit: int | None, order: str
+) -> None:
+    """With later writes of its user; what is the latest state stays however old it is."""
+    store = bench.build(history_max_age=3600, history_limit=limit, order=order)
+    users = ["u", "v", "idle"]
+    for value in range(20):
+        await store.write_many([at_time(user, value) for user in users])
+    table = store.metadata.tables[store.history_table]
+    await bench.execute(store, table.update().values(recorded_at=1), {})
+    for value in range(20, 25):
+        await store.write_many([at_time(user, value) for user in users[:2]])
+    async with store._access.home("test").engine.connect() as connection:
+        found = (await connection.execute(select(table.c.digest, table.c.recorded_at))).all()
+    left = [bytes(digest) for digest, recorded in found if recorded == 1]
+    assert set(left) <= {store.digest("idle")}
+    kept = [bytes(digest) for digest, _ in found]
+    assert [kept.count(store.digest(user)) for user in users[:2]] == [5, 5]
+    assert await store.get_latest("idle") == at_time("idle", 19)
+    assert await store.get_history("idle", 100) == []
+    # The one that was the latest state for so long goes when it is not any more.
+    await store.write(at_time("idle", 30))
+    for _ in range(3):
+        await store.write(at_time("u", 30))
+    async with store._access.home("test").engine.connect() as connection:
+        old = select(table.c.digest).where(table.c.recorded_at == 1)
+        assert not (await connection.execute(old)).all()
+    assert len(await store.get_history("idle", 100)) == 1
+
+
+def at_time(user_id: str, number: int) -> StateSnapshot:
+    return StateSnapshot(user_id, updated_at_unix_ms=number, axes={"a": number / 100})
 
 
 @about_tables

@@ -15,6 +15,7 @@ import pytest
 from layered_store import SQLStore, StateSnapshot
 from layered_store.call import call_begins
 from layered_store.stores.sql import changelog
+from layered_store.testing import FakeClock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,6 +197,43 @@ async def test_sweeping_leaves_every_chain_whole(path: Path, seed: int) -> None:
     entries = {row[0] for row in rows(path, f"SELECT position {HISTORY}")}
     assert entries
     assert entries <= {row[0] for row in rows(path, REACHED)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("limit", [None, 20])
+async def test_sweeping_what_is_old_leaves_every_chain_whole(
+    path: Path, seed: int, limit: int | None
+) -> None:
+    """States grow too old while users write often, seldom or not at all, and are erased."""
+    chance, clock = random.Random(seed), FakeClock()
+    users = [f"u{number}" for number in range(20)]
+    often = [chance.choice([1, 5, 40]) for _ in users]
+    known: dict[str, list[tuple[float, int]]] = {user: [] for user in users}
+    options: dict[str, Any] = {"history_limit": limit, "history_max_age": 600, "clock": clock}
+    async with build(path, **options) as one, build(path, **options) as other:
+        for start in range(0, 3_000, 10):
+            await clock.advance(chance.choice([1.0, 10.0, 100.0]))
+            batch = chance.choices(users, often, k=10)
+            store = other if chance.random() < 0.3 else one
+            await store.upsert_latest_many(state(user, start + n) for n, user in enumerate(batch))
+            for n, user in enumerate(batch):
+                known[user].append((clock.time(), start + n))
+            if chance.random() < 0.05:
+                user = chance.choice(users)
+                await store.delete(user)
+                known[user].clear()
+        for user, written in known.items():
+            found = await one.get_latest(user)
+            assert (found and found.updated_at_unix_ms) == (written[-1][1] if written else None)
+            young = [number for at, number in written if at >= clock.time() - 600]
+            shown = [s.updated_at_unix_ms for s in await one.get_history(user, 1_000)]
+            assert shown == young[-limit if limit else 0 :][::-1]
+    entries = {row[0] for row in rows(path, f"SELECT position {HISTORY}")}
+    assert entries <= {row[0] for row in rows(path, REACHED)}
+    aged = f"recorded_at < {int((clock.time() - 1_200) * 1e6)}"
+    old = rows(path, f"SELECT position {HISTORY} WHERE {aged}")
+    heads = {row[0] for row in rows(path, "SELECT position FROM layered_store_latest")}
+    assert {row[0] for row in old} <= heads
 
 
 async def test_a_log_holds_little_more_than_is_shown(path: Path) -> None:

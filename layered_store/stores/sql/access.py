@@ -97,11 +97,7 @@ class Access:
         self.tables = build_tables(latest_table, history_table, family)
         self.statements = Statements(self.tables, family)
         self._file = lite.DatabaseFile()
-        self._lite = (
-            lite.LiteStatements(self.statements, rules.history_limit)
-            if family == "sqlite"
-            else None
-        )
+        self._lite = lite.LiteStatements(self.statements, rules) if family == "sqlite" else None
         self._asyncpg = (
             postgres.PostgresStatements(self.tables, NOW_US["postgresql"], XID)
             if address.get_driver_name() == "asyncpg"
@@ -111,7 +107,9 @@ class Access:
         self._cannot_stop = family == "sqlite"
         self._create_tables = create_tables
         self._rules = rules
-        self._quick = not rules.by_snapshot_time and rules.max_age_us is None
+        self._quick = not rules.by_snapshot_time and (
+            rules.max_age_us is None or self._lite is not None
+        )
         self._erasures = erasures
         self._timeout = timeout
         self._pool_size = pool_size

@@ -19,11 +19,9 @@ from sqlalchemy import (
     Integer,
     and_,
     bindparam,
-    case,
     delete,
     literal,
     literal_column,
-    or_,
     select,
     update,
 )
@@ -104,19 +102,6 @@ def chain_statements(statements: Statements) -> None:
     )
     own = _chain(tables, latest.c.digest == digest)
     statements.forget = delete(history).where(history.c.position.in_(select(own.c.position)))
-    below = history.c.version <= bindparam("floor", type_=BigInteger)
-    older = _chain(tables, latest.c.digest == digest, due=below)
-    statements.trim = delete(history).where(
-        history.c.position.in_(select(older.c.position).where(older.c.due == 1))
-    )
-    aged = _chain(
-        tables,
-        latest.c.digest == digest,
-        due=or_(below, history.c.recorded_at < bindparam("cutoff", type_=BigInteger)),
-    )
-    statements.trim_aged = delete(history).where(
-        history.c.position.in_(select(aged.c.position).where(aged.c.due == 1))
-    )
     # One more than asked for: where the user was erased once, the last entry shows nothing.
     shown = _chain(tables, latest.c.digest == digest, most=max_rows + 1)
     statements.history = (
@@ -163,19 +148,16 @@ def chain_statements(statements: Statements) -> None:
     )
 
 
-def _chain(tables: Tables, of: Any, *, due: Any = None, most: Any = None) -> Any:
+def _chain(tables: Tables, of: Any, *, most: Any = None) -> Any:
     """Return a query of users' entries, the newest first.
 
     Args:
         tables: of the store.
         of: which users' rows to start from.
-        due: what holds for an entry that goes; it then holds for all older ones.
         most: how many entries of each user to follow.
     """
     latest, history = tables.latest, tables.history
     columns: list[Any] = [history.c.position, history.c.previous]
-    if due is not None:
-        columns.append(case((due, 1), else_=0).label("due"))
     if most is not None:
         columns.append(literal_column("1", Integer).label("place"))
     first: Select[Any] = (
@@ -185,8 +167,6 @@ def _chain(tables: Tables, of: Any, *, due: Any = None, most: Any = None) -> Any
     )
     chain = first.cte("chain", recursive=True)
     further: list[Any] = [history.c.position, history.c.previous]
-    if due is not None:
-        further.append(case((or_(chain.c.due == 1, due), 1), else_=0))
     if most is not None:
         further.append(chain.c.place + literal(1, Integer))
     rest = select(*further).select_from(

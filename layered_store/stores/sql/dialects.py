@@ -67,6 +67,9 @@ XID: Final = "pg_current_xact_id()::text::bigint"
 _XMIN: Final = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 _XMAX: Final = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
 
+_AGED: Final = 32
+"""Most entries of a user that a trim removes for their age."""
+
 
 @dataclass(slots=True)
 class Statements:
@@ -271,12 +274,21 @@ class Statements:
             history.c.digest == digest,
             history.c.version <= bindparam("floor", type_=BigInteger),
         )
+        # Only the oldest entries are looked at: each write would otherwise pass all of its user's.
+        oldest = (
+            select(history.c.version, history.c.recorded_at)
+            .where(history.c.digest == digest)
+            .order_by(history.c.version)
+            .limit(_AGED)
+            .subquery()
+        )
+        aged = select(func.coalesce(func.max(oldest.c.version), 0)).where(
+            oldest.c.recorded_at < bindparam("cutoff", type_=BigInteger)
+        )
         self.trim_aged = delete(history).where(
             history.c.digest == digest,
-            or_(
-                history.c.version <= bindparam("floor", type_=BigInteger),
-                history.c.recorded_at < bindparam("cutoff", type_=BigInteger),
-            ),
+            history.c.version
+            <= func.greatest(bindparam("floor", type_=BigInteger), aged.scalar_subquery()),
         )
         self.forget = delete(history).where(history.c.digest == digest)
         self.history = (

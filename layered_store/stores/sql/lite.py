@@ -17,7 +17,7 @@ from sqlalchemy.dialects import sqlite
 
 from layered_store.errors import UnavailableError
 from layered_store.stores.sql.sweep import Sweep
-from layered_store.stores.sql.transactions import KEPT_WRITE_IDS, Session, no_counter
+from layered_store.stores.sql.transactions import Session, no_counter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -79,19 +79,17 @@ class LiteStatements:
 
     Args:
         statements: what to compile.
-        history_limit: the store's option.
+        rules: the store's options.
     """
 
-    def __init__(self, statements: Statements, history_limit: int | None) -> None:
+    def __init__(self, statements: Statements, rules: Rules) -> None:
         self._statements = statements
         self._texts: dict[int, tuple[Any, _Text]] = {}
         quote = _NAMED.identifier_preparer.quote
         tables = statements.tables
         latest, history = quote(tables.latest.name), quote(tables.history.name)
         counter = quote(tables.counter.name)
-        self.sweep = None
-        if history_limit is not None:
-            self.sweep = Sweep(latest, history, max(history_limit, KEPT_WRITE_IDS))
+        self.sweep = Sweep(latest, history, rules)
         newest = f"{latest} l LEFT JOIN {history} h ON h.position = l.position"
         columns = "l.user_id, l.version, h.payload"
         self.read = f"SELECT {columns} FROM {newest} WHERE l.digest = ?"
@@ -159,6 +157,11 @@ class LiteSession(Session):
 
     async def command(self, command: str) -> None:
         self.connection.execute(command)
+
+    async def trim(self, entries: list[dict[str, Any]], rules: Rules, now_us: int) -> None:
+        del rules  # the sweep knows them
+        added = [(e["position"], e["digest"], e["version"], e["previous"]) for e in entries]
+        self.texts.sweep.trim(self.connection, added, now_us)
 
 
 class DatabaseFile:
@@ -321,7 +324,6 @@ def write_rows(
         follows: whether a write is known to have begun after this erasure.
     """
     texts, execute = session.texts, connection.execute
-    sweep = texts.sweep
     begin(connection, session.patience)
     try:
         digests = list({item.digest for item in writes})
@@ -346,7 +348,6 @@ def write_rows(
         entries = []
         results = []
         revived = []
-        walked = []
         hidden = []
         for item in writes:
             digest = item.digest
@@ -366,18 +367,13 @@ def write_rows(
             )
             rows[digest] = (digest, str(item.user_id), version, item.updated, place)
             results.append(version)
-            if sweep is not None and sweep.walks(digest, version):
-                walked.append((place, version))
         connection.executemany(texts.append, entries)
         if hidden:
             connection.executemany(texts.hide, hidden)
-        if sweep is not None:
-            for newest, version in walked:
-                sweep.walk(connection, newest, version)
-            sweep.sweep(connection, place, len(writes))
         connection.executemany(texts.put, [row for _, row in sorted(rows.items())])
         if revived:
             connection.executemany(texts.revive, revived)
+        texts.sweep.trim(connection, [(*e[:3], e[5]) for e in entries], now_us)
         execute(texts.advance, (place,))
         session.committing = True
         execute("COMMIT")

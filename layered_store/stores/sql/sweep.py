@@ -5,6 +5,9 @@ stands among those of others, half a dozen to a page: removing what is due user 
 each page of the log as many times. A sweep follows the newest entry at a distance and removes in
 one go what is due there. The distance is learnt by walking down users' chains now and then, and a
 walk removes what sweeps did not: entries of users who write more seldom than most.
+
+What is too old to be shown stands at the log's old end, whoever's it is, and a sweep of its own
+begins there.
 """
 
 from __future__ import annotations
@@ -12,8 +15,13 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING, Final
 
+from layered_store.stores.sql.transactions import KEPT_US, KEPT_WRITE_IDS
+
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Sequence
+
+    from layered_store.stores.sql.transactions import Rules
 
 __all__ = ["Sweep"]
 
@@ -24,11 +32,17 @@ time all entries are passed that are kept."""
 _PACE: Final = 2
 """Entries of the log that are looked at for each new one: a sweep that fell back catches up."""
 
+_LEAST: Final = 32
+"""Least entries that are looked at where those stand that are too old."""
+
 _FARTHER, _NEARER = 1 / 8, 1 / 32
 """How much the distance grows or shrinks with a walk: it so is that of four users in five."""
 
 _SPREAD: Final = 2.5
 """Standard deviations by which the distance is exceeded: how often others write is chance."""
+
+# Place in the log, digest, version, place of the entry before it of the same user.
+Entry = tuple[int, bytes, int, int | None]
 
 
 class Sweep:
@@ -40,17 +54,18 @@ class Sweep:
     Args:
         latest: quoted name of the table of latest states.
         history: quoted name of the log.
-        keep: how many entries of each user stay; those before them are due.
+        rules: how many entries of each user stay, and how long.
     """
 
-    __slots__ = ("_beyond", "_chain", "_distance", "_due", "_every", "_keep", "_place", "_remove")
-
-    def __init__(self, latest: str, history: str, keep: int) -> None:
-        self._keep = keep
-        self._every = max(_WALK_EVERY, 2 * keep)
+    def __init__(self, latest: str, history: str, rules: Rules) -> None:
+        limit = rules.history_limit
+        # Those before them are due.
+        self._keep = None if limit is None else max(limit, KEPT_WRITE_IDS)
+        self._max_age_us = rules.max_age_us
+        self._every = max(_WALK_EVERY, 2 * (self._keep or 0))
         self._distance = 0.0
-        self._beyond = 1 + _SPREAD / sqrt(keep)
         self._place = 0
+        self._old = 0
         self._chain = (
             "WITH RECURSIVE chain (position, previous, version) AS ("
             f" SELECT position, previous, version FROM {history} WHERE position = ?"
@@ -60,30 +75,56 @@ class Sweep:
         )
         self._remove = f"DELETE FROM {history} WHERE position = ?"
         # What stands behind a due entry is due as well, and would be out of reach without it.
-        self._due = (
-            "WITH RECURSIVE due (position, previous) AS ("
-            f" SELECT h.position, h.previous FROM {history} h"
-            f" JOIN {latest} l ON l.digest = h.digest"
-            f" WHERE h.position > ? AND h.position <= ? AND h.version <= l.version - {keep}"
-            " UNION SELECT h.position, h.previous"
-            f" FROM due JOIN {history} h ON h.position = due.previous)"
+        with_all_behind = (
+            f" UNION SELECT h.position, h.previous FROM due JOIN {history} h"
+            " ON h.position = due.previous)"
             f" DELETE FROM {history} WHERE position IN (SELECT position FROM due)"
         )
+        some = (
+            "WITH RECURSIVE due (position, previous) AS ("
+            f" SELECT h.position, h.previous FROM {history} h"
+            f" JOIN {latest} l ON l.digest = h.digest WHERE h.position > ? AND h.position <= ?"
+        )
+        self._remove_surplus = f"{some} AND h.version <= l.version - {self._keep}{with_all_behind}"
+        self._remove_old = f"{some} AND h.position <> l.position{with_all_behind}"
+        self._remove_from = (
+            "WITH RECURSIVE due (position, previous) AS ("
+            f" SELECT position, previous FROM {history} WHERE position = ?{with_all_behind}"
+        )
+        self._first = (
+            f"SELECT position, recorded_at FROM {history} WHERE position > ?"
+            " ORDER BY position LIMIT 1"
+        )
+        self._first_young = (
+            f"SELECT position FROM {history} WHERE position > ? AND position <= ?"
+            " AND recorded_at >= ? ORDER BY position LIMIT 1"
+        )
 
-    def walks(self, digest: bytes, version: int) -> bool:
-        """Tell whether a user's chain is walked with this version: users take turns."""
-        return (version + digest[0]) % self._every == 0
-
-    def walk(self, connection: sqlite3.Connection, newest: int, version: int) -> None:
-        """Remove what is due of one user; learn how far behind the newest entry that begins.
+    def trim(
+        self, connection: sqlite3.Connection, entries: Sequence[Entry], now_us: int
+    ) -> None:
+        """Remove some of what is due.
 
         Args:
             connection: in its thread, in a transaction.
-            newest: place of the user's newest entry.
-            version: of that entry.
+            entries: what this transaction has added to the log, in its order.
+            now_us: the time, in microseconds.
         """
+        if self._keep is not None:
+            for place, digest, version, _ in entries:
+                if (version + digest[0]) % self._every == 0:  # users take turns
+                    self._walk(connection, place, version, self._keep)
+            self._sweep(connection, entries[-1][0], len(entries), self._keep)
+        if self._max_age_us is not None:
+            before = now_us - self._max_age_us - KEPT_US
+            self._sweep_old(connection, entries, before)
+
+    def _walk(
+        self, connection: sqlite3.Connection, newest: int, version: int, keep: int
+    ) -> None:
+        """Remove what is due of one user; learn how far behind the newest entry that begins."""
         chain = connection.execute(self._chain, (newest,)).fetchall()
-        oldest = version - self._keep + 1
+        oldest = version - keep + 1
         connection.executemany(self._remove, [(place,) for place, of in chain if of < oldest])
         for place, of in chain:
             if of == oldest:
@@ -98,18 +139,33 @@ class Sweep:
         else:
             self._distance = known * (1 - _NEARER)
 
-    def sweep(self, connection: sqlite3.Connection, newest: int, written: int) -> None:
-        """Go on through the log, removing what is due of any user.
-
-        Args:
-            connection: in its thread, in a transaction.
-            newest: the last place of the log.
-            written: how many entries this transaction adds.
-        """
+    def _sweep(
+        self, connection: sqlite3.Connection, newest: int, written: int, keep: int
+    ) -> None:
+        """Go on through the log, removing what is too much of any user."""
         distance = self._distance
         # Farther behind, walks have left nothing of users who write as often as most.
-        start = max(self._place, newest - int(distance * (1 + self._every / self._keep)))
-        end = min(start + _PACE * written, newest - int(distance * self._beyond))
+        start = max(self._place, newest - int(distance * (1 + self._every / keep)))
+        end = min(start + _PACE * written, newest - int(distance * (1 + _SPREAD / sqrt(keep))))
         if distance and start < end:
-            connection.execute(self._due, (start, end))
+            connection.execute(self._remove_surplus, (start, end))
             self._place = end
+
+    def _sweep_old(
+        self, connection: sqlite3.Connection, entries: Sequence[Entry], before: int
+    ) -> None:
+        """Go on from the log's old end, removing all that is older but the latest states."""
+        for *_, previous in entries:
+            # What was passed as the latest state, and is not any more.
+            if previous is not None and previous <= self._old:
+                connection.execute(self._remove_from, (previous,))
+        first = connection.execute(self._first, (self._old,)).fetchone()
+        if first is None or first[1] >= before:
+            return
+        start = first[0] - 1
+        end = start + max(_LEAST, _PACE * len(entries))
+        young = connection.execute(self._first_young, (start, end, before)).fetchone()
+        if young is not None:
+            end = young[0] - 1
+        connection.execute(self._remove_old, (start, end))
+        self._old = end

@@ -48,7 +48,9 @@ KEPT_WRITE_IDS: Final = 16
 _TRIM_EVERY: Final = 16
 """The history is trimmed with every so many versions of a user: reads never show more anyway."""
 
-_KEPT_US: Final = 60 * 1_000_000
+KEPT_US: Final = 60 * 1_000_000
+"""How long an entry stays when it is too old to be shown: a retry must find its id."""
+
 _PROBES: Final = 20
 
 _HIDDEN_SECONDS: Final = 0.005
@@ -199,6 +201,26 @@ class Session:
             for item in values:
                 item["at_position"] = place
         return values
+
+    async def trim(self, entries: list[dict[str, Any]], rules: Rules, now_us: int) -> None:
+        """Remove what is due of the histories that these new entries belong to."""
+        newest = {entry["digest"]: entry["version"] for entry in entries}
+        due = set(newest)
+        if rules.max_age_us is None:
+            due = {entry["digest"] for entry in entries if entry["version"] % _TRIM_EVERY == 0}
+        keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
+        if keep is None and rules.max_age_us is None:
+            return
+        values: list[dict[str, Any]] = [
+            {"at_digest": digest, "floor": 0 if keep is None else newest[digest] - keep}
+            for digest in due
+        ]
+        if rules.max_age_us is None:
+            await self.run(self.statements.trim, values)
+            return
+        for item in values:
+            item["cutoff"] = now_us - rules.max_age_us - KEPT_US
+        await self.run(self.statements.trim_aged, values)
 
     async def chain(self, entries: list[dict[str, Any]], heads: dict[bytes, int]) -> None:
         """Give new entries their places, each behind the one before it of the same user.
@@ -354,10 +376,6 @@ async def write(
                 entry["payload"] = changed[entry["digest"]].payload
         await session.run(statements.hide, [{"at_position": place} for place in hidden])
     await session.run(statements.append, entries)
-    due = set(changed)
-    if rules.max_age_us is None:
-        due = {entry["digest"] for entry in entries if entry["version"] % _TRIM_EVERY == 0}
-    await _trim(session, [rows[digest] for digest in due], rules, now_us)
     updates = [
         {
             "at_digest": digest,
@@ -372,7 +390,11 @@ async def write(
         }
         for digest, item in sorted(changed.items())
     ]
+    if not statements.chained:  # from the next statement on, all writers may have to wait
+        await session.trim(entries, rules, now_us)
     await session.run(statements.store, await session.positioned(updates))
+    if statements.chained:  # which looks at the users' rows
+        await session.trim(entries, rules, now_us)
     await session.commit()
     return results, too_old
 
@@ -408,24 +430,6 @@ async def _late(
     raise UnavailableError(
         "the write and an erasure of its user began too close together to tell their order"
     )
-
-
-async def _trim(session: Session, rows: list[Row], rules: Rules, now_us: int) -> None:
-    statements = session.statements
-    if rules.history_limit is None and rules.max_age_us is None:
-        return
-    keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
-    values: list[dict[str, Any]] = [
-        {"at_digest": row.digest, "floor": 0 if keep is None else row.version - keep}
-        for row in rows
-    ]
-    if rules.max_age_us is None:
-        await session.run(statements.trim, values)
-        return
-    # A retry must find its id, so entries go a minute after they stopped being shown.
-    for item in values:
-        item["cutoff"] = now_us - rules.max_age_us - _KEPT_US
-    await session.run(statements.trim_aged, values)
 
 
 async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int, bool]]:
