@@ -21,16 +21,26 @@ _MALFORMED: Final = (
 )
 
 
-def interpolate(text: str, environ: Mapping[str, str]) -> str:
+_MAX_DEPTH: Final = 32
+
+
+def interpolate(text: str, environ: Mapping[str, str], depth: int = 0) -> str:
     """Return ``text`` with its variables filled in; ``$${`` stands for a literal ``${``.
 
     An empty variable counts as set for ``${NAME}`` and as unset for ``${NAME:-default}``, as in a
     shell. A default may hold variables and pairs of braces; what a variable holds is taken as it
     is. It happens after the file was parsed, so that no value can change the file's structure.
 
+    Args:
+        text: what a file holds.
+        environ: where the variables come from.
+        depth: how many defaults this text stands in.
+
     Raises:
         ConfigError: a variable is not set, or a reference is malformed.
     """
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"has defaults within defaults, more than {_MAX_DEPTH} deep")
     parts: list[str] = []
     place = 0
     while match := _REFERENCE.search(text, place):
@@ -53,7 +63,7 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
                 f"the environment variable {name} is not set; set it, or give a default as"
                 f" ${{{name}:-default}}"
             )
-        parts.append(value or interpolate(default or "", environ))
+        parts.append(value or interpolate(default or "", environ, depth + 1))
     parts.append(text[place:])
     return "".join(parts)
 

@@ -458,13 +458,15 @@ def _called(spec: BlockSpec, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deep(value: Any, environ: Mapping[str, str]) -> Any:
+def _deep(value: Any, environ: Mapping[str, str], depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"is nested without end (more than {_MAX_DEPTH} deep)")
     if isinstance(value, str):
         return interpolate(value, environ)
     if isinstance(value, list | tuple):
-        return [_deep(item, environ) for item in value]
+        return [_deep(item, environ, depth + 1) for item in value]
     if isinstance(value, Mapping):
-        return {key: _deep(item, environ) for key, item in value.items()}
+        return {key: _deep(item, environ, depth + 1) for key, item in value.items()}
     return value
 
 

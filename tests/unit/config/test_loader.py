@@ -30,6 +30,13 @@ LAYER_CYCLE["layers"] = [LAYER_CYCLE]
 DEEP: dict[str, Any] = MEMORY
 for _ in range(60):
     DEEP = {"use": "cached", "inner": DEEP}
+ENDLESS_TABLE: dict[str, Any] = {}
+ENDLESS_TABLE["a"] = ENDLESS_TABLE
+ENDLESS_LIST: list[Any] = []
+ENDLESS_LIST.append(ENDLESS_LIST)
+ENDLESS_DEFAULT = "5"
+for _ in range(2_000):
+    ENDLESS_DEFAULT = "${NOT_SET_ANYWHERE:-" + ENDLESS_DEFAULT + "}"
 SECRET = "hunter2-marked-secret"  # noqa: S105
 
 
@@ -194,6 +201,13 @@ BAD: list[tuple[Any, str]] = [
     (CYCLE, "store.inner"),
     (LAYER_CYCLE, "store.layers.0"),
     (DEEP, "store" + ".inner" * 33),
+    *[
+        ({"store": {"use": "memory", "history_limit": value}}, "store.history_limit")
+        for value in (ENDLESS_TABLE, ENDLESS_LIST, ENDLESS_DEFAULT)
+    ],
+    ({"store": {"use": "encrypted", "inner": MEMORY, "keys": ENDLESS_LIST}}, "store.keys"),
+    ({"store": {"use": "memory", "id": ENDLESS_DEFAULT}}, "store.id"),
+    ({"store": {"use": ENDLESS_DEFAULT}}, "store.use"),
     ({"store": MEMORY, "lint": 5}, "lint"),
     ({"store": MEMORY, "lint": {"allow": 5}}, "lint.allow"),
     ({"store": MEMORY, "lint": {"allow": ["LS999"]}}, "lint.allow.LS999"),
