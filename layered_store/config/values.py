@@ -59,6 +59,8 @@ def _converted(option: Option, value: Any) -> Any:
         return value.total_seconds()
     if type in accepts and isinstance(value, str):
         return _class(value)
+    if type in accepts and isinstance(value, type):
+        return value  # of a dict that was written in code
     if isinstance(value, bool):
         if bool in accepts:
             return value

@@ -19,6 +19,7 @@ from layered_store.interface import StateStore
 from layered_store.layers.cached import Cached
 from layered_store.layers.metrics import Metrics
 from layered_store.layers.write_through import WriteThrough
+from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe, find, replace
 from layered_store.stores.memory import MemoryStore
 
@@ -38,6 +39,12 @@ ENDLESS_DEFAULT = "5"
 for _ in range(2_000):
     ENDLESS_DEFAULT = "${NOT_SET_ANYWHERE:-" + ENDLESS_DEFAULT + "}"
 SECRET = "hunter2-marked-secret"  # noqa: S105
+
+
+class Special(StateSnapshot):
+    """A user's own snapshot."""
+
+    mood: str = ""
 
 
 def test_layers_stand_outermost_first() -> None:
@@ -88,6 +95,16 @@ def test_none_can_be_said_in_toml() -> None:
     assert stack.history_limit is None  # type: ignore[attr-defined]
     assert to_config(stack)["store"]["history_limit"] is None
     assert load_stack(to_config(stack)).history_limit is None  # type: ignore[attr-defined]
+
+
+def test_a_dict_may_hold_the_class_itself() -> None:
+    """Of snapshots; it is written back by its name."""
+    stack = load_stack({"use": "memory", "snapshot_type": Special})
+    assert stack.snapshot_type is Special
+    assert to_config(stack)["store"]["snapshot_type"] == f"{__name__}:Special"
+    with pytest.raises(ConfigError) as caught:
+        load_stack({"use": "memory", "snapshot_type": dict})
+    assert caught.value.path == "store.snapshot_type"
 
 
 def test_overrides_take_the_place_and_keep_the_layers() -> None:
