@@ -78,11 +78,11 @@ CACHES = 'layer=~"[0-9]+[.](cached|write_through)"'
 
 def hit_ratio(by: str, matchers: str = "") -> str:
     some = f"{matchers}, {ANSWERED}" if matchers else ANSWERED
-    return f"{rate(READS, by, some)} / {rate(READS, by, matchers)}"
+    return f"{rate(READS, by, some)} / ({rate(READS, by, matchers)} > 0)"
 
 
 def failure_ratio(by: str) -> str:
-    return f"1 - {rate(OPERATIONS, by, FINE)} / {rate(OPERATIONS, by)}"
+    return f"1 - {rate(OPERATIONS, by, FINE)} / ({rate(OPERATIONS, by)} > 0)"
 
 
 OVERVIEW = [

@@ -99,6 +99,14 @@ def test_a_panel_can_be_read(board: str, panel: dict[str, Any]) -> None:
         assert panel["type"] in {"stat", "state-timeline"}
 
 
+def test_a_share_of_nothing_is_left_out() -> None:
+    """While nobody calls, a panel of shares is empty; it would show NaN."""
+    shares = [expr for expr in expressions().values() if " / " in expr]
+    assert shares
+    for expr in shares:
+        assert re.search(r" / \(sum by .* > 0\)$", expr), expr
+
+
 def test_every_metric_is_on_a_dashboard() -> None:
     """What is exported can be seen; histograms by their buckets."""
     shown = {name for expr in expressions().values() for name in metric_names(expr)}
