@@ -106,14 +106,19 @@ def command(
         )
     )
     server = build_server(app, host=host, port=port, drain=drain, patience=patience)
-    # The server drains on SIGTERM and then raises it again, for whoever handled it before.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    def end(*_: object) -> None:
+        # Before the server listens to signals itself, and once more when it has drained. Raising
+        # would do nothing wherever exceptions are dropped, such as in a finalizer.
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, end)
     try:
         server.run()
     except KeyboardInterrupt:
         pass
-    except SystemExit as exc:
-        if exc.code == 0 or server.started:
+    except SystemExit:
+        if server.started:
             raise
         # The server has a code of its own for a port that is taken, and logged the reason.
     sys.exit(0 if server.started else 1)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
+import uvicorn
 from click.testing import CliRunner, Result
 from rich.console import Console
 
@@ -402,6 +404,37 @@ def test_where_the_api_key_comes_from(tmp_path: Path, monkeypatch: pytest.Monkey
         assert _is_local(host)
     for host in ("0.0.0.0", "::", "", "10.0.0.1", "localhost.example.org", "::ffff:10.0.0.1"):  # noqa: S104
         assert not _is_local(host)
+
+
+class Finalized:
+    """Gone at once; what its finalizer raises is dropped."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_to_end_is_heard_before_the_server_listens(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it arrives: the stack is opened and closed, and the exit code is 0."""
+    run_server = uvicorn.Server.run
+
+    def run_later(server: uvicorn.Server) -> None:
+        Finalized()
+        server.config.callback_notify = own_end
+        server.config.timeout_notify = 0
+        run_server(server)
+
+    async def own_end() -> None:
+        raise AssertionError("it serves on")
+
+    monkeypatch.setattr(uvicorn.Server, "run", run_later)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        result = run("serve", memory, "--port", "0")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 0, result.exception
 
 
 @pytest.fixture
