@@ -197,7 +197,7 @@ def _spec(kind: str, place: str) -> BlockSpec:
         cls: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             cls = getattr(cls, part)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise ConfigError(
             f"the block {kind} cannot be imported from {place} ({type(exc).__name__})",
             option="use",
@@ -205,7 +205,14 @@ def _spec(kind: str, place: str) -> BlockSpec:
     if not (isinstance(cls, type) and issubclass(cls, StateStore)):
         raise ConfigError(f"the block {kind} at {place} is no StateStore", option="use")
     doc = inspect.cleandoc(cls.__doc__ or "")
-    return BlockSpec(kind, cls, _options(cls, doc), doc.split("\n\n", 1)[0].replace("\n", " "))
+    try:
+        options = _options(cls, doc)
+    except Exception as exc:  # a default or a signature of a third party's may fail
+        raise ConfigError(
+            f"the options of the block {kind} at {place} cannot be read ({type(exc).__name__})",
+            option="use",
+        ) from exc
+    return BlockSpec(kind, cls, options, doc.split("\n\n", 1)[0].replace("\n", " "))
 
 
 def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:

@@ -70,6 +70,11 @@ class Slow(Layer):
     wait: timedelta = field(default=timedelta(seconds=90), kw_only=True)
 
 
+@dataclass(eq=False, repr=False)
+class Unset(Layer):
+    where: str = field(default_factory=lambda: {}["HOME"], kw_only=True)
+
+
 class Needs(MemoryStore):
     def __init__(self) -> None:
         import a_package_that_nobody_has
@@ -95,10 +100,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     blocks = {"odd": "Odd", "plain": "Plain", "needs": "Needs", "breaks": "Breaks"}
-    blocks |= {"bare": "Bare", "slow": "Slow"}
+    blocks |= {"bare": "Bare", "slow": "Slow", "unset": "Unset"}
     blocks |= {"number": "nothing", "missing": "Gone", "shadowed.nothing": "x"}
     lines = [f"{kind} = {name}:{place}" for kind, place in blocks.items()]
     lines.append(f"away = {name}_away:Block")
+    (tmp_path / f"{name}_program.py").write_text("import sys\nsys.exit(3)\n")
+    lines.append(f"program = {name}_program:Block")
     text = "[layered_store.blocks]\n" + "\n".join(lines) + "\n"
     (info / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -229,6 +236,8 @@ def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> 
         ("number", "is no StateStore"),
         ("missing", "cannot be imported from"),
         ("away", "cannot be imported from"),
+        ("program", "cannot be imported from"),
+        ("unset", "cannot be read (KeyError)"),
         ("needs", "needs a_package_that_nobody_has, which is not installed"),
         ("breaks", "cannot be built with these options (RuntimeError)"),
     ],
