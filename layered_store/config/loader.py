@@ -430,8 +430,8 @@ class _Build:
             exc.path = path
             self._problems.append(exc)
             return MISSING
-        if isinstance(value, str) and filled != value and str not in option.accepts:
-            filled = from_text(filled)
+        if isinstance(value, str) and filled != value and str not in option.free:
+            filled = filled if filled in option.choices else from_text(filled)
         if isinstance(value, list) and option.item not in (str, None):
             filled = [
                 from_text(new) if isinstance(old, str) and new != old else new

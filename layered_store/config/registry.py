@@ -68,6 +68,7 @@ class Option:
         duration: it takes seconds, and text such as ``"30s"``.
         nullable: it takes None, which a TOML file says by leaving it out.
         choices: the values it is limited to; empty when any will do.
+        limited: the types of which it takes the choices only; of the others it takes any value.
         doc: what the block's docstring says about it.
         secret: its value is never shown.
         mask: hides the secret parts of a value that is shown; None shows it as it is.
@@ -83,6 +84,7 @@ class Option:
     duration: bool = False
     nullable: bool = False
     choices: tuple[Any, ...] = ()
+    limited: frozenset[type] = frozenset()
     doc: str = ""
     secret: bool = False
     mask: Any = None
@@ -94,6 +96,11 @@ class Option:
     def required(self) -> bool:
         """Whether a block cannot be built without it."""
         return self.default is MISSING
+
+    @property
+    def free(self) -> frozenset[type]:
+        """The types of which it takes any value."""
+        return self.accepts - self.limited
 
     @property
     def from_file(self) -> bool:
@@ -272,6 +279,7 @@ def _resolve(annotation: Any, cls: type) -> Any:
 def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
     """Return what the annotation of an option says about the values that a file may hold."""
     accepts: set[type] = set()
+    choices: list[Any] = []
     facts: dict[str, Any] = {}
     for part in _parts(hint):
         origin = typing.get_origin(part) or part
@@ -280,8 +288,9 @@ def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
         elif part is Any and masked:
             accepts.add(str)  # a URL as text, or as the driver's object
         elif origin is Literal:
-            facts["choices"] = typing.get_args(part)
-            accepts |= {type(choice) for choice in typing.get_args(part)}
+            choices += [each for each in typing.get_args(part) if each is not None]
+            if None in typing.get_args(part):
+                facts["nullable"] = True
         elif origin is timedelta:
             facts["duration"] = True
         elif origin in (list, tuple, set, frozenset, Sequence):
@@ -300,14 +309,15 @@ def _typing(hint: Any, *, masked: bool) -> dict[str, Any]:
         elif isinstance(origin, type) and issubclass(origin, StateStore):
             facts["store"] = True
         elif isinstance(origin, type) and issubclass(origin, enum.StrEnum):
-            facts["choices"] = tuple(str(choice) for choice in origin)
-            accepts.add(str)
+            choices += [str(choice) for choice in origin]
         elif origin in (str, int, float, bool):
             accepts.add(origin)
     if facts.get("duration") and not accepts:
         accepts.add(float)
         facts["delta"] = True
-    return {"accepts": frozenset(accepts), **facts}
+    limited = {type(choice) for choice in choices} - accepts
+    facts |= {"choices": tuple(choices), "limited": frozenset(limited)}
+    return {"accepts": frozenset(accepts | limited), **facts}
 
 
 def _parts(hint: Any) -> list[Any]:

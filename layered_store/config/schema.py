@@ -130,12 +130,11 @@ def _option(option: Option, *, at_least: float | None) -> dict[str, Any]:
     if option.store:
         return {**facts, "$ref": "#/$defs/block"}
     forms: list[dict[str, Any]] = []
-    if option.choices:
+    if option.limited:
         forms.append({"enum": list(option.choices)})
-    else:
-        for kind in (kind for kind in _JSON if kind in option.accepts):
-            bound = {"minimum": at_least} if kind in (int, float) and at_least is not None else {}
-            forms.append({"type": _JSON[kind], **bound})
+    for kind in (kind for kind in _JSON if kind in option.free):
+        bound = {"minimum": at_least} if kind in (int, float) and at_least is not None else {}
+        forms.append({"type": _JSON[kind], **bound})
     if list in option.accepts:
         forms.append({"type": "array", "items": {"type": _JSON[option.item or str]}})
     if type in option.accepts:
@@ -144,9 +143,9 @@ def _option(option: Option, *, at_least: float | None) -> dict[str, Any]:
         forms.append({"type": "string", "pattern": DURATION_PATTERN})
     if option.nullable:
         forms.append({"type": "null"})
-        if str not in option.accepts:
+        if str not in option.free:
             forms.append({"const": "none"})
-    if str not in option.accepts or option.choices:
+    if str not in option.free:
         forms.append(_VARIABLE)
     facts["anyOf"] = forms
     default = option.default

@@ -47,7 +47,8 @@ def converted(option: Option, value: Any) -> Any:
 
 def _converted(option: Option, value: Any) -> Any:
     accepts = option.accepts
-    if isinstance(value, str) and value == "none" and option.nullable and str not in accepts:
+    text_too = str in option.free or "none" in option.choices
+    if isinstance(value, str) and value == "none" and option.nullable and not text_too:
         return None  # TOML has no null
     if value is None:
         if option.nullable:
@@ -61,6 +62,13 @@ def _converted(option: Option, value: Any) -> Any:
         return _class(value)
     if type in accepts and isinstance(value, type):
         return value  # of a dict that was written in code
+    kind = str if isinstance(value, str) else type(value)
+    if kind in option.limited and not any(
+        type(choice) is kind and choice == value for choice in option.choices
+    ):
+        near = nearest(str(value), [str(choice) for choice in option.choices])
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"must be {expected(option)}{hint}")
     if isinstance(value, bool):
         if bool in accepts:
             return value
@@ -76,10 +84,6 @@ def _converted(option: Option, value: Any) -> Any:
         if float in accepts:
             return value
     elif isinstance(value, str):
-        if option.choices and value not in option.choices:
-            near = nearest(value, [str(choice) for choice in option.choices])
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"must be {expected(option)}{hint}")
         if str in accepts:
             return value
     elif isinstance(value, list):
@@ -128,15 +132,16 @@ _ITEMS: Final = {
 
 
 def expected(option: Option) -> str:
-    if option.choices:
-        return "one of " + ", ".join(repr(choice) for choice in option.choices)
-    kinds = [name for kind, name in _NAMES.items() if kind in option.accepts]
-    if list in option.accepts and option.item is not None:
+    free = option.free
+    kinds = [name for kind, name in _NAMES.items() if kind in free]
+    if list in free and option.item is not None:
         kinds[kinds.index(_NAMES[list])] = f"a list of {_ITEMS[option.item]}"
-    if int in option.accepts and float in option.accepts:
+    if int in free and float in free:
         kinds.remove(_NAMES[int])
     if option.duration:
         kinds = ['seconds or a duration such as "30s"']
+    if option.limited:
+        kinds.insert(0, "one of " + ", ".join(repr(choice) for choice in option.choices))
     return " or ".join(kinds) or "left out"
 
 

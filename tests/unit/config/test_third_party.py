@@ -22,7 +22,7 @@ import enum
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from layered_store.layer import Layer
 from layered_store.stores.memory import MemoryStore
 
@@ -70,6 +70,17 @@ class Slow(Layer):
     wait: timedelta = field(default=timedelta(seconds=90), kw_only=True)
 
 
+class Chosen(MemoryStore):
+    def __init__(
+        self,
+        size: int | Literal["auto"] = "auto",
+        level: Literal[1, 2, "best"] = 1,
+        mode: Literal["a", "b", None] = None,
+    ) -> None:
+        self.size, self.level, self.mode = size, level, mode
+        super().__init__()
+
+
 @dataclass(eq=False, repr=False)
 class Unset(Layer):
     where: str = field(default_factory=lambda: {}["HOME"], kw_only=True)
@@ -100,7 +111,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     blocks = {"odd": "Odd", "plain": "Plain", "needs": "Needs", "breaks": "Breaks"}
-    blocks |= {"bare": "Bare", "slow": "Slow", "unset": "Unset"}
+    blocks |= {"bare": "Bare", "slow": "Slow", "chosen": "Chosen", "unset": "Unset"}
     blocks |= {"number": "nothing", "missing": "Gone", "shadowed.nothing": "x"}
     lines = [f"{kind} = {name}:{place}" for kind, place in blocks.items()]
     lines.append(f"away = {name}_away:Block")
@@ -157,6 +168,42 @@ def test_an_option_without_annotation_takes_what_its_default_is(module: Any) -> 
             load_stack({"use": "memory", "layers": [{"use": "bare", "label": "x", **wrong}]})
     with pytest.raises(ConfigError, match="bare needs this option"):
         load_stack({"use": "memory", "layers": [{"use": "bare"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("size", 5, 5),
+        ("size", "auto", "auto"),
+        ("size", "${SIZE}", 7),
+        ("size", "${MODE:-auto}", "auto"),
+        ("level", 2, 2),
+        ("level", "best", "best"),
+        ("mode", "b", "b"),
+        ("mode", None, None),
+        ("mode", "none", None),
+        ("size", "many", ValueError),
+        ("size", True, ValueError),
+        ("level", 3, ValueError),
+        ("level", True, ValueError),
+        ("mode", "c", ValueError),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_some_values_of_one_type_and_any_of_another(name: str, value: Any, found: Any) -> None:
+    """Of the types in a ``Literal`` only its values are taken, by the schema as by the loader."""
+    config = {"store": {"use": "chosen", name: value}}
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(config) == (
+        found is not ValueError
+    )
+    if found is ValueError:
+        with pytest.raises(ConfigError) as caught:
+            load_stack(config)
+        assert caught.value.path == f"store.{name}"
+    else:
+        stack = load_stack(config, environ={"SIZE": "7"})
+        assert getattr(stack, name) == found
+        assert load_stack(to_config(stack)).__dict__[name] == found
 
 
 def test_a_duration_that_is_a_timedelta_only(module: Any) -> None:
