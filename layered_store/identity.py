@@ -8,6 +8,7 @@ from typing import Final
 
 from layered_store._alphanumeric import ALPHANUMERIC_RANGES
 from layered_store.errors import ConfigError, ValidationError
+from layered_store.options import is_utf8
 
 __all__ = [
     "DIGEST_BYTES",
@@ -127,7 +128,7 @@ class digest_function:  # noqa: N801  used like a function: digest = digest_func
     __slots__ = ("_template", "fingerprint")
 
     def __init__(self, key: bytes | str = b"", layer: str | None = None) -> None:
-        raw = key.encode() if isinstance(key, str) else key
+        raw = key.encode() if is_utf8(key) else key
         if not isinstance(raw, bytes) or len(raw) > _MAX_KEY_BYTES:
             raise ConfigError("must be 0 to 64 bytes", option="digest_key", layer=layer)
         self._template = blake2b(digest_size=DIGEST_BYTES, key=raw, person=b"layered_store")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 from layered_store.errors import ConfigError
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_share",
     "check_snapshot_type",
     "check_store",
+    "is_utf8",
     "nearest",
 ]
 
@@ -131,8 +132,19 @@ def check_share(
 
 def check_salt(value: object, owner: object) -> None:
     """Refuse a ``salt`` that is no text of at most 64 UTF-8 bytes."""
-    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > _MAX_SALT_BYTES:
+    if not is_utf8(value) or len(value.encode()) > _MAX_SALT_BYTES:
         raise _refuse("must be a str of at most 64 UTF-8 bytes", "salt", owner, value)
+
+
+def is_utf8(value: object) -> TypeGuard[str]:
+    """Tell whether this is a str that UTF-8 can say: not what is left of bytes that are none."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_choice(value: object, option: str, owner: object, choices: tuple[Any, ...]) -> Any:

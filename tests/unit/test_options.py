@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -116,16 +117,18 @@ COUNT = (0, -1, 1.0, "1", True, [])
 SHARE = (-0.1, 1.1, math.nan, "1", True, [])
 OF_STORE = (None, MemoryStore, "memory", {}, object())
 CLOCK = (None, 1, "clock", object())
+NO_UTF8 = os.fsdecode(b"key-\xff")
+"""As ``os.environ`` gives bytes that are no text."""
 
 WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "memory": {"history_limit": (-1, 1.0, "1", True), "snapshot_type": (None, int, "x")},
     "redis": {
         "url": ("", "127.0.0.1", "http://127.0.0.1", "redis+cluster://", 7, None),
-        "prefix": (None, 7, "{x}"),
+        "prefix": (None, 7, "{x}", NO_UTF8),
         "ttl": (-1, 0, math.nan, "1"),
         "history_limit": (-1, 1.0, None, True),
         "snapshot_type": (None, int),
-        "digest_key": ("x" * 65, 7, None),
+        "digest_key": ("x" * 65, 7, None, NO_UTF8),
         "connect_timeout": (*SECONDS, None),
         "timeout": (*SECONDS, None),
         "max_connections": (*COUNT, None),
@@ -139,7 +142,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "order": ("", "newest", None, 1),
         "create_tables": (None, 1, "yes"),
         "snapshot_type": (None, int),
-        "digest_key": ("x" * 65, 7, None),
+        "digest_key": ("x" * 65, 7, None, NO_UTF8),
         "clock": CLOCK,
     },
     "cached": {
@@ -187,6 +190,8 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "random": (None, 1, object()),
     },
     "fallback": {"inner": OF_STORE, "secondary": OF_STORE},
+    "shadow": {"salt": (None, 7, "x" * 65, NO_UTF8)},
+    "ramp": {"salt": (None, 7, "x" * 65, NO_UTF8)},
     "bulkhead": {
         "inner": OF_STORE,
         "max_in_flight": (*COUNT, None),

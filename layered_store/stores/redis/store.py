@@ -48,6 +48,7 @@ from layered_store.options import (
     check_count,
     check_seconds,
     check_snapshot_type,
+    is_utf8,
 )
 from layered_store.running import Ending, running_loop
 from layered_store.snapshot import StateSnapshot
@@ -660,9 +661,9 @@ class RedisStore(StateStore, Enumerable):
 
     def _checked_prefix(self) -> str:
         prefix = self.prefix
-        if not isinstance(prefix, str) or "{" in prefix or "}" in prefix:
+        if not is_utf8(prefix) or "{" in prefix or "}" in prefix:
             raise ConfigError(
-                "must be a str without '{' and '}', which choose a cluster's slot",
+                "must be a UTF-8 str without '{' and '}', which choose a cluster's slot",
                 option="prefix",
                 layer=self.name,
             )
