@@ -90,6 +90,10 @@ def command(
     except ImportError as exc:
         missing = str(exc.name).partition(".")[0]
         fail(f"serve needs {missing}; install it with: pip install 'layered-store[serve]'", code=2)
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise click.BadParameter("no host can have this name", param_hint="--host") from None
     key = _key(api_key_file)
     if key is None and not _is_local(host) and not public_without_key:
         raise click.UsageError(

@@ -203,6 +203,7 @@ def test_schema() -> None:
         (("export", "STACK"), 2, "USER or --all"),
         (("export", "STACK", "u-1"), 1, "nothing is kept"),
         (("serve", "STACK", "--host", "0.0.0.0"), 2, "without an API key"),  # noqa: S104
+        (("serve", "STACK", "--host", "a..b", "--public-without-key"), 2, "no host can have"),
         (("bnch",), 2, "No such command 'bnch'. Did you mean 'bench'?"),
         (("xyz",), 2, "There are show, lint"),
         (("bench", "STACK", "--writes", "0.9", "--erasures", "0.2"), 2, "more than 1"),
