@@ -22,6 +22,8 @@ _log = logging.getLogger("layered_store.service")
 _valid_id: Final = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 _OPEN: Final = ("/live", "/ready", "/health", "/openapi.json")
 """Paths that need no key: probes cannot carry one, and they tell nothing about users."""
+_NEVER_TOO_MANY: Final = (*_OPEN, "/metrics")
+"""Paths that are let in beyond the bound: how full it is must be seen while it is."""
 _CLOSE: Final = [(b"connection", b"close")]  # the rest of the body is not wanted
 
 
@@ -46,7 +48,7 @@ class Guard:
         app: what handles requests that pass.
         api_key: the key that ``Authorization: Bearer`` must carry; None lets everyone in.
         max_body: largest body in bytes.
-        max_in_flight: most requests at a time; probes are let in beyond them.
+        max_in_flight: most requests at a time; probes and scrapes are let in beyond them.
         body_seconds: how long a body may take to arrive.
         clock: source of time.
     """
@@ -98,7 +100,7 @@ class Guard:
         if length.isdigit() and len(length) < 20 and int(length) > self._max_body:
             await self._too_large(tagged, request_id)
             return
-        if self._in_flight >= self._max_in_flight and path not in _OPEN:
+        if self._in_flight >= self._max_in_flight and path not in _NEVER_TOO_MANY:
             message = f"{self._max_in_flight} requests are under way; try again"
             again = [(b"retry-after", b"1")]
             await refuse(tagged, 503, "UNAVAILABLE", message, request_id, again)
