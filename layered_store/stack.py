@@ -199,7 +199,13 @@ def masked(name: str, value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
         return mask_url(value)
     hides = not isinstance(value, bool | int | float | timedelta | type | None)
-    return "***" if hides and _says_secret(name) else value
+    if hides and _says_secret(name):
+        return "***"
+    if isinstance(value, dict):
+        return {key: masked(str(key), each) for key, each in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(masked(name, each) for each in value)
+    return value
 
 
 def options(store: StateStore) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from layered_store.config.environment import literal
 from layered_store.config.registry import MISSING, spec_of_class
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
@@ -56,7 +57,7 @@ def _one(store: StateStore) -> dict[str, Any]:
     spec = spec_of_class(type(store))
     table: dict[str, Any] = {"use": spec.kind}
     if (block_id := getattr(store, "block_id", None)) is not None:
-        table["id"] = block_id.replace("${", "$${")
+        table["id"] = literal(block_id)
     for option in spec.options:
         value = getattr(store, option.name, option.default)
         if option.store or value is MISSING or isinstance(value, StateStore):
@@ -87,10 +88,6 @@ def _plain(option: Option, value: Any) -> Any:
         return value.total_seconds()
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    if isinstance(value, str):
-        return str(value).replace("${", "$${")
-    if isinstance(value, bool | int | float | dict):
-        return value
+    if isinstance(value, str | list | tuple | set | frozenset | bool | int | float | dict):
+        return literal(value)
     return f"<{type(value).__name__}>"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from layered_store.errors import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["interpolate"]
+__all__ = ["interpolate", "literal"]
 
 _REFERENCE: Final = re.compile(
     r"\$(?:(?P<escaped>\$)(?=\{)|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<then>:-|\})|(?P<broken>\{))"
@@ -79,3 +77,14 @@ def _end_of_default(text: str, start: int) -> int:
                 return place
             depth -= 1
     raise ConfigError(_MALFORMED)
+
+
+def literal(value: Any) -> Any:
+    """Return a value of which :func:`interpolate` makes this one: no text in it is a variable."""
+    if isinstance(value, str):
+        return str(value).replace("${", "$${")
+    if isinstance(value, list | tuple | set | frozenset):
+        return [literal(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    return value

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from layered_store import ConfigError, MemoryStore, load_stack, to_config
+from layered_store import ConfigError, MemoryStore, describe, load_stack, to_config
 from layered_store.config import json_schema
 from layered_store.config.registry import spec_of
 
@@ -259,7 +259,7 @@ def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> 
         "use": "odd",
         "wait": 5.0,
         "of": "datetime:timedelta",
-        "names": ["a", "${b}"],
+        "names": ["a", "$${b}"],
         "share": 0.5,
         "socket": "<object>",
         "table": {"a": "b"},
@@ -275,6 +275,24 @@ def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> 
     twice.secondary = twice.inner  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="stands in two places"):
         to_config(twice)
+
+
+@pytest.mark.usefixtures("module")
+def test_lists_and_tables_come_back_as_they_were_and_hide_secrets() -> None:
+    """What looks like a variable stays text; passwords, also in URLs, are masked at any depth."""
+    config = odd(names=["$${a}", "redis://u:s3cret-word@h"], table={"text": "$${b}"})
+    stack = load_stack(config)
+    (written,) = to_config(stack)["store"]["layers"]
+    assert written["names"] == ["$${a}", "redis://u:***@h"]
+    assert written["table"] == {"text": "$${b}"}
+    again: Any = load_stack(to_config(stack), environ={})
+    assert (again.names[0], again.table) == ("${a}", {"text": "${b}"})
+    secrets = {"url": "x://u:s3cret-word@h", "password": "s3cret-word", "of": "s"}
+    stack = load_stack(odd(table={**secrets, "more": {"token": "s3cret-word"}}))
+    (written,) = to_config(stack)["store"]["layers"]
+    hidden = {"url": "x://u:***@h", "password": "***", "of": "s", "more": {"token": "***"}}
+    assert written["table"] == hidden
+    assert "s3cret-word" not in f"{describe(stack)!r} {describe(stack)} {stack!r}"
 
 
 @pytest.mark.parametrize(
