@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.dumping import MASK
-from layered_store.config.environment import interpolate
+from layered_store.config.environment import interpolate, literal
 from layered_store.config.files import read_file
 from layered_store.config.registry import MISSING, Option, shown, spec_of
 from layered_store.config.values import converted, from_text, word
@@ -425,18 +426,14 @@ class _Build:
             )
             return MISSING
         try:
-            filled = _deep(value, self._environ)
+            if option.table and isinstance(value, Mapping):
+                filled: Any = self._block_table(value, path)
+            else:
+                filled = self._texts(option, value, path)
         except ConfigError as exc:
-            exc.path = path
+            exc.path = exc.path or path
             self._problems.append(exc)
             return MISSING
-        if isinstance(value, str) and filled != value and str not in option.free:
-            filled = filled if filled in option.choices else from_text(filled)
-        if isinstance(value, list) and option.item not in (str, None):
-            filled = [
-                from_text(new) if isinstance(old, str) and new != old else new
-                for old, new in zip(value, filled, strict=True)
-            ]
         if filled == MASK:
             self.problem(
                 "is the mask that stands for a secret, not the secret; write ${NAME} and set the"
@@ -450,6 +447,44 @@ class _Build:
             self.problem(str(exc), path=path)
             return MISSING
 
+    def _texts(self, option: Option | None, value: Any, path: str) -> Any:
+        """Return a value of the file with its variables filled in."""
+        filled = _deep(value, self._environ, path)
+        if option is None:
+            return filled
+        if isinstance(value, str) and filled != value and str not in option.free:
+            return filled if filled in option.choices else from_text(filled)
+        if isinstance(value, list) and option.item not in (str, None):
+            return [
+                from_text(new) if isinstance(old, str) and new != old else new
+                for old, new in zip(value, filled, strict=True)
+            ]
+        return filled
+
+    def _block_table(self, table: Mapping[str, Any], path: str, depth: int = 0) -> dict[str, Any]:
+        """Return a table that its block reads as a config again, as text that stands for itself."""
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"is nested without end (more than {_MAX_DEPTH} deep)")
+        options: tuple[Option, ...] = ()
+        with suppress(ConfigError):  # told when the table is read
+            options = spec_of(interpolate(str(table.get("use")), self._environ)).options
+        known = {option.name: option for option in options}
+        found: dict[str, Any] = {}
+        for key, value in table.items():
+            place, option = _join(path, key), known.get(key)
+            if isinstance(value, Mapping) and (option is None or option.store or option.table):
+                found[key] = self._block_table(value, place, depth + 1)
+            elif key == "layers" and isinstance(value, list | tuple):
+                found[key] = [
+                    self._block_table(each, f"{place}.{index}", depth + 1)
+                    if isinstance(each, Mapping)
+                    else each
+                    for index, each in enumerate(value)
+                ]
+            else:
+                found[key] = literal(self._texts(option, value, place))
+        return found
+
 
 def _called(spec: BlockSpec, arguments: dict[str, Any]) -> dict[str, Any]:
     # By keyword, so positional-or-keyword options such as ``inner`` and ``url`` fit too.
@@ -458,15 +493,22 @@ def _called(spec: BlockSpec, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deep(value: Any, environ: Mapping[str, str], depth: int = 0) -> Any:
+def _deep(value: Any, environ: Mapping[str, str], path: str, depth: int = 0) -> Any:
+    """Fill in the variables of a text, a list or a table, at whatever depth."""
     if depth > _MAX_DEPTH:
         raise ConfigError(f"is nested without end (more than {_MAX_DEPTH} deep)")
     if isinstance(value, str):
-        return interpolate(value, environ)
+        try:
+            return interpolate(value, environ)
+        except ConfigError as exc:
+            exc.path = path
+            raise
     if isinstance(value, list | tuple):
-        return [_deep(item, environ, depth + 1) for item in value]
+        return [_deep(item, environ, path, depth + 1) for item in value]
     if isinstance(value, Mapping):
-        return {key: _deep(item, environ, depth + 1) for key, item in value.items()}
+        return {
+            key: _deep(item, environ, _join(path, key), depth + 1) for key, item in value.items()
+        }
     return value
 
 

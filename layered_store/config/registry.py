@@ -72,6 +72,7 @@ class Option:
         doc: what the block's docstring says about it.
         secret: its value is never shown.
         mask: hides the secret parts of a value that is shown; None shows it as it is.
+        table: the definition in the JSON Schema that a table has to fit; empty when any will do.
         item: the type of the items of a list.
         collection: what the constructor gets a list as.
         delta: the constructor gets a duration as a timedelta, and takes no number.
@@ -88,6 +89,7 @@ class Option:
     doc: str = ""
     secret: bool = False
     mask: Any = None
+    table: str = ""
     item: type | None = None
     collection: type = tuple
     delta: bool = False
@@ -247,6 +249,7 @@ def _options(cls: type[StateStore], doc: str) -> tuple[Option, ...]:
                 doc=docs.get(parameter.name, ""),
                 secret=field is not None and not field.repr,
                 mask=mask,
+                table="" if field is None else field.metadata.get("table", ""),
                 **_typing(hint, masked=mask is not None),
             )
         )

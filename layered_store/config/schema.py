@@ -133,6 +133,9 @@ def _option(option: Option, *, at_least: float | None) -> dict[str, Any]:
     if option.limited:
         forms.append({"enum": list(option.choices)})
     for kind in (kind for kind in _JSON if kind in option.free):
+        if kind is dict and option.table:
+            forms.append({"$ref": f"#/$defs/{option.table}"})
+            continue
         bound = {"minimum": at_least} if kind in (int, float) and at_least is not None else {}
         forms.append({"type": _JSON[kind], **bound})
     if list in option.accepts:

@@ -39,7 +39,7 @@ from layered_store.interface import (
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.sharing import place_of
-from layered_store.stack import staleness, walk
+from layered_store.stack import masked, staleness, walk
 from layered_store.stats import Sample
 from layered_store.turns import Turn, Turns
 
@@ -119,7 +119,9 @@ class Ramp(Layer):
 
     alternative: StateStore | None = field(default=None, kw_only=True)
     layer: Callable[[StateStore], StateStore] | Mapping[str, Any] | None = field(
-        default=None, kw_only=True, metadata={"mask": lambda layer: _masked(layer)}  # noqa: PLW0108
+        default=None,
+        kw_only=True,
+        metadata={"mask": lambda layer: _masked(layer), "table": "layer"},  # noqa: PLW0108
     )
     share: float = field(default=0.0, kw_only=True)
     salt: str = field(default="", kw_only=True)
@@ -590,5 +592,6 @@ def _masked(layer: object) -> object:
         elif option is not None and option.mask is not None:
             shown[name] = option.mask(value)
         else:
-            shown[name] = "***" if option is not None and option.secret else value
+            hidden = option is not None and option.secret
+            shown[name] = "***" if hidden else masked(str(name), value)
     return shown

@@ -28,6 +28,7 @@ GOOD: list[dict[str, Any]] = [
         "store": {"use": "write_through", "inner": {"use": "memory"}, "origin": {"use": "memory"}},
         "lint": {"allow": ["LS022"], "max_staleness": "5m"},
     },
+    {"store": {"use": "memory", "layers": [{"use": "ramp", "layer": {"use": "retry"}}]}},
 ]
 BAD: list[dict[str, Any]] = [
     {},
@@ -54,6 +55,8 @@ BAD: list[dict[str, Any]] = [
     {"store": {"use": "timeout", "inner": {"use": "memory"}}},
     {"store": {"use": "write_through", "inner": {"use": "memory"}}},
     {"store": {"use": "memory", "layers": [{"use": "retry", "atempts": 3}]}},
+    {"store": {"use": "memory", "layers": [{"use": "ramp", "layer": {"use": "retry", "a": 3}}]}},
+    {"store": {"use": "memory", "layers": [{"use": "ramp", "layer": {"use": "memory"}}]}},
 ]
 
 

@@ -377,6 +377,76 @@ def test_a_table_with_a_mistake_says_where() -> None:
         assert [each.path for each in problems] == [f"store.layers.0.layer.{p}" for p in paths]
 
 
+@pytest.mark.parametrize(
+    ("layer", "built", "written"),
+    [
+        (
+            {"use": "retry", "attempts": "${NUMBER}"},
+            "Retry(MemoryStore(), attempts=5)",
+            {"use": "retry", "attempts": 5},
+        ),
+        (
+            {"use": "prefixed", "prefix": "${TEXT}"},
+            "Prefixed(MemoryStore(), prefix='a${HOME}')",
+            {"use": "prefixed", "prefix": "a$${HOME}"},
+        ),
+        (
+            {"use": "prefixed", "prefix": "$${HOME}"},
+            "Prefixed(MemoryStore(), prefix='${HOME}')",
+            {"use": "prefixed", "prefix": "$${HOME}"},
+        ),
+        (
+            {
+                "use": "${KIND:-fallback}",
+                "secondary": {
+                    "use": "memory",
+                    "history_limit": "${NUMBER}",
+                    "layers": [{"use": "retry", "attempts": "${NUMBER}"}],
+                },
+            },
+            "Fallback(MemoryStore(), secondary=Retry(MemoryStore(history_limit=5), attempts=5))",
+            {
+                "use": "fallback",
+                "secondary": {
+                    "use": "memory",
+                    "history_limit": 5,
+                    "layers": [{"use": "retry", "attempts": 5}],
+                },
+            },
+        ),
+        (
+            {"use": "ramp", "layer": {"use": "prefixed", "prefix": "${TEXT}"}},
+            "Ramp(MemoryStore(), layer=<dict>)",
+            {"use": "ramp", "layer": {"use": "prefixed", "prefix": "a$${HOME}"}},
+        ),
+    ],
+)
+def test_variables_in_a_table_are_filled_in_once(layer: Any, built: str, written: Any) -> None:
+    """From where the file's come; what they hold is no variable again."""
+    environ = {"NUMBER": "5", "TEXT": "a${HOME}"}
+    table = {"use": "memory", "layers": [{"use": "ramp", "layer": layer}]}
+    stack = load_stack(table, environ=environ)
+    assert [repr(store) for store in stack._layers()][:1] == [built]  # type: ignore[attr-defined]
+    config = to_config(stack)
+    assert config["store"]["layers"][0]["layer"] == written
+    assert to_config(load_stack(config, environ={})) == config
+
+
+def test_a_missing_variable_in_a_table_is_told_with_its_place() -> None:
+    """Also deep in it; a table that contains itself is refused."""
+    secondary = {"use": "memory", "history_limit": "${NO}"}
+    endless: dict[str, Any] = {"use": "ramp"}
+    endless["layer"] = endless
+    for layer, path in (
+        ({"use": "retry", "attempts": "${NO}"}, "store.layer.attempts"),
+        ({"use": "fallback", "secondary": secondary}, "store.layer.secondary.history_limit"),
+        (endless, "store.layer"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_stack({"use": "ramp", "inner": {"use": "memory"}, "layer": layer}, environ={})
+        assert caught.value.path == path
+
+
 async def test_closing_closes_the_layer_and_what_is_below() -> None:
     """Once each, and twice is fine; then every operation says so."""
     closed = []
