@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +28,8 @@ __all__ = ["load_stack"]
 
 _MAX_DEPTH: Final = 32
 _TOP: Final = ("store", "lint")
+_OWN: Final = ("use", "id", "layers")
+"""Keys of a table that are no options of its block."""
 
 
 def load_stack(
@@ -289,7 +291,7 @@ class _Build:
                 "what a layer in 'layers' wraps is the rest of the list; leave 'inner' out",
                 path=f"{path}.inner",
             )
-        own = ("use", "id") if is_layer else ("use", "id", "layers")
+        own = _OWN[:2] if is_layer else _OWN
         names = [
             option.name for option in spec.options if not (is_layer and option.name == "inner")
         ]
@@ -337,6 +339,9 @@ class _Build:
                     self.block(value, _join(path, key), depth + 1)
             return _StandIn()
         before = len(self._problems)
+        # One mistake, told once: that an option is missing is not said of a misspelt one.
+        unknown = [str(key) for key in table if key not in _OWN and spec.option(str(key)) is None]
+        misspelt = {nearest(key, [option.name for option in spec.options]) for key in unknown}
         arguments: dict[str, Any] = {} if inner is None else {"inner": inner}
         for option in spec.options:
             if option.name in arguments:
@@ -349,12 +354,13 @@ class _Build:
                 value = self._value(option, table[option.name], place)
                 if value is not MISSING:
                     arguments[option.name] = value
-            elif option.required:
+            elif option.required and option.name not in misspelt:
                 what = "the store it wraps" if option.name == "inner" else option.doc
                 self.problem(
                     f"{spec.kind} needs this option{_because(what)}", path=f"{path}.{option.name}"
                 )
-        store = self._construct(spec, arguments, table, path, broken=len(self._problems) > before)
+        broken = len(self._problems) > before
+        store = self._construct(spec, arguments, table, path, misspelt, broken=broken)
         if store is None:
             return _StandIn()
         if name is not None:
@@ -367,6 +373,7 @@ class _Build:
         arguments: dict[str, Any],
         table: Mapping[str, Any],
         path: str,
+        misspelt: Collection[str | None],
         *,
         broken: bool,
     ) -> StateStore | None:
@@ -378,7 +385,7 @@ class _Build:
                 store: StateStore = spec.cls(**_called(spec, arguments))
             except ConfigError as exc:
                 option = exc.option
-                if broken and option not in arguments:
+                if option not in arguments and (broken or option in misspelt):
                     return None  # what is left out may be the reason
                 if exc.path is not None:  # of a table within the option
                     for problem in exc.problems or (exc,):

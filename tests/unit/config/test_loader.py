@@ -340,6 +340,28 @@ def test_nearest_name(config: dict[str, Any], suggestion: str) -> None:
     assert f"did you mean {suggestion!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ({"use": "sql", "ulr": "sqlite://"}, "ulr"),
+        ({"use": "redis", "urll": "redis://h"}, "urll"),
+        ({"use": "timeout", "secnds": 1, "inner": MEMORY}, "secnds"),
+        ({"use": "write_through", "inner": MEMORY, "orgin": MEMORY}, "orgin"),
+        ({"use": "ramp", "inner": MEMORY, "alternativ": MEMORY}, "alternativ"),
+    ],
+)
+def test_a_misspelt_option_is_not_said_to_be_missing_too(table: dict[str, Any], key: str) -> None:
+    """One mistake is one problem; other mistakes are told beside it."""
+    with pytest.raises(ConfigError) as caught:
+        load_stack(table)
+    assert (caught.value.path, caught.value.problems) == (f"store.{key}", ())
+    with pytest.raises(ConfigError) as caught:
+        load_stack({**table, "id": 5, "colour": "red"})
+    paths = [problem.path for problem in caught.value.problems]
+    assert sorted(paths[:2]) == sorted([f"store.{key}", "store.colour"])
+    assert paths[2:] == ["store.id"]
+
+
 def test_nearest_choice() -> None:
     """Of an option that takes one of a few words; where none is near, none is named."""
     table = {"use": "sql", "url": "sqlite+aiosqlite://"}
