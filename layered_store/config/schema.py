@@ -141,7 +141,7 @@ def _option(option: Option, *, at_least: float | None) -> dict[str, Any]:
     if list in option.accepts:
         forms.append({"type": "array", "items": {"type": _JSON[option.item or str]}})
     if type in option.accepts:
-        forms.append({"type": "string", "pattern": r"^[\w.]+:\w+$"})
+        forms.append({"type": "string", "pattern": r"^[\w.]+:\w+(\.\w+)*$"})
     if option.duration:
         forms.append({"type": "string", "pattern": DURATION_PATTERN})
     if option.nullable:

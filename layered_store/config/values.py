@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.config.durations import parse_duration
@@ -101,10 +102,10 @@ def _converted(option: Option, value: Any) -> Any:
 
 def _class(text: str) -> type:
     module, colon, name = text.partition(":")
-    if not (colon and name.isidentifier()):
+    if not (colon and all(part.isidentifier() for part in name.split("."))):
         raise ValueError('must name a class as "package.module:Class"')
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = attrgetter(name)(importlib.import_module(module))
     except Exception as exc:  # noqa: BLE001  importing runs anything
         raise ValueError(f"this class cannot be imported ({type(exc).__name__})") from None
     if not isinstance(found, type):

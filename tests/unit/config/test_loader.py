@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
-from layered_store.config import load_stack, to_config
+from layered_store.config import json_schema, load_stack, to_config
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.layers.cached import Cached
@@ -45,6 +46,9 @@ class Special(StateSnapshot):
     """A user's own snapshot."""
 
     mood: str = ""
+
+    class Inner(StateSnapshot):
+        """One that stands in another class."""
 
 
 def test_layers_stand_outermost_first() -> None:
@@ -102,6 +106,9 @@ def test_a_dict_may_hold_the_class_itself() -> None:
     stack = load_stack({"use": "memory", "snapshot_type": Special})
     assert stack.snapshot_type is Special
     assert to_config(stack)["store"]["snapshot_type"] == f"{__name__}:Special"
+    stack = load_stack({"use": "memory", "snapshot_type": Special.Inner})
+    assert load_stack(to_config(stack)).snapshot_type is Special.Inner
+    assert list(Draft202012Validator(json_schema()).iter_errors(to_config(stack))) == []
     with pytest.raises(ConfigError) as caught:
         load_stack({"use": "memory", "snapshot_type": dict})
     assert caught.value.path == "store.snapshot_type"
@@ -183,6 +190,8 @@ BAD: list[tuple[Any, str]] = [
     ({"store": {"use": "memory", "snapshot_type": "json:dumps"}}, "store.snapshot_type"),
     ({"store": {"use": "memory", "snapshot_type": "json:JSONDecoder"}}, "store.snapshot_type"),
     ({"store": {"use": "memory", "snapshot_type": 5}}, "store.snapshot_type"),
+    ({"store": {"use": "memory", "snapshot_type": "json:a..b"}}, "store.snapshot_type"),
+    ({"store": {"use": "memory", "snapshot_type": "json:"}}, "store.snapshot_type"),
     ({"store": {"use": "memory", "layers": {}}}, "store.layers"),
     ({"store": {"use": "memory", "layers": "cached"}}, "store.layers"),
     ({"store": {"use": "memory", "layers": 5}}, "store.layers"),
@@ -589,7 +598,7 @@ def test_third_party_block(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[layered_store.blocks]\nodd = odd:Odd\n")
     code = (
-        "from layered_store.config import load_stack, to_config, json_schema\n"
+        "from layered_store.config import json_schema, load_stack, to_config, json_schema\n"
         "def build(**more):\n"
         "    return load_stack({'use': 'memory', 'layers': [{'use': 'odd', **more}]})\n"
         "s = build(size=3)\n"
