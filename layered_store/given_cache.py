@@ -25,7 +25,8 @@ class GivenCache:
 
     def __init__(self, cache: Cache[Any, Any]) -> None:
         self._cache = cache
-        self._lock = threading.Lock()
+        # As that of ``Holdings``.
+        self._lock = threading.RLock()
 
     def get(self, key: str) -> Any:
         with self._lock:

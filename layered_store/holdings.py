@@ -3,7 +3,8 @@
 Entries, the loads under way, the writes under way and the users in doubt belong together: a write
 takes away what is cached and what is being loaded, and what a load found is kept only if nothing of
 that came in between. All of it changes under one lock, since event loops of several threads may
-share a cache.
+share a cache. It is one that its thread may take again: a call that was left behind when its event
+loop was closed ends when the garbage collector comes upon it, which may be in the midst of another.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Holdings:
         jitter: Callable[[float], float] | None,
         monotonic: Callable[[], float],
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.s3 = store if isinstance(store, S3FIFOCache) else None
         self.store: Any = store if self.s3 is not None else GivenCache(store)
         self.entries: Mapping[str, Entry]

@@ -32,8 +32,9 @@ class Backlog:
     def __init__(self, digest: digest_function, clock: Clock) -> None:
         self._digest = digest
         self._monotonic = clock.monotonic
-        # Whoever forgets what is old: event loops of several threads.
-        self._lock = threading.Lock()
+        # Whoever forgets what is old: event loops of several threads; and calls that the collector
+        # ends in the midst of others of their thread.
+        self._lock = threading.RLock()
         # By digest, and since when.
         self._users: OrderedDict[bytes, float] = OrderedDict()
 
@@ -68,4 +69,4 @@ class Backlog:
 
     def begin_anew(self) -> None:
         """In a child of ``os.fork``: the lock may be held by a thread that is not here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()

@@ -36,8 +36,9 @@ class Seen:
     def __init__(self, clock: Clock, repair_now: Signal) -> None:
         self._monotonic = clock.monotonic
         self._repair_now = repair_now
-        # Whoever forgets what is old: event loops of several threads.
-        self._lock = threading.Lock()
+        # Whoever forgets what is old: event loops of several threads; and calls that the collector
+        # ends in the midst of others of their thread.
+        self._lock = threading.RLock()
         # Versions, and until when they are remembered.
         self._floors: OrderedDict[str, tuple[int, float]] = OrderedDict()
         # Until when a write may still take effect.
@@ -84,4 +85,4 @@ class Seen:
 
     def begin_anew(self) -> None:
         """In a child of ``os.fork``: the lock may be held by a thread that is not here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
