@@ -116,6 +116,9 @@ class Channel:
                 trusted = await self.tier.ping(self.watch.me, LEASE_SECONDS, self._seen, number)
             except StoreError as exc:
                 self.reach.failed(exc, "ping")
+            except Exception as exc:  # noqa: BLE001  a third party's store: pings must go on
+                self.reach.failures["ping"] += 1
+                log_warning("a ping of the cache tier failed: %s", type(exc).__name__)
             else:
                 self.reach.answered()
                 self.leases.ping_answered(number, trusted)

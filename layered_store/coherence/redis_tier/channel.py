@@ -178,6 +178,8 @@ class RedisChannel:
                     received.put_nowait((buckets[reply[1]], server, message))
         except StoreError as exc:
             received.put_nowait(exc)
+        except Exception:  # noqa: BLE001  whatever it was: nobody reads on, who listens must know
+            received.put_nowait(self._lost())
 
     async def _notices(
         self, listener: _Listener, received: asyncio.Queue[Received | StoreError]

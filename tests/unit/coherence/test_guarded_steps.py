@@ -438,6 +438,25 @@ async def test_a_third_partys_channel_that_fails_is_listened_to_again(
     assert world.guard.channel_up is True
 
 
+async def test_a_third_partys_ping_that_fails_is_made_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The channel stands meanwhile, so nothing else would begin the pings anew."""
+    cache = Cache()
+    world.guard.attach(cache)
+    await world.guard.get_latest("u-1")
+    world.tier.fails["ping"] = KeyError(SECRET)
+    with caplog.at_level(logging.WARNING, "layered_store"):
+        await world.clock.advance(2.0)
+    assert "KeyError" in caplog.text and SECRET not in caplog.text
+    assert world.guard.failures["ping"] >= 1
+    assert cache.leased < world.clock.monotonic()
+    del world.tier.fails["ping"]
+    await world.clock.advance(1.0)
+    assert cache.leased > world.clock.monotonic()
+    assert world.tier.log.count("listen") == 1
+
+
 async def test_an_echo_of_before_the_channel_was_lost_renews_no_lease(world: World) -> None:
     """A ping may be so late that it is published over the next subscription: what was told between
     it and the pings of now has not been received."""

@@ -159,14 +159,20 @@ async def test_an_echo_of_another_program_is_passed_over(setting: Setting) -> No
 
 
 @pytest.mark.parametrize(
-    "said", [(b"smessage",), (b"smessage", b"channel"), (b"pong", b"", b"", b"")]
+    "said",
+    [
+        b"*1\r\n+smessage\r\n",
+        b"*2\r\n+smessage\r\n+channel\r\n",
+        b"*4\r\n+pong\r\n+\r\n+\r\n+\r\n",
+        b"*3\r\n+smessage\r\n+another channel\r\n+" + f"i|1|1|0|{RUN}|body".encode() + b"\r\n",
+        b"*3\r\n+smessage\r\n+channel\r\n:1\r\n",
+        b"*3\r\n+smessage\r\n*0\r\n+" + f"i|1|1|0|{RUN}|body".encode() + b"\r\n",
+    ],
 )
-async def test_what_no_server_says_there_ends_the_channel(
-    said: tuple[bytes, ...], setting: Setting
-) -> None:
+async def test_what_no_server_says_there_ends_the_channel(said: bytes, setting: Setting) -> None:
     """Who listens would wait for ever: nobody reads on."""
     connection, notices = await setting.listen()
-    connection.protocol.data_received(pack_command(said))
+    connection.protocol.data_received(said)
     with pytest.raises(UnavailableError):
         async with asyncio.timeout(5):
             await anext(notices)
