@@ -11,6 +11,7 @@ import pytest
 from layered_store import ClosedError, RedisStore, SQLStore, StateSnapshot, WriteThrough
 from layered_store.coherence.contract import CacheTier, Change, Ticket, Versioned
 from layered_store.coherence.redis_tier import RedisTier
+from layered_store.coherence.redis_tier.connection import Connection, ServerRun
 from layered_store.errors import UnavailableError
 from layered_store.stores.redis.record import FILLED, STATE, TOKEN, TOMBSTONE, pack, unpack
 
@@ -226,6 +227,13 @@ async def test_a_server_that_cannot_be_a_tier_is_told(
         await RedisTier(store).read("u-1")
     assert caught.value.retryable is retryable
     assert connection.closed
+
+
+async def test_a_server_in_a_folder_whose_name_is_no_text_is_known() -> None:
+    """INFO names its files as the system does, which need not be UTF-8."""
+    connection: Any = Told(b"run_id:abc\r\nredis_version:7.0.1\r\nconfig_file:/\xe9.conf\r\n")
+    run = await Connection(RedisStore("redis://127.0.0.1:1"), connection).server_run()
+    assert run == ServerRun("abc", 7)
 
 
 class Bare:

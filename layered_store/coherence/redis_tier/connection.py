@@ -53,7 +53,8 @@ class Connection:
     async def server_run(self) -> ServerRun:
         """Return which run of which server this connection leads to."""
         info = await self.ask("INFO", "server")
-        text = info.decode() if isinstance(info, bytes | bytearray) else str(info)
+        # It names files too, whose names need not be text.
+        text = info.decode(errors="replace") if isinstance(info, bytes | bytearray) else str(info)
         fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         try:
             version = [int(part) for part in fields["redis_version"].split(".")]
