@@ -17,7 +17,7 @@ from layered_store.coherence.outcomes import (
     after_commit,
     may_take_effect,
 )
-from layered_store.errors import ErasureIncompleteError
+from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
 from layered_store.turns import Turn, Turns
 
@@ -166,11 +166,15 @@ class LocalCopies:
     def watch(self, user_id: str) -> tuple[_Copy, int] | None:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`.
 
-        None says that it may not: an earlier write could take effect after the read.
+        None says that it may not: an earlier write could take effect after the read, or another
+        event loop reads or writes the user just now, whose turns are not kept here.
         """
         if not self._settled(user_id):
             return None
-        copy = self._turns.enter(user_id)
+        try:
+            copy = self._turns.enter(user_id)
+        except UnsupportedError:
+            return None
         return copy, copy.changes
 
     async def fill(

@@ -106,6 +106,29 @@ async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_w
     assert (await copies.read("u-1")).snapshot == STATE
 
 
+async def test_users_whom_another_event_loop_reads_are_read_and_left_to_it() -> None:
+    """It fills the tier; and whoever is read together with them can be written afterwards."""
+    tier, origin = MemoryStore(), MemoryStore()
+    other, mine = StateSnapshot("u-1", 1), StateSnapshot("u-2", 1)
+    await origin.upsert_latest_many([other, mine])
+    store = WriteThrough(tier, origin=origin)
+    store._authority = store._guard = None  # as if they had no versions
+    reading = store._copies.watch("u-1")
+    found: list[object] = []
+
+    async def read() -> None:
+        found.append(await store.get_latest("u-1"))
+        found.append(await store.get_latest_many(["u-2", "u-1"]))
+
+    await asyncio.to_thread(asyncio.run, read())
+    assert found == [other, {"u-2": mine, "u-1": other}]
+    assert await tier.get_latest("u-1") is None
+    assert await tier.get_latest("u-2") == mine
+    await store.upsert_latest(mine)
+    store._copies.unwatch("u-1", reading)
+    assert store._copies._turns.users == {}
+
+
 async def test_a_change_that_began_in_doubt_is_not_believed_though_it_ends_after_it() -> None:
     """The write that was not answered may have come in between, to the origin or to the tier."""
     clock = FakeClock()
