@@ -324,6 +324,7 @@ class Ramp(Layer):
             await self._write(batch, Op.UPSERT_LATEST_MANY)
             return
         with call_begins() as call, self._writing({each.user_id: None for each in batch}) as ways:
+            stored = False
             for way in (self.inner, self._other):
                 part = {i: each for i, each in enumerate(batch) if ways[each.user_id] is way}
                 if len(part) == len(batch):
@@ -331,8 +332,13 @@ class Ramp(Layer):
                     return
                 if part:
                     own = call.of(part)
-                    with call_continues(own):
-                        await way.upsert_latest_many(list(part.values()))
+                    try:
+                        with call_continues(own):
+                            await way.upsert_latest_many(list(part.values()))
+                    except StoreError as exc:
+                        exc.outcome_unknown |= stored  # repeating the call is safe
+                        raise
+                    stored = True
                     call.superseded |= own.superseded
                     call.unsure |= own.unsure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from layered_store import (
     HealthReport,
     HealthStatus,
     MemoryStore,
+    OverloadedError,
     Ramp,
     Retry,
     StateSnapshot,
@@ -830,6 +832,24 @@ async def test_with_a_layer_each_state_of_a_batch_is_written_once() -> None:
     await ramp.upsert_latest_many([])
     assert passed == ["batch", LOW]
     assert await ramp.get_history("nobody", 9) == []
+
+
+async def test_a_batch_of_which_a_part_was_stored_is_not_told_as_refused() -> None:
+    """One side took its users, the other refused: nobody may take the whole for undone."""
+
+    class Full(Layer):
+        async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+            raise OverloadedError("full")
+
+    store = MemoryStore()
+    ramp = Ramp(store, layer=Full, share=0.5)
+    with pytest.raises(OverloadedError) as caught:
+        await ramp.upsert_latest_many([state(LOW), state(HIGH)])
+    assert caught.value.outcome_unknown
+    assert await store.get_latest(HIGH) == state(HIGH)
+    with pytest.raises(OverloadedError) as caught:
+        await ramp.upsert_latest_many([state(LOW)])
+    assert not caught.value.outcome_unknown, "nothing of it was stored"
 
 
 async def test_who_is_in_doubt_is_forgotten_in_time() -> None:
