@@ -274,3 +274,8 @@ async def test_a_user_erased_again_and_again_is_an_error(
     assert caught.value.operation == "upsert_latest"
     assert not caught.value.outcome_unknown
     assert await here.get_latest("u-1") is None
+    other = StateSnapshot("u-2", 1)
+    with pytest.raises(UnavailableError, match="erased again") as caught:
+        await there.upsert_latest_many([other, state(1)])
+    assert caught.value.outcome_unknown, "others of the batch are stored"
+    assert await here.get_latest_many(["u-1", "u-2"]) == {"u-2": other}

@@ -323,7 +323,12 @@ class RedisStore(StateStore, Enumerable):
             latest = last[write.digest]
             if replies[latest] == 1:
                 continue  # an earlier one that is not stored would come on top of it
-            if not await self._settle(write, replies[index], sent, Op.UPSERT_LATEST_MANY):
+            try:
+                stored = await self._settle(write, replies[index], sent, Op.UPSERT_LATEST_MANY)
+            except StoreError as exc:
+                exc.outcome_unknown |= len(batch) > 1
+                raise
+            if not stored:
                 call.superseded |= index == latest
 
     async def users(self, cursor: str, limit: int) -> UserPage:
