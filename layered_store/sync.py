@@ -29,6 +29,8 @@ T = TypeVar("T")
 _EXIT_SECONDS: Final = 5.0
 """How long the end of the process waits for a store that nobody closed."""
 
+_WRITES: Final = frozenset(op for op in Op if op.is_write)
+
 
 class SyncStore:
     """A stack whose operations block the calling thread instead of being awaited.
@@ -160,11 +162,16 @@ class SyncStore:
                 layer="SyncStore",
             )
         future = runner.submit(call)
+        if future is None:
+            raise _closed(operation)
         try:
             return future.result(self._timeout)
         except concurrent.futures.CancelledError:
             raise ClosedError(
-                "the store was closed during the call", operation=operation, layer="SyncStore"
+                "the store was closed during the call",
+                operation=operation,
+                layer="SyncStore",
+                outcome_unknown=operation in _WRITES,
             ) from None
         except TimeoutError:
             if future.done() and not future.cancelled():
@@ -175,7 +182,7 @@ class SyncStore:
                 f"no answer within {self._timeout:g} s",
                 operation=operation,
                 layer="SyncStore",
-                outcome_unknown=operation in (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE),
+                outcome_unknown=operation in _WRITES,
             ) from None
         except BaseException:
             future.cancel()  # does nothing when the call itself raised
@@ -184,9 +191,7 @@ class SyncStore:
     def _start(self, operation: str) -> _Runner:
         with self._lock:
             if self._closed:
-                raise ClosedError(
-                    "this store was closed; build a new one", operation=operation, layer="SyncStore"
-                )
+                raise _closed(operation)
             if self._runner is None:
                 self._runner = _Runner(self._built())
             return self._runner
@@ -222,6 +227,12 @@ class SyncStore:
             self._runner = None
 
 
+def _closed(operation: str) -> ClosedError:
+    return ClosedError(
+        "this store was closed; build a new one", operation=operation, layer="SyncStore"
+    )
+
+
 _abandoned: list[_Runner] = []
 
 
@@ -246,14 +257,12 @@ class _Runner:
 
     def submit(
         self, call: Callable[[StateStore], Coroutine[Any, Any, T]]
-    ) -> concurrent.futures.Future[T]:
-        """Begin a call of the stack; it is cancelled when the stack is closed."""
+    ) -> concurrent.futures.Future[T] | None:
+        """Begin a call, which is cancelled when the stack is closed; None: it is closed already."""
         with self._lock:
             if self.running:
                 return asyncio.run_coroutine_threadsafe(call(self.stack), self.loop)
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.cancel()
-        return future
+        return None
 
     def close(self, limit: float | None) -> None:
         """Close the stack, end what still runs and join the thread."""

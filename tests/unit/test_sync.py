@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -96,6 +97,49 @@ def test_close_ends_what_still_runs() -> None:
         with pytest.raises(ClosedError):
             hanging.result(5)
     assert not [t for t in threading.enumerate() if t.name == "layered_store-sync"]
+
+
+class Stored(Hangs):
+    """Takes every write and does not say so."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await super().upsert_latest(snapshot)
+        await self.get_latest(snapshot.user_id)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        for snapshot in snapshots:
+            await self.upsert_latest(snapshot)
+
+    async def delete(self, user_id: str) -> None:
+        await super().delete(user_id)
+        await self.get_latest(user_id)
+
+
+@pytest.mark.parametrize(
+    ("call", "unknown"),
+    [
+        (lambda store: store.upsert_latest(StateSnapshot("u-1")), True),
+        (lambda store: store.upsert_latest_many([StateSnapshot("u-1")]), True),
+        (lambda store: store.delete("u-1"), True),
+        (lambda store: store.get_latest("u-1"), False),
+    ],
+)
+def test_a_write_that_closing_cut_off_may_have_taken_effect(
+    call: Callable[[SyncStore], object], *, unknown: bool
+) -> None:
+    """And says so; one that never began does not, nor does a read."""
+    stack = Stored()
+    store = SyncStore(stack)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(call, store)
+        assert stack.begun.wait(5)
+        store.close()
+        with pytest.raises(ClosedError) as caught:
+            hanging.result(5)
+    assert caught.value.outcome_unknown is unknown
+    with pytest.raises(ClosedError) as caught:
+        call(store)
+    assert not caught.value.outcome_unknown
 
 
 def test_closed_stays_closed() -> None:
