@@ -454,38 +454,51 @@ class Shadow(Layer):
         lane.jobs.clear()
         lane.compares = False
 
+    def _lose(self, lane: _Lane) -> None:
+        """Forget what waits and will not be done."""
+        for job in lane.jobs:
+            job.counts["dropped"] += 1
+        self._drop(lane)
+
     def _start(self, user_id: str, lane: _Lane) -> None:
         if lane.jobs and lane.task is None and not lane.held:
             # A context of its own: what is done here is nobody's call.
-            task = lane.loop.create_task(self._run(user_id, lane), context=contextvars.Context())
-            if not task.done():  # an eager task may be at its end already
-                lane.task = task
+            task = lane.loop.create_task(self._run(lane), context=contextvars.Context())
+            if task.done():  # an eager one
+                self._ended(user_id, lane, task)
+                return
+            lane.task = task
+            # Not by the task: one that is cancelled as soon as it is made runs none of its code.
+            task.add_done_callback(lambda ended: self._ended(user_id, lane, ended))
         else:
             self._tidy(user_id, lane)
 
-    async def _run(self, user_id: str, lane: _Lane) -> None:
+    async def _run(self, lane: _Lane) -> None:
         """Do what waits for one user, until nothing does or the user is being erased."""
-        try:
-            while lane.jobs and not lane.held:
-                job = lane.jobs.popleft()
-                if job.compares:
-                    lane.compares = False
-                try:
-                    async with self.clock.timeout(self._timeout):
-                        result = await job.work()
-                except Exception:  # noqa: BLE001  nothing of the candidate may reach a caller
-                    result = "error"
-                except asyncio.CancelledError:
-                    job.counts["dropped"] += 1
-                    raise
-                finally:
-                    self._pending -= 1
-                if result:
-                    job.counts[result] += 1
-        finally:
-            lane.task = None
-            if not self._closed:
-                self._start(user_id, lane)
+        while lane.jobs and not lane.held:
+            job = lane.jobs.popleft()
+            if job.compares:
+                lane.compares = False
+            try:
+                async with self.clock.timeout(self._timeout):
+                    result = await job.work()
+            except Exception:  # noqa: BLE001  nothing of the candidate may reach a caller
+                result = "error"
+            except asyncio.CancelledError:
+                job.counts["dropped"] += 1
+                raise
+            finally:
+                self._pending -= 1
+            if result:
+                job.counts[result] += 1
+
+    def _ended(self, user_id: str, lane: _Lane, task: asyncio.Task[None]) -> None:
+        lane.task = None
+        if task.cancelled():
+            # The event loop ends: another task would be left behind on it.
+            self._lose(lane)
+        if not self._closed:
+            self._start(user_id, lane)
 
     # The rest of a layer
 
@@ -532,9 +545,7 @@ class Shadow(Layer):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         for lane in self._lanes.values():
-            for job in lane.jobs:
-                job.counts["dropped"] += 1
-            self._drop(lane)
+            self._lose(lane)
         self._lanes.clear()
         await self._close_children()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 from typing import Any
 
@@ -607,3 +608,29 @@ def test_options_at_their_bounds_and_what_names_them() -> None:
     with pytest.raises(ConfigError) as caught:
         Shadow(MemoryStore(), candidate=MemoryStore(snapshot_type=Mood))
     assert caught.value.layer == "Shadow"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_event_loop_that_ends_leaves_nothing_of_the_background(
+    caplog: pytest.LogCaptureFixture, *, begun: bool
+) -> None:
+    """Nobody closed the layer: what runs is cut off, what waits is dropped, all of it counted."""
+
+    class Hangs(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            await asyncio.Event().wait()
+
+    store = Shadow(MemoryStore(), candidate=Hangs())
+
+    async def main() -> None:
+        for number in range(3):
+            await store.upsert_latest(StateSnapshot("u-1", number))
+        if begun:
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    gc.collect()
+    assert not caplog.records, "such as: task was destroyed but it is pending"
+    assert store._lanes == {}
+    assert store._pending == 0
+    assert store.mirrored == {"ok": 0, "error": 0, "dropped": 3}
