@@ -97,7 +97,15 @@ class StoreError(Exception):
         twin = copy.copy(self)
         twin.__cause__ = self.__cause__
         twin.__suppress_context__ = True
+        own_notes(twin)
         return twin
+
+
+def own_notes(twin: BaseException) -> None:
+    """Give a copied error a list of notes of its own: what one caller adds is not the others'."""
+    notes = twin.__dict__.get("__notes__")
+    if notes is not None:
+        twin.__dict__["__notes__"] = list(notes)
 
 
 def _rebuild(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from layered_store.errors import StoreError
+from layered_store.errors import StoreError, own_notes
 
 if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
@@ -21,12 +21,15 @@ __all__ = ["AGAIN", "LEAD", "NO_VALUE", "Failure", "Flight", "Stale", "fresh"]
 
 
 class Failure:
-    """The error of a load, on its way to those who wait."""
+    """The error of a load, on its way to those who wait.
+
+    As it was raised: on the error itself, layers above note what is the loading caller's.
+    """
 
     __slots__ = ("error",)
 
     def __init__(self, error: Exception) -> None:
-        self.error = error
+        self.error = error.fresh() if isinstance(error, StoreError) else error
 
 
 class Stale:
@@ -116,6 +119,7 @@ def fresh(error: Exception) -> Exception:
             same = type(twin) is type(error) and twin.args == error.args
             if same and str(twin) == str(error):
                 twin.__cause__ = error
+                own_notes(twin)
                 return twin
         except Exception:  # noqa: BLE001, S112  an exception class that cannot be copied this way
             continue

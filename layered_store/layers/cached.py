@@ -466,7 +466,8 @@ class Cached(Layer):
         if old is not None:
             flight.land(Stale(old, exc))
             return old
-        flight.land(Failure(exc))
+        if flight.joined:
+            flight.land(Failure(exc))
         return None
 
     async def _old(self, user_id: str, exc: Exception) -> StateSnapshot | None:

@@ -14,10 +14,17 @@ import pytest
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Notice
-from layered_store.errors import ClosedError, ConfigError, CorruptDataError, UnavailableError
+from layered_store.errors import (
+    ClosedError,
+    ConfigError,
+    CorruptDataError,
+    StoreError,
+    UnavailableError,
+)
 from layered_store.explaining import Held
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
+from layered_store.layers.prefixed import Prefixed
 from layered_store.layers.ramp import Ramp
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
@@ -535,6 +542,53 @@ async def test_it_tells_how_long_an_entry_answers() -> None:
         assert (found.answers, found.note) == (False, note)
         assert not [s for s in cache.samples() if s.metric == "cache_evictions"]
         assert cache.staleness == (10, "")
+
+
+@pytest.mark.parametrize("kind", [UnavailableError, ValueError])
+async def test_what_is_noted_on_ones_own_error_is_not_on_that_of_others(
+    kind: type[Exception],
+) -> None:
+    """Whoever loaded has it first: what is noted there is not handed on with it."""
+    gate = Gate()
+    store = Cached(Scripted(gate))
+    error = kind("down")
+    error.add_note("as it was raised")
+
+    async def call(number: int) -> list[str]:
+        try:
+            await store.get_latest("u-1")
+        except kind as exc:
+            exc.add_note(f"request {number}")
+            await settle()
+            return exc.__notes__
+        raise AssertionError
+
+    tasks = [asyncio.create_task(call(number)) for number in range(3)]
+    await gate.entered.wait()
+    await settle()
+    gate.open(error)
+    first, *others = await asyncio.gather(*tasks)
+    assert first == ["as it was raised", "request 0"]
+    if kind is UnavailableError:
+        expected = [["as it was raised", f"request {number}"] for number in (1, 2)]
+        assert others == expected
+    else:
+        assert [notes[-1] for notes in others] == ["request 1", "request 2"]
+        assert "request 1" not in others[1]
+
+
+async def test_each_caller_is_told_its_user() -> None:
+    """Also where a layer above the cache knows users by other ids."""
+
+    class Corrupt(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            await settle()
+            raise CorruptDataError("none", user_id=user_id)
+
+    store = Prefixed(Cached(Corrupt()), prefix="tenant-")
+    calls = [store.get_latest("u-1") for _ in range(3)]
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert [error.user_id for error in errors if isinstance(error, StoreError)] == ["u-1"] * 3
 
 
 async def test_an_error_whose_copy_is_another_is_not_copied_that_way() -> None:
