@@ -14,6 +14,7 @@ from layered_store.coherence.redis_tier import RedisTier
 from layered_store.coherence.redis_tier.connection import Connection, ServerRun
 from layered_store.errors import UnavailableError
 from layered_store.stores.redis.record import FILLED, STATE, TOKEN, TOMBSTONE, pack, unpack
+from layered_store.testing.clock import settle
 
 
 class Setting:
@@ -234,6 +235,32 @@ async def test_a_server_in_a_folder_whose_name_is_no_text_is_known() -> None:
     connection: Any = Told(b"run_id:abc\r\nredis_version:7.0.1\r\nconfig_file:/\xe9.conf\r\n")
     run = await Connection(RedisStore("redis://127.0.0.1:1"), connection).server_run()
     assert run == ServerRun("abc", 7)
+
+
+async def test_closing_cuts_off_what_is_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs there leaves no task and no connection behind."""
+
+    class Hanging(Told):
+        async def read_response(self, **_: Any) -> bytes:
+            return await asyncio.get_running_loop().create_future()
+
+    connection = Hanging(b"")
+
+    async def new_connection(_: str) -> Told:
+        return connection
+
+    store = RedisStore("redis://127.0.0.1:1")
+    monkeypatch.setattr(store, "new_connection", new_connection)
+    tier = store.capability(CacheTier)
+    assert tier is not None
+    reads = [asyncio.create_task(tier.read("u-1")) for _ in range(2)]
+    await settle()
+    reads.pop().cancel()
+    await store.aclose()
+    assert connection.closed
+    with pytest.raises(UnavailableError):
+        await reads.pop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 class Bare:

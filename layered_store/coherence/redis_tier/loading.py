@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.redis_tier import scripts
 from layered_store.coherence.redis_tier.connection import connected
 from layered_store.errors import UnavailableError
-from layered_store.stores.redis.failures import GarbageError
+from layered_store.stores.redis.failures import ConnectionLostError, GarbageError
 from layered_store.stores.redis.scripts import RedisScript
 
 if TYPE_CHECKING:
@@ -125,7 +126,25 @@ class Scripts:
             task = loop.create_task(self._load(bucket), context=contextvars.Context())
             self._loading[bucket] = task
             task.add_done_callback(lambda done: self._ended(bucket, done))
-        return await asyncio.shield(task)
+        await asyncio.wait((task,))
+        if task.cancelled():
+            raise self._store.refusal(ConnectionLostError(), "command")
+        return task.result()
+
+    async def aclose(self) -> None:
+        """Cut off what is being loaded."""
+        here = asyncio.get_running_loop()
+        own = []
+        for task in tuple(self._loading.values()):
+            loop = task.get_loop()
+            if loop is here:
+                task.cancel()
+                own.append(task)
+            else:
+                with suppress(RuntimeError):  # it was closed
+                    loop.call_soon_threadsafe(task.cancel)
+        if own:
+            await asyncio.wait(own)
 
     def _ended(self, bucket: Bucket, task: asyncio.Task[LoadedScripts]) -> None:
         if self._loading.get(bucket) is task:

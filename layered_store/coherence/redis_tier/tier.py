@@ -234,6 +234,10 @@ class RedisTier(CacheTier):
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
         return self._channel.listen()
 
+    async def aclose(self) -> None:
+        """End what it does by itself; the store does so when it is closed."""
+        await self._scripts.aclose()
+
     # Keys and values
 
     def _place(self, user_id: str) -> tuple[bytes, Bucket]:

@@ -385,6 +385,9 @@ class RedisStore(StateStore, Enumerable):
         with self._lock:
             links = list(self._links.items())
             self._links.clear()
+        tier = self._tier() if self._tier is not None else None
+        if tier is not None:
+            self._ending.begin(tier.aclose())
         here = asyncio.get_running_loop()
         for loop, link in links:
             if loop is here:
