@@ -79,7 +79,7 @@ class Seen:
             for user_id in user_ids:
                 self._doubtful[user_id] = now + QUARANTINE_SECONDS
                 self._doubtful.move_to_end(user_id)
-            while self._doubtful[first := next(iter(self._doubtful))] <= now:
+            while self._doubtful and self._doubtful[first := next(iter(self._doubtful))] <= now:
                 del self._doubtful[first]
         self._repair_now.set()  # the other processes follow with the next pass
 

@@ -350,6 +350,17 @@ async def test_a_pass_settles_what_it_came_upon_at_once(
         assert await world.authority.debts(user) == []
 
 
+async def test_an_empty_batch_that_fails_puts_nobody_in_doubt(world: World) -> None:
+    """The error is that of the system of record."""
+
+    async def refuse(snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
+        raise UnavailableError("down")
+
+    world.authority.write_many = refuse  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        await world.guard.upsert_latest_many([])
+
+
 async def test_what_is_noted_as_behind_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
