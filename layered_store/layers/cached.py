@@ -397,7 +397,10 @@ class Cached(Layer):
             raise
         if answer is None:
             self._reads.failed(exc)
-            raise exc
+            try:
+                raise exc
+            finally:
+                del exc  # it holds this frame
         self._reads.stale += 1
         return answer
 

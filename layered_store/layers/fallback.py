@@ -135,7 +135,10 @@ class Fallback(Layer):
             return await method(*args, **kwargs)
         except (UnavailableError, RejectedError) as second:
             # What the store that should have answered says decides whether to try again.
-            raise first from second
+            try:
+                raise first from second
+            finally:
+                del first  # it holds this frame
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE)

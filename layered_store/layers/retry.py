@@ -150,7 +150,12 @@ class Retry(AroundLayer):
             return found
         except StoreError as exc:
             error = exc
-        return await self._again(Op.GET_LATEST, started, error, Layer.get_latest, self, user_id)
+        try:
+            return await self._again(
+                Op.GET_LATEST, started, error, Layer.get_latest, self, user_id
+            )
+        finally:
+            del error  # it holds this frame, and all that the caller gave
 
     async def around(
         self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -162,7 +167,10 @@ class Retry(AroundLayer):
         except StoreError as exc:
             error = exc
         # Outside the except block, so that an error of a retry does not drag the first along.
-        return await self._again(op, started, error, method, *args, **kwargs)
+        try:
+            return await self._again(op, started, error, method, *args, **kwargs)
+        finally:
+            del error  # it holds this frame, and all that the caller gave
 
     async def _again(
         self,
@@ -208,7 +216,10 @@ class Retry(AroundLayer):
                     # A tier that cannot tell a repeat may show the first attempt late.
                     current_call(self.clock).unsure = True
                 return result
-        raise _told(error, doubt, made)
+        try:
+            raise _told(error, doubt, made)
+        finally:
+            del error, doubt
 
     def _may_repeat(
         self, op: Op, error: StoreError, made: int, delay: float, left: float | None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
+import pytest
 from prometheus_client import CollectorRegistry
 
-from layered_store.errors import StoreError
+from layered_store.errors import StoreError, UnavailableError
 from layered_store.layers.cached import Cached
+from layered_store.layers.fallback import Fallback
 from layered_store.layers.metrics import Metrics
 from layered_store.layers.retry import Retry
 from layered_store.snapshot import StateSnapshot
@@ -20,6 +23,8 @@ from layered_store.testing import Faults
 from layered_store.testing.clock import FakeClock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from layered_store.interface import StateStore
 
 HOURS = 24
@@ -111,3 +116,39 @@ async def test_known_erasures_go_with_time() -> None:
     for number in range(100, 200):
         known.made(number.to_bytes(16, "big"), number, number)
     assert len(known._known) == 100
+
+
+class Down(MemoryStore):
+    """One that cannot be reached."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        raise UnavailableError("down")
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        raise UnavailableError("down")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda store: Retry(store, base_delay=0.0, budget=None),
+        lambda store: Cached(store, stale_if_error=60.0),
+        lambda store: Fallback(store, secondary=Down()),
+    ],
+)
+async def test_a_call_that_failed_is_gone_with_its_error(
+    layer: Callable[[StateStore], StateStore],
+) -> None:
+    """Not only when the collector runs: an outage must not fill the memory with what it held."""
+    stack = layer(Down())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(StoreError):
+                await stack.get_latest("u-1")
+            with suppress(StoreError):
+                await stack.upsert_latest(StateSnapshot("u-1"))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
