@@ -30,6 +30,7 @@ from layered_store.health import HealthStatus
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe
 from layered_store.stores.sql import SQLStore
+from layered_store.stores.sql.engines import _open_asyncpg
 from layered_store.stores.sql.transactions import Session
 
 if TYPE_CHECKING:
@@ -625,6 +626,29 @@ async def test_a_call_cancelled_while_its_connection_opens_leaves_no_message(
     finally:
         loop.set_exception_handler(None)
     assert said == []
+
+
+async def test_a_connection_that_opens_is_given_up_though_it_is_cancelled_twice() -> None:
+    """As when the store is closed just after its caller left; a server may take long to answer."""
+    lines: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, line: lines.append(line), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    try:
+        opening = asyncio.create_task(_open_asyncpg(host=host, port=port, user="u", ssl=False))
+        while not lines:  # noqa: ASYNC110  nothing else is to run meanwhile
+            await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.wait((opening,))
+        assert opening.cancelled()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        _, going_on = await asyncio.wait(left, timeout=1.0) if left else (left, left)
+        assert not going_on
+    finally:
+        server.close()
+        for line in lines:
+            line.close()
 
 
 @pytest.mark.parametrize("longest", [1e7, 1e308])

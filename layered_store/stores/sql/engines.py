@@ -247,12 +247,14 @@ async def _open_asyncpg(*args: Any, **options: Any) -> Any:
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
-        if not opening.done():
-            await asyncio.wait((opening,), timeout=_OPENED_SECONDS)
-        if not opening.done():
-            opening.cancel()
-        elif not opening.cancelled() and opening.exception() is None:
-            opening.result().terminate()
+        try:
+            if not opening.done():
+                await asyncio.wait((opening,), timeout=_OPENED_SECONDS)
+        finally:  # also when it is cancelled again
+            if not opening.done():
+                opening.cancel()
+            elif not opening.cancelled() and opening.exception() is None:
+                opening.result().terminate()
         raise
 
 
