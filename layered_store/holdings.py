@@ -308,12 +308,12 @@ class Holdings:
             if digest is None:
                 digest = self.key_of(user_id)
             if self._given and len(self.by_digest) >= self._index_room:
-                self._tidy_index()
+                self._tidy_index(user_id)
             self.by_digest[digest] = user_id
         entry = Entry(user_id, value, 0, 0, expires, deadline, version, digest)
         if self.s3 is not None:
             if self.s3.first_deadline() + self._stale <= now:
-                self._sweep(self.s3, now)
+                self._sweep(self.s3, now, user_id)
             self._put(entry)
             return
         self.store.put(user_id, entry)
@@ -335,13 +335,14 @@ class Holdings:
             self.store.clear()
             self.by_digest.clear()
 
-    def _sweep(self, s3: S3FIFOCache, now: float) -> None:
-        """Take out what expired at the heads of the queues."""
+    def _sweep(self, s3: S3FIFOCache, now: float, coming: str) -> None:
+        """Take out what expired at the heads of the queues; notices still find who is coming."""
         for old in list(s3.oldest()):
             if old.deadline + self._stale <= now:  # type: ignore[attr-defined]
                 s3.remove(old.key)
                 self.removals["cache_evictions", "expired"] += 1
-                self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
+                if old.key != coming:
+                    self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
 
     def _end_quarantines(self) -> None:
         """Forget the users whose time is over; they stand in the order in which it ends.
@@ -367,8 +368,9 @@ class Holdings:
         ):
             self.by_digest.pop(digest or self.key_of(user_id), None)
 
-    def _tidy_index(self) -> None:
+    def _tidy_index(self, coming: str) -> None:
         """Forget the digests of users whom a given cache gave up: it does not say whom."""
         for digest, user_id in list(self.by_digest.items()):
-            self._unindex(user_id, digest)
+            if user_id != coming:
+                self._unindex(user_id, digest)
         self._index_room = 2 * len(self.by_digest) + _INDEX_ROOM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import pytest
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, LeasedCache, Notice
-from layered_store.errors import UnavailableError
+from layered_store.errors import OverloadedError, UnavailableError
 from layered_store.explaining import Held
 from layered_store.identity import digest_function
 from layered_store.interface import Op
@@ -737,3 +738,110 @@ async def test_what_was_kept_ends_when_an_overtaken_load_found_something_else() 
     assert len(cache._entries) == 0
     assert await cache.get_latest("u-1") == NEW
     assert len(tier.calls) == 3
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("stale", [0.0, 5.0])
+async def test_a_user_read_again_after_the_ttl_is_still_told_of(
+    *, given: bool, stale: float
+) -> None:
+    """What takes the place of an expired entry is found by the notices that come after."""
+    cache, tier, clock = build(
+        OLD,
+        OLD,
+        NEW,
+        ttl=10,
+        stale_if_error=stale,
+        cache=cachetools.LRUCache(10) if given else None,
+    )
+    assert await cache.get_latest("u-1") == OLD
+    await clock.advance(10 + stale)
+    assert await cache.get_latest("u-1") == OLD
+    assert await cache.get_latest("u-1") == OLD, "from memory"
+    tier.channel.say(7)
+    assert await cache.get_latest("u-1") == NEW
+
+
+class Moody(Tier):
+    """Takes its time, and fails now and then."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance = chance
+        self.states: dict[str, StateSnapshot] = {}
+
+    async def _pause(self) -> None:
+        for _ in range(self.chance.choice((0, 0, 1, 2, 5))):
+            await asyncio.sleep(0)
+        if self.chance.random() < 0.15:
+            errors = UnavailableError("down"), OverloadedError("full")
+            raise self.chance.choice(errors)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        await self._pause()
+        found = self.states.get(user_id)
+        await self._pause()
+        return found
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self._pause()
+        self.states[snapshot.user_id] = snapshot
+        self.version += 1
+        current_call().version = self.version
+        await self._pause()
+
+    async def delete(self, user_id: str) -> None:
+        await self._pause()
+        self.states.pop(user_id, None)
+        await self._pause()
+
+
+@pytest.mark.parametrize("given", [False, True])
+async def test_notices_find_all_that_is_held_loaded_or_written(*, given: bool) -> None:
+    """After any course of events; and nobody else is kept in mind."""
+    users = [f"u-{number}" for number in range(5)]
+    for seed in range(60):
+        chance, clock = random.Random(seed), FakeClock()
+        tier = Moody(chance)
+        cache = Cached(
+            tier,
+            ttl=chance.choice((1, 3, 10)),
+            negative_ttl=chance.choice((0, 2)),
+            stale_if_error=chance.choice((0, 2)),
+            refresh_ahead=chance.choice((None, 0.5)),
+            max_entries=chance.choice((2, 3, 10)),
+            cache=cachetools.LRUCache(3) if given else None,
+            clock=clock,
+        )
+        held, calls = cache._held, []
+        for step in range(80):
+            user = chance.choice(users)
+            tier.channel.lease(clock.monotonic() + 5)
+            match chance.randrange(11):
+                case 0 | 1 | 2 | 3:
+                    calls.append(asyncio.ensure_future(cache.get_latest(user)))
+                case 4:
+                    several = cache.get_latest_many(chance.sample(users, 3))
+                    calls.append(asyncio.ensure_future(several))  # type: ignore[arg-type]
+                case 5:
+                    writing = cache.upsert_latest(StateSnapshot(user, step))
+                    calls.append(asyncio.ensure_future(writing))  # type: ignore[arg-type]
+                case 6:
+                    calls.append(asyncio.ensure_future(cache.delete(user)))  # type: ignore[arg-type]
+                case 7:
+                    await clock.advance(chance.choice((0.4, 1, 3, 6)))
+                case 8:
+                    tier.channel.say(tier.version + chance.randrange(2), user)
+                case 9 if chance.random() < 0.2:
+                    tier.channel.distrust()
+                case 10 if calls:
+                    chance.choice(calls).cancel()
+            for _ in range(chance.randrange(3)):
+                await asyncio.sleep(0)
+            there = {user for user in users if held.look(user) is not None}
+            there |= held.flights.keys() | held.writing.keys()
+            found = {user for user in users if held.by_digest.get(DIGEST(user)) == user}
+            assert there <= found, f"seed {seed}, step {step}"
+            assert given or found == there, f"seed {seed}, step {step}"
+        await asyncio.gather(*calls, return_exceptions=True)
+        await cache.aclose()
