@@ -52,10 +52,9 @@ class Startup:
                 self.steady = loop if watch.loop is loop else None
                 return
         else:
-            if watch.kept:
+            if not watch.begin(loop):
                 return  # the loop that came first keeps watch for all
             self.leases.distrust()
-            watch.begin(loop)
             watch.keep(self.repair.run())
             self._follow()
         ready = watch.ready

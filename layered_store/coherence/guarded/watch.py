@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import os
+import threading
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -94,20 +95,26 @@ class Watch:
         self.repair_now = Signal(clock)
         self.ping_now = Signal(clock)
         self._tasks: list[asyncio.Task[None]] = []
+        # Event loops of several threads may come first.
+        self._beginning = threading.Lock()
 
     @property
     def kept(self) -> bool:
         """Whether anybody keeps watch now."""
         return self.loop is not None and not self.loop.is_closed()
 
-    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Keep watch on this event loop, the running one, from now on."""
-        self.loop = loop
-        self.listening = self.repaired = self.leased = False
-        self.ready = asyncio.Event()
-        self.repair_now.begin(loop)
-        self.ping_now.begin(loop)
-        self._tasks = []
+    def begin(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Keep watch on this event loop, the running one, from now on; False: another one does."""
+        with self._beginning:
+            if self.kept:
+                return False
+            self.listening = self.repaired = self.leased = False
+            self.ready = asyncio.Event()
+            self.repair_now.begin(loop)
+            self.ping_now.begin(loop)
+            self._tasks = []
+            self.loop = loop
+            return True
 
     def keep(self, work: Coroutine[None, None, None]) -> None:
         """Run something until the watch ends."""
@@ -147,6 +154,7 @@ class Watch:
         """
         self.me = os.urandom(8).hex()
         self.loop = None
+        self._beginning = threading.Lock()  # it may be held by a thread that is not here
         self.repair_now.end()
         self.ping_now.end()
         # They would speak on the parent's connections, at the latest when they are collected.

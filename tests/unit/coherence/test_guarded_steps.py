@@ -577,6 +577,46 @@ async def test_trouble_on_another_loop_is_repaired_by_the_one_that_keeps_watch(
     assert "begin" in world.tier.log
 
 
+class Closed(asyncio.SelectorEventLoop):
+    """A closed event loop that has something done when it is asked whether it is."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        super().__init__()
+        self.close()
+        self.asked = asked
+
+    def is_closed(self) -> bool:
+        if hasattr(self, "asked"):
+            self.asked()
+        return super().is_closed()
+
+
+async def test_of_two_event_loops_that_come_at_the_same_time_one_keeps_watch() -> None:
+    """The other one begins nothing; its passes and pings would wait on what is not its own."""
+    world = World()
+    threads: list[threading.Thread] = []
+    tasks: list[int] = []
+
+    async def call() -> None:
+        await world.guard.get_latest("u-1")
+        tasks.append(len(asyncio.all_tasks()))
+
+    def meanwhile() -> None:
+        if not threads:
+            threads.append(threading.Thread(target=asyncio.run, args=(call(),)))
+            threads[0].start()
+            threads[0].join(0.2)  # it cannot end before, when one waits for the other
+
+    world.guard._watch.loop = Closed(meanwhile)
+    await world.begin()
+    await asyncio.to_thread(threads[0].join)
+    assert tasks == [1]
+    assert world.guard._watch.loop is asyncio.get_running_loop()
+    await world.clock.advance(1.0)
+    assert "stamp" in world.tier.log
+    await world.guard.aclose()
+
+
 async def test_closing_on_another_loop_ends_what_keeps_watch() -> None:
     """The tasks end on their own loop; none is left."""
     before = asyncio.all_tasks()
