@@ -154,7 +154,8 @@ def _options(parts: Parts) -> StateStore:
 
 def _two_levels(parts: Parts) -> StateStore:
     inner = parts.cached(parts.tier(), fallback=parts.origin(), ttl=60)
-    return parts.cached(inner, ttl=30, max_entries=2)
+    # Its entries end, and come again, many times in a run.
+    return parts.cached(inner, ttl=0.3, max_entries=2)
 
 
 def _in_memory(parts: Parts) -> StateStore:
