@@ -180,9 +180,14 @@ class Lane(asyncio.Protocol):
         self._buffer.append(data)
         self._unsent += len(futures)
 
+    @property
+    def idle(self) -> bool:
+        """Whether every call has its reply."""
+        return not (self.pending or self._keys)
+
     async def drain(self) -> None:
         """Wait until every call under way has its reply."""
-        if self.open and (self.pending or self._keys):
+        if self.open and not self.idle:
             if self._idle is None or self._idle.done():
                 self._idle = self._loop.create_future()
             await asyncio.wait([self._idle])

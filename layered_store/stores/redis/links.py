@@ -70,6 +70,8 @@ class LaneLink:
         self._address = address
         self._limits = limits
         self._lanes: list[Lane] = []
+        # Lanes that are given no more calls, until those under way have their replies.
+        self._retiring: set[Lane] = set()
         self._connecting: asyncio.Task[Exception | None] | None = None
         self._waiting: deque[_Waiting] = deque()
         self._timer: TimerHandle | None = None
@@ -189,10 +191,12 @@ class LaneLink:
         """Take note that replies have come or the lane has ended."""
         if (lane.outdated or not lane.open) and lane in self._lanes:
             self._lanes.remove(lane)
-            if lane.open:
-                task = self.loop.create_task(_retire(lane))
-                _retiring.add(task)
-                task.add_done_callback(_retiring.discard)
+            self._retiring.add(lane)
+        if lane in self._retiring:
+            if not lane.open:
+                self._retiring.discard(lane)
+            elif lane.idle:
+                lane.close()
         if lane.returned:
             returned, lane.returned = lane.returned, []
             self._read_again(returned)
@@ -225,7 +229,7 @@ class LaneLink:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        lanes = list(self._lanes)
+        lanes = [*self._lanes, *self._retiring]
         if lanes:
             try:
                 async with self._limits.clock.timeout(self._limits.timeout):
@@ -249,7 +253,7 @@ class LaneLink:
 
     def _close_now(self) -> None:
         self._give_up(ConnectionLostError())
-        for lane in list(self._lanes):
+        for lane in [*self._lanes, *self._retiring]:
             lane.close()
 
     # Connecting
@@ -321,16 +325,6 @@ class LaneLink:
             connection._close()  # noqa: SLF001  at once, without a task that might be cancelled
             raise
         return connection
-
-
-_retiring: set[asyncio.Task[None]] = set()
-
-
-async def _retire(lane: Lane) -> None:
-    try:
-        await lane.drain()
-    finally:
-        lane.close()
 
 
 async def _close_with_loop(link: weakref.ref[LaneLink]) -> AsyncGenerator[None, None]:

@@ -40,6 +40,10 @@ class Peer:
             heard += await asyncio.get_running_loop().sock_recv(self.end, size - len(heard))
         return heard
 
+    async def hear_the_end(self) -> bool:
+        """Tell whether nothing more comes, since the connection was closed."""
+        return not await asyncio.get_running_loop().sock_recv(self.end, 1)
+
 
 @contextlib.asynccontextmanager
 async def peer() -> AsyncIterator[Peer]:

@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 from redis_peer import peer
 
+from layered_store.stores.redis.address import Address
 from layered_store.stores.redis.failures import (
     ConnectionLostError,
     GarbageError,
     NotSentError,
     ReplyError,
 )
+from layered_store.stores.redis.lane import Lane
+from layered_store.stores.redis.links import LaneLink, Limits
+from layered_store.testing.clock import settle
 
 PING = b"*1\r\n$4\r\nPING\r\n"
 PUSH = b">2\r\n$10\r\ninvalidate\r\n$3\r\nkey\r\n"
@@ -211,6 +215,34 @@ async def test_a_refusal_of_the_server_marks_the_lane() -> None:
             assert (result.code, str(result)) == (code, code)
             assert lane.outdated is outdated
         await lane.aclose()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_a_lane_that_is_given_no_more_calls_is_closed_with_its_link(
+    *, answered: bool
+) -> None:
+    """After a failover; what is under way there may go on, and its link waits for it."""
+    async with peer() as other:
+        link = LaneLink(Address(), Limits(1.0, 1.0, 1, other.clock))
+        lane = Lane(other.connection, other.clock, 1.0, link._changed)
+        link._lanes.append(lane)
+        calls = [link.send_now(PING), link.send_now(PING)]
+        await other.hear(2 * len(PING))
+        await other.say(b"-READONLY\r\n")
+        await calls[0]
+        assert link._lanes == [] and lane.open
+        closing = asyncio.create_task(link.aclose())
+        await settle()
+        assert not closing.done()
+        if answered:
+            await other.say(b"+PONG\r\n")
+            assert await calls[1] == b"PONG"
+        else:
+            await other.clock.advance(1.0)
+        await asyncio.wait_for(closing, 5)
+        assert calls[1].done()
+        assert not lane.open and not link._retiring
+        assert await other.hear_the_end()
 
 
 async def test_bytes_that_are_no_reply_end_the_lane() -> None:
