@@ -351,6 +351,16 @@ async def test_close_waits_for_calls_under_way(server: Server) -> None:
     assert len(asyncio.all_tasks()) == before
 
 
+async def test_close_waits_for_calls_that_have_to_bring_their_script(server: Server) -> None:
+    """A server that was just started knows none: the call goes out once more."""
+    store = RedisStore(server.url)
+    await store.command("SCRIPT", "FLUSH")
+    calls = [asyncio.ensure_future(store.upsert_latest(StateSnapshot("end"))) for _ in range(3)]
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert await asyncio.gather(*calls) == [None] * 3
+
+
 async def test_cancelled_while_connecting(server: Server) -> None:
     """Cancelling callers while the connection is being made harms neither others nor the close."""
     store = RedisStore(server.url)

@@ -233,8 +233,10 @@ class LaneLink:
         if lanes:
             try:
                 async with self._limits.clock.timeout(self._limits.timeout):
-                    for lane in lanes:
-                        await lane.drain()
+                    # Again, since a call may go on: with a script that the server did not know.
+                    while any(lane.open and not lane.idle for lane in lanes):
+                        for lane in lanes:
+                            await lane.drain()
             except TimeoutError:
                 pass
         for lane in lanes:

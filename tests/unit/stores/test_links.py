@@ -348,6 +348,7 @@ class Kept:
     """A lane that keeps what it is given."""
 
     open = True
+    idle = False
     outdated = False
     closed = False
 
