@@ -7,6 +7,7 @@ move time by hand (:class:`layered_store.testing.FakeClock`).
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -73,7 +74,9 @@ class SystemClock:
         return asyncio.timeout(seconds)
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> TimerHandle:
-        return asyncio.get_running_loop().call_later(seconds, callback)
+        # In a context of its own: timers that follow each other would keep the first caller's.
+        context = contextvars.Context()
+        return asyncio.get_running_loop().call_later(seconds, callback, context=context)
 
     def __repr__(self) -> str:
         return "SystemClock()"

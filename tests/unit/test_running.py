@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import sys
 import threading
@@ -10,6 +11,7 @@ import threading
 import pytest
 
 from layered_store import running
+from layered_store.clock import SYSTEM_CLOCK
 
 
 async def same() -> asyncio.AbstractEventLoop:
@@ -100,3 +102,12 @@ def test_an_ending_that_its_event_loop_cut_off() -> None:
 
     asyncio.run(begins())
     asyncio.run(ending.wait())
+
+
+async def test_a_timer_is_nobodys_call() -> None:
+    """Each sets the next one for as long as there is traffic, so nothing of a request stays."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+    request.set("the first one")
+    found = asyncio.get_running_loop().create_future()
+    SYSTEM_CLOCK.call_later(0.0, lambda: found.set_result(request.get("nobody's")))
+    assert await found == "nobody's"
