@@ -73,6 +73,20 @@ class Flight(msgspec.Struct, eq=False):
     # Callers that wait for other users as well, and so cannot take over this load.
     passengers: list[Any] | None = None
 
+    def board(self, future: Any) -> None:
+        """Have a caller wait who waits for other users as well."""
+        if self.passengers is None:
+            self.passengers = []
+        self.passengers.append(future)
+        self.joined = True
+
+    def come_late(self, future: Any) -> None:
+        """Have a caller wait who came too late to be sure of the answer."""
+        if self.late is None:
+            self.late = []
+        self.late.append(future)
+        self.joined = True
+
     def land(self, result: Any) -> None:
         """Hand the result to everyone who waits."""
         for group in (self.waiters, self.passengers):

@@ -300,8 +300,7 @@ class Cached(Layer):
             elif flight.loop is loop and self._joinable(flight):
                 self._waits += 1
                 joined[user_id] = future = loop.create_future()
-                flight.passengers = [*(flight.passengers or ()), future]
-                flight.joined = True
+                flight.board(future)
             else:
                 led[user_id] = Flight(loop)
         left = len(joined)
@@ -374,8 +373,7 @@ class Cached(Layer):
         """Wait until a load that may be too old is over; share the next one."""
         self._waits += 1
         future: asyncio.Future[Any] = flight.loop.create_future()
-        flight.late = [*(flight.late or ()), future]
-        flight.joined = True
+        flight.come_late(future)
         result = await future
         if result is AGAIN:
             return await self.get_latest(user_id)
