@@ -217,12 +217,15 @@ class Holdings:
             known = kept and not writers.overlapped and writers.noticed <= version
             if known and (version or self.key_of is None):
                 self.keep(user_id, snapshot, version)
+            # Only now: whoever has a notice looks here first, without the lock.
+            self._unindex(user_id)
 
     def write_failed(self, user_id: str, exc: BaseException) -> None:
         """Keep nothing; and for a while nothing at all, when the write may still take effect."""
         with self.lock:
             self.detach(user_id)
             self._end(user_id)
+            self._unindex(user_id)
             if not_happened(exc):
                 return
             self.quarantine.pop(user_id, None)
@@ -234,7 +237,6 @@ class Holdings:
         writers.count -= 1
         if not writers.count:
             del self.writing[user_id]
-            self._unindex(user_id)
         return writers
 
     def detach(self, user_id: str, reason: str = "write") -> None:

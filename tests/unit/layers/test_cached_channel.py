@@ -762,6 +762,25 @@ async def test_a_user_read_again_after_the_ttl_is_still_told_of(
     assert await cache.get_latest("u-1") == NEW
 
 
+@pytest.mark.parametrize("read", [False, True])
+async def test_a_notice_finds_whoever_is_about_to_be_kept(*, read: bool) -> None:
+    """It may come on the event loop of another thread, between any two steps of this one."""
+    cache, _, clock = build(OLD, OLD if read else None, ttl=10)
+    await cache.get_latest("u-1")
+    found: list[str | None] = []
+
+    class Index(dict[bytes, str]):
+        def pop(self, key: bytes, default: Any = None) -> Any:
+            found.append(super().get(key))
+            return super().pop(key, default)
+
+    cache._held.by_digest = Index(cache._held.by_digest)
+    await clock.advance(11)
+    await (cache.get_latest("u-1") if read else cache.upsert_latest(NEW))
+    assert not found
+    assert cache._held.by_digest == {DIGEST("u-1"): "u-1"}
+
+
 class Moody(Tier):
     """Takes its time, and fails now and then."""
 
