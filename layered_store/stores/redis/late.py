@@ -94,7 +94,10 @@ async def _began_before(
 ) -> bool:
     async def now_us() -> int:
         keys = (store.key(write.digest),)
-        return int(await store.run_script(NOW, keys, operation=op, write=False))
+        reply = await store.run_script(NOW, keys, operation=op, write=False)
+        if type(reply) is not int:
+            raise translate(GarbageError(), operation=op, layer=store.name, write=False)
+        return reply
 
     answer = await erasures.began_before(write, version, erased_at, began, now_us, _PROBES)
     if answer is None:

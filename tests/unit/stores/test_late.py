@@ -127,3 +127,21 @@ async def test_a_clock_that_was_set_back_hinders_one_write() -> None:
     assert store.stored == []
     assert await met(store, known, begun(clock), erased_at)
     assert store.stored == [7]
+
+
+@pytest.mark.parametrize("told", [b"OK", None, [1], True])
+async def test_a_server_that_does_not_tell_its_time_fails_the_write(told: object) -> None:
+    """As any other answer that is none; nothing was stored."""
+
+    class Strange(Told):
+        async def run_script(self, script: Any, *args: Any, **kwargs: Any) -> Any:
+            return told if script is NOW else await super().run_script(script, *args, **kwargs)
+
+    clock = FakeClock()
+    await clock.advance(100)
+    store, known = Strange(clock, 0.002, 0.002), KnownErasures(clock)
+    erased_at = int(ZERO + clock.monotonic() * 1e6)
+    with pytest.raises(UnavailableError, match="does not answer as Redis") as caught:
+        await met(store, known, begun(clock), erased_at)
+    assert not caught.value.outcome_unknown
+    assert store.stored == []
