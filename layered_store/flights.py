@@ -64,8 +64,8 @@ class Flight(msgspec.Struct, eq=False):
     digest: bytes | None = None
     # Whether anybody ever waited for it.
     joined: bool = False
-    # Whether it may be joined without a lease: until the turn in which it began is over, nothing of
-    # it can have been read.
+    # Whether it may be joined without a lease: it waits until the turn in which it began is over,
+    # so nothing of it can have been read.
     boarding: bool = False
     # Callers that came too late to be sure of it.
     late: list[Any] | None = None

@@ -260,6 +260,8 @@ class Cached(Layer):
             # Futures belong to one loop: a caller on another one loads for itself, keeps nothing.
             flight = Flight(loop)
         try:
+            if flight.boarding:
+                await self.clock.sleep(0)
             value = await self.inner.get_latest(user_id)
             if value is not None and getattr(value, "user_id", None) != user_id:
                 raise not_of_user(user_id, Op.GET_LATEST, self.name)
@@ -351,7 +353,7 @@ class Cached(Layer):
         flight = Flight(loop)
         self._held.take_off(user_id, flight)
         if self._channel is not None and self._monotonic() >= self._trust.lease_until:
-            # Without a lease others may join it in this turn only.
+            # Without a lease others may join it in this turn only; it reads when that is over.
             flight.boarding = True
             loop.call_soon(flight.close_doors)
         return flight
@@ -404,6 +406,8 @@ class Cached(Layer):
 
     async def _lead_many(self, led: Mapping[str, Flight]) -> Mapping[str, StateSnapshot | None]:
         try:
+            if any(flight.boarding for flight in led.values()):
+                await self.clock.sleep(0)
             values = states_by_user(await self.inner.get_latest_many(tuple(led)), self)
             found = {user_id: values.get(user_id) for user_id in led}
         except Exception as exc:
@@ -521,6 +525,8 @@ class Cached(Layer):
 
     async def _refresh_quietly(self, user_id: str, flight: Flight) -> None:
         try:
+            if flight.boarding:
+                await self.clock.sleep(0)
             value = check_state(await self.inner.get_latest(user_id), user_id, self)
         except Exception as exc:  # noqa: BLE001
             # The entry answers until its deadline whatever happens here; then a caller sees it.
