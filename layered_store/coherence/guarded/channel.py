@@ -27,6 +27,8 @@ PING_SECONDS: Final = 0.3
 
 _LEAVE_SECONDS: Final = 0.2
 
+_FIRST_PAUSE: Final = 0.05
+
 
 @dataclass(eq=False, repr=False)
 class Channel:
@@ -53,7 +55,7 @@ class Channel:
 
     async def follow(self) -> None:
         """Follow the channel for ever; whatever breaks it, distrust all and begin again."""
-        pause = 0.05
+        pause = _FIRST_PAUSE
         while True:
             pings: asyncio.Task[None] | None = None
             stood = False
@@ -61,13 +63,12 @@ class Channel:
                 async with self.tier.listen() as notices:
                     # What was held before the subscription stood may have missed messages.
                     self.leases.channel_stands()
-                    stood = True
-                    if self._away:
-                        self._away = False
-                        log_event("channel_back", tier=self.tier.tier_name)
                     pings = spawn(self._ping_for_ever())
-                    pause = 0.05
                     async for notice in notices:
+                        if not stood:
+                            # Not before: a replica, for one, takes subscriptions and is no use.
+                            stood, pause = True, _FIRST_PAUSE
+                            self._stands()
                         self._receive(notice)
             except asyncio.CancelledError:
                 stood = False  # the event loop ends, which is no loss of the channel
@@ -89,6 +90,11 @@ class Channel:
                     await asyncio.gather(pings, return_exceptions=True)
             await self.clock.sleep(pause)
             pause = min(1.0, pause * 2)
+
+    def _stands(self) -> None:
+        if self._away:
+            self._away = False
+            log_event("channel_back", tier=self.tier.tier_name)
 
     def _receive(self, notice: Notice) -> None:
         self._seen = max(self._seen, notice.sent)

@@ -44,7 +44,7 @@ class Tier(CacheTier):
         self.fails: dict[str, Exception] = {}
         self.log: list[str] = []
         self.tickets_come_with_reads = False
-        self.trusted = True
+        self.trusted = self.echoes = True
         self.notices: asyncio.Queue[Notice | Exception] = asyncio.Queue()
         self.cursor = ""
 
@@ -107,7 +107,8 @@ class Tier(CacheTier):
 
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
         self._step("ping")
-        self.notices.put_nowait(Notice(b"", number, echo=me))
+        if self.echoes:
+            self.notices.put_nowait(Notice(b"", number, echo=me))
         return 1.0 if self.trusted else 0.0
 
     @asynccontextmanager
@@ -466,6 +467,30 @@ async def test_a_third_partys_ping_that_fails_is_made_again(
     await world.clock.advance(1.0)
     assert cache.leased > world.clock.monotonic()
     assert world.tier.log.count("listen") == 1
+
+
+async def test_a_channel_on_which_nothing_is_heard_never_stood(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replica takes subscriptions and hands on what others' primary says, which ends each: that
+    is no news each time, and not tried for ever as fast as can be."""
+    caplog.set_level(logging.INFO, "layered_store")
+    world.guard.attach(Cache())
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.5)
+    world.tier.echoes = False
+    for _ in range(300):
+        world.tier.notices.put_nowait(UnavailableError("of another server"))
+        await world.clock.advance(0.1)
+    assert caplog.text.count("channel_lost") == world.guard.channel_losses == 1
+    assert "channel_back" not in caplog.text
+    assert world.tier.log.count("listen") < 40
+    world.tier.echoes = True
+    while not world.tier.notices.empty():
+        world.tier.notices.get_nowait()
+    await world.clock.advance(2.0)
+    assert caplog.text.count("channel_back") == 1
+    assert world.guard.channel_up is True
 
 
 async def test_an_echo_of_before_the_channel_was_lost_renews_no_lease(world: World) -> None:
