@@ -49,7 +49,7 @@ class GuardedCopies(Invalidations):
         self._watch = watch = Watch(clock)
         self._seen = seen = Seen(clock, watch.repair_now)
         self._backlog = backlog = Backlog(authority.digest, clock)
-        self._reach = reach = Reachability(tier, watch.repair_now)
+        self._reach = reach = Reachability(tier, clock, watch.repair_now)
         self._leases = leases = Leases(clock, watch)
         self._repair = repair = Repair(tier, authority, clock, watch, reach, backlog, leases)
         self._channel = channel = Channel(tier, clock, watch, reach, backlog, leases)

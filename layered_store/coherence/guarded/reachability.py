@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from layered_store.errors import RejectedError, StoreError, StoreTimeoutError
 from layered_store.events import log_event
 
 if TYPE_CHECKING:
+    from layered_store.clock import Clock
     from layered_store.coherence.contract import CacheTier
     from layered_store.coherence.guarded.watch import Signal
 
 __all__ = ["Reachability"]
+
+_STEADY_SECONDS: Final = 5.0
+"""A tier that is lost again within so long of its return has not come back for calls."""
+
+_FIRST_PAUSE: Final = 0.1
 
 
 @dataclass(eq=False, repr=False)
@@ -23,8 +30,12 @@ class Reachability:
     It must not cost every call its time limit. One failure may be a connection that was lost, and
     is made anew at once; one that hangs, or a second failure, is not.
 
+    A tier may answer pings and passes and refuse calls: it is full, a replica, or its rights are
+    not enough. So one that is lost again soon is passed by for longer each time, up to 5 s.
+
     Args:
         tier: the tier.
+        clock: source of time.
         repair_now: has the next repair pass begin at once.
 
     Attributes:
@@ -33,11 +44,16 @@ class Reachability:
     """
 
     tier: CacheTier
+    clock: Clock
     repair_now: Signal
     up: bool = field(default=True, init=False)
     failures: Counter[str] = field(default_factory=Counter, init=False)
     _in_a_row: int = field(default=0, init=False)
     _was_away: bool = field(default=False, init=False)
+    # When it came back last, for how long it is passed by now, and until when.
+    _back_at: float = field(default=-math.inf, init=False)
+    _pause: float = field(default=0.0, init=False)
+    _passed_by_until: float = field(default=-math.inf, init=False)
 
     def failed(self, exc: StoreError, step: str) -> None:
         """Note that the tier did not answer."""
@@ -48,14 +64,19 @@ class Reachability:
         if (isinstance(exc, StoreTimeoutError) or self._in_a_row > 1) and self.up:
             self.up = False
             self._was_away = True
+            now = self.clock.monotonic()
+            soon = now - self._back_at < _STEADY_SECONDS
+            self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _STEADY_SECONDS) if soon else 0.0
+            self._passed_by_until = now + self._pause
             log_event("tier_lost", tier=self.tier.tier_name, reason=type(exc).__name__)
         self.repair_now.set()
 
     def answered(self) -> None:
         """Note that a ping or a repair pass came through."""
         self._in_a_row = 0
-        if not self.up:
+        if not self.up and (now := self.clock.monotonic()) >= self._passed_by_until:
             self.up = True
+            self._back_at = now
             log_event("tier_back", tier=self.tier.tier_name)
 
     def was_away(self) -> bool:

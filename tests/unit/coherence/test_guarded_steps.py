@@ -493,6 +493,34 @@ async def test_a_channel_on_which_nothing_is_heard_never_stood(
     assert world.guard.channel_up is True
 
 
+async def test_a_tier_that_refuses_calls_alone_is_tried_again_less_and_less_often(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pings and passes come through all the time: each would have the next calls fail."""
+    caplog.set_level(logging.INFO, "layered_store")
+
+    async def calls(seconds: int) -> None:
+        for _ in range(seconds * 20):
+            await world.guard.get_latest("u-1")
+            await world.guard.get_latest("u-2")
+            await world.clock.advance(0.05)
+
+    world.tier.fails["read"] = UnavailableError("refused")
+    await calls(60)
+    assert 1 < caplog.text.count("tier_lost") < 30
+    del world.tier.fails["read"]
+    await calls(10)
+    world.tier.log.clear()
+    await calls(1)
+    assert world.tier.log.count("read") == 40
+    # It stayed, so the next time counts as the first: it is back with the next pass.
+    world.tier.fails["read"] = UnavailableError("refused")
+    await calls(1)
+    del world.tier.fails["read"]
+    await calls(1)
+    assert world.guard.trouble == ""
+
+
 async def test_an_echo_of_before_the_channel_was_lost_renews_no_lease(world: World) -> None:
     """A ping may be so late that it is published over the next subscription: what was told between
     it and the pings of now has not been received."""
