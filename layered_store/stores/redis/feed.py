@@ -8,6 +8,7 @@ each message, and every process hears of every write of all.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import hiredis
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from layered_store.clock import Clock
 
 __all__ = ["MORE", "Feed", "new_reader", "take_over"]
+
+_LOOKS: Final = 4
+"""In how many parts a silence is waited for. A process that was stopped, or busy all the time,
+finds the time of one over: the next hears what has come, and replies to what is asked now."""
 
 MORE: Final = object()
 """What a reader gives when the next reply has not come whole."""
@@ -83,10 +88,15 @@ class Feed(asyncio.Protocol):
             ReplyError: it refused something.
             ConnectionLostError, GarbageError: it will say no more.
         """
-        if not self._said and self._lost is None:
+        looks = _LOOKS
+        while not self._said and self._lost is None:
+            if not looks:
+                raise TimeoutError
+            looks -= 1
             self._news.clear()
-            async with self._clock.timeout(seconds):
-                await self._news.wait()
+            with suppress(TimeoutError):
+                async with self._clock.timeout(seconds / _LOOKS):
+                    await self._news.wait()
         said, self._said = self._said, []
         if not said and self._lost is not None:
             raise self._lost

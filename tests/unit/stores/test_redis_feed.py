@@ -50,6 +50,20 @@ async def test_silence_is_told_when_its_time_is_over_and_the_feed_goes_on() -> N
         feed.close()
 
 
+async def test_a_process_that_stood_still_hears_on() -> None:
+    """Nor did it ask anything meanwhile: that a server was silent then tells nothing."""
+    async with peer() as other:
+        feed = other.feed()
+        waiting = asyncio.ensure_future(feed.next(2.0))
+        await asyncio.sleep(0)
+        other.clock.set(other.clock.monotonic() + 10.0)
+        await other.clock.advance(0)
+        assert not waiting.done()
+        await other.say(b":1\r\n")
+        assert await waiting == [1]
+        feed.close()
+
+
 async def hang_up(other: Peer) -> None:
     other.end.close()
 
