@@ -323,14 +323,14 @@ FAULTS = {
             ("stale", "erased", "monotonic", "own writes", "converged"),
             # Other nets hold unless the fill is late; being late is no fault in itself.
             _both(SLOW_FILLS, _script("FILL", ("if r ~= ARGV[1] then return 0 end", ""))),
-            first=24,
+            first=12,
         ),
         Fault(
             "no version guard",
             "without_l1",
             ("stale", "erased", "converged", "monotonic", "own writes"),
             _script("PUT", ("if version(r) < tonumber(ARGV[1]) or", "if true or")),
-            first=74,
+            first=579,
         ),
         Fault(
             "DEL instead of tombstone",
@@ -343,14 +343,14 @@ FAULTS = {
                     ("local copy =", "redis.call('DEL', KEYS[1]) r = nil g = nil local copy ="),
                 ),
             ),
-            first=22,
+            first=11,
         ),
         Fault(
             "late burial in empty ground",
             "without_l1",
             ("stale", "converged"),
             _both(LATE_BURIALS, _script("BURY", ("elseif r then", _BURY_ALWAYS))),
-            first=17,
+            first=5,
         ),
         Fault(
             "late writes pass erasures",
@@ -369,14 +369,14 @@ FAULTS = {
                 _script("STAMP", ("'PX', text(left))", "'PX', 3600000)")),
                 _method(scripts, "source", functools.partial(scripts.source, longest=1e6)),
             ),
-            first=63,
+            first=99,
         ),
         Fault(
             "no lease",
             "three_tiers",
             ("stale", "erased"),
             _method(Cached, "lease", _always_leased),
-            first=628,
+            first=51,
         ),
         Fault(
             "no erasure wait",
@@ -390,7 +390,7 @@ FAULTS = {
             "memory",
             ("register",),
             _method(Cached, "upsert_latest", _keep_first),
-            first=1,
+            first=45,
         ),
         Fault(
             "follower cancelled with leader",
@@ -404,21 +404,21 @@ FAULTS = {
             "three_tiers",
             ("stale",),
             _script("REPAIR", ("tell(ARGV[1], v, erased, digest)", "")),
-            first=47,
+            first=26,
         ),
         Fault(
             "repair anchored at now",
             "without_l1",
             ("stale", "erased", "converged"),
             _method(RedisTier, "begin", _begin_now),
-            first=1,
+            first=5,
         ),
         Fault(
             "L1 kept after channel loss",
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _method(Leases, "distrust", _distrust_leases_only),
-            first=51,
+            first=10,
         ),
         Fault(
             "double history append",
@@ -434,7 +434,7 @@ FAULTS = {
             _both(
                 _method(Holdings, "keep", _keep_for_ever), _method(Cached, "_old", _from_the_grave)
             ),
-            first=1,
+            first=12,
         ),
         Fault(
             "negative mark survives an upsert",
@@ -461,14 +461,14 @@ FAULTS = {
             "unversioned",
             ("register",),
             _method(LocalCopies, "doubt", _no_doubt),
-            first=97,
+            first=150,
         ),
         Fault(
             "new generation silent",
             "three_tiers",
             ("stale", "erased", "monotonic"),
             _both(SILENT_WRITERS, _script("BEGIN", ("tell(ARGV[5], '0', '0', '')", ""))),
-            first=112,
+            first=19,
         ),
         Fault(
             "loads joined without a lease",
