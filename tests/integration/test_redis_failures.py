@@ -109,6 +109,8 @@ REPLIES = {
     "NOREPLICAS": (b"-NOREPLICAS Not enough good replicas to write.\r\n", True),
     "CLUSTERDOWN": (b"-CLUSTERDOWN Hash slot not served\r\n", True),
     "BUSY": (b"-BUSY Redis is busy running a script.\r\n", True),
+    "MAXCLIENTS": (b"-ERR max number of clients reached\r\n", True),
+    "DENIED": (b"-DENIED Redis is running in protected mode because\r\n", False),
     "NOAUTH": (b"-NOAUTH Authentication required.\r\n", False),
     "NOPERM": (b"-NOPERM this user has no permissions\r\n", False),
     "MOVED": (b"-MOVED 866 127.0.0.1:1\r\n", False),
@@ -126,6 +128,21 @@ async def test_error_replies(code: str) -> None:
         assert code in str(error)
         assert error.retryable is retryable
         assert not error.outcome_unknown
+        await store.aclose()
+
+
+async def test_a_server_without_a_place_for_a_connection_is_unavailable() -> None:
+    """So that a ``Retry`` repeats, a ``Fallback`` helps out and a breaker opens."""
+    with running() as own:
+        other = RedisStore(own.url)
+        await other.upsert_latest(StateSnapshot("u-1"))
+        await other.command("CONFIG", "SET", "maxclients", 1)
+        store = RedisStore(own.url)
+        for _ in range(3):
+            error = await failure(store.get_latest("u-1"))
+            assert isinstance(error, UnavailableError)
+            assert error.retryable
+        await other.aclose()
         await store.aclose()
 
 

@@ -26,11 +26,15 @@ __all__ = [
 # puts its own words in front) for what the script's reply would else begin with.
 _NO_RIGHTS: Final = re.compile(r"ACL failure in script|he user executing the script can't ").search
 _INSIDE: Final = re.compile(r"Error running script .*?: -([A-Z]+) ").search
+# What a server that has no place left says to a new connection, before it closes it.
+_NO_PLACE: Final = re.compile(r"(?:ERR )?max number of clients ").match
 
 
 def _code_of(text: str) -> str:
     if _NO_RIGHTS(text):
         return "NOPERM"
+    if _NO_PLACE(text):
+        return "MAXCLIENTS"
     inside = _INSIDE(text)
     code = inside[1] if inside else text.split(" ", 1)[0]
     return code if code.isalpha() and code.isupper() else "ERR"
@@ -83,6 +87,7 @@ _REPLIES: Final[dict[str, tuple[str, bool]]] = {
     "READONLY": ("the server is a read-only replica", True),
     "OOM": ("the server is out of memory (maxmemory)", True),
     "LOADING": ("the server is loading its data", True),
+    "MAXCLIENTS": ("the server takes no more connections", True),
     "BUSY": ("the server is busy running a script", True),
     "MASTERDOWN": ("the replica lost its primary", True),
     "MISCONF": ("the server cannot save to disk and refuses writes", True),
@@ -94,6 +99,7 @@ _REPLIES: Final[dict[str, tuple[str, bool]]] = {
     "NOAUTH": (_REFUSED, False),
     "WRONGPASS": (_REFUSED, False),
     "NOPERM": (_REFUSED, False),
+    "DENIED": ("the server is in protected mode and takes no connections from here", False),
 }
 # The driver's classes for the same replies, by name: it cuts the first word off the text.
 _CLASSES: Final = {
