@@ -99,6 +99,9 @@ async def test_a_restart_costs_one_call_however_many_connections_idled(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()",
         )
+    for home in store._access.homes.values():
+        for desk in home.desks._idle:
+            desk.idle_since = time.monotonic()  # so soon that nobody looks
     with pytest.raises(UnavailableError) as caught:
         await store.get_latest("u1")
     assert caught.value.retryable
@@ -107,6 +110,33 @@ async def test_a_restart_costs_one_call_however_many_connections_idled(
     await store.aclose()
     if engine is not None:
         await engine.dispose()
+
+
+@pytest.mark.parametrize("url", [*SERVERS, "mysql+asyncmy"], indirect=True)
+async def test_connections_that_the_server_ended_while_they_idled_cost_no_call(url: str) -> None:
+    """As it does after its ``wait_timeout`` or ``idle_session_timeout``, and proxies after theirs:
+    calls that are rare, or many at once now and then, would fail each time."""
+    async with proxied(url) as (proxy, through):
+        store = SQLStore(through)
+        assert await idle(store) > 3
+        (home,) = store._access.homes.values()
+
+        def hang_up() -> None:
+            for writer in list(proxy._open):
+                writer.close()
+
+        for end in (proxy.reset, hang_up):
+            end()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            for desk in home.desks._idle:
+                desk.idle_since = float("-inf")
+            reads = (store.get_history(f"u{number}", 1) for number in range(8))
+            found = await asyncio.gather(*reads, *(store.head() for _ in range(8)))
+            assert all(found)
+            assert len(home.desks._idle) > 1
+        await store.upsert_latest(state())
+        await store.aclose()
 
 
 async def test_connections_that_a_firewall_forgot_cost_one_time_limit(url: str) -> None:

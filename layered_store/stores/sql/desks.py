@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import weakref
 from collections import deque
@@ -28,6 +29,9 @@ __all__ = ["Desk", "Desks", "let_go_of_parents"]
 
 
 _LET_GO_SECONDS: Final = 1.0
+
+_RESTED_SECONDS: Final = 1.0
+"""After so much idleness it is looked whether the server has left; a call costs a look no more."""
 
 
 class Desk:
@@ -93,8 +97,12 @@ class Desks:
                     self._next()
                 raise
         self.busy += 1
-        if self._idle:
-            return self._hand(self._idle.pop())
+        while self._idle:
+            desk = self._idle.pop()
+            rested = self._clock.monotonic() - desk.idle_since >= _RESTED_SECONDS
+            if not (rested and _left(desk.driver)):
+                return self._hand(desk)
+            self._part_with(desk)
         connection: AsyncConnection | None = None
         try:
             engine, losses = self._engine, self._losses
@@ -171,9 +179,12 @@ class Desks:
             if desk.idle_since > since:
                 self._idle.append(desk)
                 continue
-            task = asyncio.get_running_loop().create_task(self._end(desk.connection))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._part_with(desk)
+
+    def _part_with(self, desk: Desk) -> None:
+        task = asyncio.get_running_loop().create_task(self._end(desk.connection))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def move(self, engine: AsyncEngine) -> None:
         """Make connections with another engine from now on; those in use end when given back."""
@@ -225,6 +236,32 @@ class Desks:
         for desk in self._idle:
             with suppress(Exception):
                 desk.driver._conn.close()  # noqa: SLF001
+
+
+def _left(driver: Any) -> bool:
+    """Tell whether the server has left a connection that idled, as far as is known without asking.
+
+    Servers and proxies end what idles (``wait_timeout``, ``idle_session_timeout``): the end stands
+    there to be read, and nothing else does where no answer is awaited.
+
+    Source: ``connCheck`` of https://github.com/go-sql-driver/mysql
+    """
+    writer = getattr(driver, "_writer", None)
+    transport = getattr(driver, "_transport", None) if writer is None else writer.transport
+    try:
+        if transport is not None:
+            if transport.is_closing():
+                return True
+            line = transport.get_extra_info("socket").fileno()
+        elif hasattr(driver, "pgconn"):
+            line = driver.pgconn.socket
+        else:
+            return False
+        look = select.poll()
+        look.register(line, select.POLLIN)
+        return bool(look.poll(0))
+    except Exception:  # noqa: BLE001  it was closed, or cannot be looked at: then it is tried
+        return False
 
 
 _alive: Final[weakref.WeakSet[Desks]] = weakref.WeakSet()
