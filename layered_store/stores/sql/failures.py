@@ -63,6 +63,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "42P01": (_MISSING_TABLE, False),
     "42501": (_REFUSED, False),
     "3F000": (_MISSING_TABLE, False),
+    "55000": (_BUSY, True),
     "55P03": (_CONFLICT, True),
     "57014": (_SLOW, True),
     "53100": (_FULL, True),
@@ -78,7 +79,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
 _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1044, 1045, 1142, 1698, 1130), (_REFUSED, False)),
     # Another way to log in, an expired password, a locked account, TLS alone.
-    **dict.fromkeys((1251, 1820, 1862, 3118, 3159), (_REFUSED, False)),
+    **dict.fromkeys((1251, 1820, 1862, 3118, 3159, 4151), (_REFUSED, False)),
     **dict.fromkeys((1205, 1213, 1020, 1062), (_CONFLICT, True)),
     **dict.fromkeys((1290, 1792, 1836), (_READ_ONLY, True)),
     **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),

@@ -94,6 +94,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     ("shutdown", postgres("57P01"), UnavailableError, "accepts no more connections", True),
     ("disk full", postgres("53100"), UnavailableError, "no room left", True),
     ("too many", postgres("53300"), UnavailableError, "accepts no more connections", True),
+    ("takes no logins now", postgres("55000"), UnavailableError, "or is not ready", True),
     ("standby", postgres("25006"), UnavailableError, "read-only", True),
     ("password", postgres("28P01"), UnavailableError, LOGIN, False),
     ("no table", postgres("42P01"), UnavailableError, "a table does not exist", False),
@@ -201,6 +202,13 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     (
         "mysql expired password",
         wrapped(sa.OperationalError, mysql.OperationalError(1820, SECRET)),
+        UnavailableError,
+        LOGIN,
+        False,
+    ),
+    (
+        "mysql locked account",
+        wrapped(sa.OperationalError, mysql.OperationalError(4151, SECRET)),
         UnavailableError,
         LOGIN,
         False,
