@@ -46,6 +46,7 @@ from layered_store.turns import Turn, Turns
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from layered_store.call import Call
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["Ramp"]
@@ -312,37 +313,45 @@ class Ramp(Layer):
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         check_snapshot(snapshot, self.snapshot_type)
-        if self.alternative is None:
+        with call_begins(self.clock) as call:
+            if self.alternative is not None:
+                await self._write([snapshot], Op.UPSERT_LATEST, call)
+                return
             with self._writing([snapshot.user_id]) as ways:
                 await ways[snapshot.user_id].upsert_latest(snapshot)
-            return
-        await self._write([snapshot], Op.UPSERT_LATEST)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = check_snapshots(snapshots, self.snapshot_type)
-        if self.alternative is not None:
-            await self._write(batch, Op.UPSERT_LATEST_MANY)
-            return
-        with call_begins() as call, self._writing({each.user_id: None for each in batch}) as ways:
-            stored = False
-            for way in (self.inner, self._other):
-                part = {i: each for i, each in enumerate(batch) if ways[each.user_id] is way}
-                if len(part) == len(batch):
-                    await way.upsert_latest_many(batch)
-                    return
-                if part:
-                    own = call.of(part)
-                    try:
-                        with call_continues(own):
-                            await way.upsert_latest_many(list(part.values()))
-                    except StoreError as exc:
-                        exc.outcome_unknown |= stored  # repeating the call is safe
-                        raise
-                    stored = True
-                    call.superseded |= own.superseded
-                    call.unsure |= own.unsure
+        with call_begins(self.clock) as call:
+            if self.alternative is not None:
+                await self._write(batch, Op.UPSERT_LATEST_MANY, call)
+                return
+            with self._writing({each.user_id: None for each in batch}) as ways:
+                await self._divide(batch, ways, call)
 
-    async def _write(self, batch: Sequence[StateSnapshot], op: Op) -> None:
+    async def _divide(
+        self, batch: Sequence[StateSnapshot], ways: Mapping[str, StateStore], call: Call
+    ) -> None:
+        """Write each user of a batch on the user's way; both ways end in ``inner``."""
+        stored = False
+        for way in (self.inner, self._other):
+            part = {i: each for i, each in enumerate(batch) if ways[each.user_id] is way}
+            if len(part) == len(batch):
+                await way.upsert_latest_many(batch)
+                return
+            if part:
+                own = call.of(part)
+                try:
+                    with call_continues(own):
+                        await way.upsert_latest_many(list(part.values()))
+                except StoreError as exc:
+                    exc.outcome_unknown |= stored
+                    raise
+                stored = True
+                call.superseded |= own.superseded
+                call.unsure |= own.unsure
+
+    async def _write(self, batch: Sequence[StateSnapshot], op: Op, call: Call) -> None:
         """Write to ``inner``, which acknowledges, then to the alternative."""
         # In one order everywhere, so that two batches never wait for each other.
         users = sorted({snapshot.user_id for snapshot in batch})
@@ -352,39 +361,38 @@ class Ramp(Layer):
                 turns[user_id] = await self._turns.begin(user_id)
             # What an earlier write may still do, on either side, could come after this one.
             settled = [user_id for user_id in users if not self._doubted(user_id)]
-            with call_begins() as call:
-                try:
-                    await _upsert(self.inner, batch, op)
-                except BaseException as exc:
-                    if not not_happened(exc):
-                        self._fall_behind(users)
-                    if may_take_effect(exc):
-                        self._doubt(users)
-                    raise
-                in_share = any(place_of(user_id, self.salt) < self.share for user_id in users)
-                if call.superseded:
-                    # An erasure or a newer state won in inner; who knows what would here.
+            try:
+                await _upsert(self.inner, batch, op)
+            except BaseException as exc:
+                if not not_happened(exc):
                     self._fall_behind(users)
-                    return
-                own = call.again()
-                try:
-                    with call_continues(own):
-                        await _upsert(self._other, batch, op)
-                except Exception as exc:
+                if may_take_effect(exc):
+                    self._doubt(users)
+                raise
+            in_share = any(place_of(user_id, self.salt) < self.share for user_id in users)
+            if call.superseded:
+                # An erasure or a newer state won in inner; who knows what would here.
+                self._fall_behind(users)
+                return
+            own = call.again()
+            try:
+                with call_continues(own):
+                    await _upsert(self._other, batch, op)
+            except Exception as exc:
+                self._fall_behind(users)
+                if may_take_effect(exc):
+                    self._doubt(users)
+                if in_share:
+                    raise self._unknown(exc, op) from exc
+            except BaseException:
+                self._fall_behind(users)
+                self._doubt(users)  # cut off, it may still take effect
+                raise
+            else:
+                if own.superseded:  # it has something else for the latest state
                     self._fall_behind(users)
-                    if may_take_effect(exc):
-                        self._doubt(users)
-                    if in_share:
-                        raise self._unknown(exc, op) from exc
-                except BaseException:
-                    self._fall_behind(users)
-                    self._doubt(users)  # cut off, it may still take effect
-                    raise
                 else:
-                    if own.superseded:  # it has something else for the latest state
-                        self._fall_behind(users)
-                    else:
-                        self._catch_up(settled)
+                    self._catch_up(settled)
         finally:
             for user_id, turn in turns.items():
                 self._turns.end(user_id, turn)

@@ -18,6 +18,7 @@ from layered_store import (
     MemoryStore,
     OverloadedError,
     Ramp,
+    RejectedError,
     Retry,
     StateSnapshot,
     StoreError,
@@ -834,22 +835,42 @@ async def test_with_a_layer_each_state_of_a_batch_is_written_once() -> None:
     assert await ramp.get_history("nobody", 9) == []
 
 
-async def test_a_batch_of_which_a_part_was_stored_is_not_told_as_refused() -> None:
-    """One side took its users, the other refused: nobody may take the whole for undone."""
+@pytest.mark.parametrize("error", [RejectedError("full"), UnavailableError("down")])
+async def test_a_batch_of_which_one_way_took_its_part_says_so(error: StoreError) -> None:
+    """The other way refused its own part: that nothing was stored would not be true."""
 
-    class Full(Layer):
-        async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-            raise OverloadedError("full")
+    class Refusing(Layer):
+        async def upsert_latest_many(self, snapshots: Any) -> None:
+            raise error
 
-    store = MemoryStore()
-    ramp = Ramp(store, layer=Full, share=0.5)
-    with pytest.raises(OverloadedError) as caught:
+    inner = MemoryStore()
+    ramp = Ramp(inner, layer=Refusing, share=0.5)
+    with pytest.raises(type(error)) as caught:
         await ramp.upsert_latest_many([state(LOW), state(HIGH)])
+    assert await inner.get_latest(HIGH) == state(HIGH)
     assert caught.value.outcome_unknown
-    assert await store.get_latest(HIGH) == state(HIGH)
-    with pytest.raises(OverloadedError) as caught:
+    error.outcome_unknown = False
+    with pytest.raises(type(error)) as caught:
         await ramp.upsert_latest_many([state(LOW)])
-    assert not caught.value.outcome_unknown, "nothing of it was stored"
+    assert not caught.value.outcome_unknown
+
+
+async def test_a_batch_that_waits_for_one_user_brings_no_other_back() -> None:
+    """It began before the erasure that returned meanwhile."""
+    inner = Down()
+    ramp = Ramp(inner, alternative=MemoryStore(), share=1.0)
+    first, erased = sorted([LOW, HIGH])
+    inner.gate = asyncio.Event()
+    slow = asyncio.create_task(ramp.upsert_latest(state(first)))
+    await settle()
+    batch = asyncio.create_task(ramp.upsert_latest_many([state(first), state(erased)]))
+    await settle()
+    held, inner.gate = inner.gate, None
+    await ramp.delete(erased)
+    held.set()
+    await asyncio.gather(slow, batch)
+    assert await ramp.get_latest(first) == state(first)
+    assert await ramp.get_latest(erased) is None
 
 
 async def test_who_is_in_doubt_is_forgotten_in_time() -> None:
