@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 from layered_store.call import current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.outcomes import may_take_effect, not_happened
-from layered_store.errors import CircuitOpenError, ConfigError, StoreError, StoreTimeoutError
+from layered_store.errors import (
+    CircuitOpenError,
+    ConfigError,
+    ErasureIncompleteError,
+    StoreError,
+    StoreTimeoutError,
+)
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.interface import Op, not_of_user
 from layered_store.layer import AroundLayer, Layer
@@ -187,7 +193,7 @@ class Retry(AroundLayer):
         longest = self._base_delay
         while True:
             if op.is_write and not not_happened(error):
-                doubt = error if doubt is None or not may_take_effect(doubt) else doubt
+                doubt = error if doubt is None or not _did_something(doubt) else doubt
             delay = self.random.uniform(0.0, longest)
             longest = min(longest * 2.0, self._max_delay)
             if not self._may_repeat(op, error, made, delay, self._left(started)):
@@ -273,6 +279,11 @@ class Retry(AroundLayer):
         return hot_path_of(self.inner)
 
 
+def _did_something(exc: StoreError) -> bool:
+    """Tell whether an attempt of a write that raised this may have changed what is stored."""
+    return may_take_effect(exc) or isinstance(exc, ErasureIncompleteError)
+
+
 def _told(error: StoreError, doubt: StoreError | None, made: int) -> StoreError:
     """Return the error to raise after ``made`` attempts.
 
@@ -286,7 +297,7 @@ def _told(error: StoreError, doubt: StoreError | None, made: int) -> StoreError:
             # "Refused, nothing happened" is true of the last attempt only.
             doubt.__cause__ = doubt.__cause__ or error
             error = doubt
-        elif may_take_effect(doubt):
+        elif _did_something(doubt):
             error.outcome_unknown = True
     if made > 1:
         error.add_note(f"layered_store: {made} attempts were made")

@@ -464,6 +464,18 @@ async def test_of_several_failures_the_most_doubtful_is_told() -> None:
     assert unknown.__cause__ is cause
 
 
+@pytest.mark.parametrize("last", [down(), OverloadedError("full")])
+async def test_an_erasure_done_in_part_is_not_hidden_by_a_later_failure(last: StoreError) -> None:
+    """The system of record had erased the user; whoever repeated it in vain must not deny that."""
+    owed = ErasureIncompleteError(pending=("RedisStore",))
+    retry = at_once(Scripted(owed, down(), last), attempts=3)
+    with pytest.raises(StoreError) as caught:
+        await retry.delete("u-1")
+    assert caught.value is owed or caught.value.outcome_unknown
+    if isinstance(last, OverloadedError):
+        assert caught.value is owed
+
+
 @pytest.mark.parametrize(
     "first",
     [
