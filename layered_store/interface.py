@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from layered_store.call import call_under_way
+from layered_store.call import call_begins, call_continues, call_under_way
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import CorruptDataError, StoreError, UnsupportedError, ValidationError
 from layered_store.health import PROBE_SECONDS, HealthReport, HealthStatus, SharedProbe
@@ -123,13 +123,20 @@ class StateStore(ABC):
         When it fails part way, those stored before stay stored, and ``outcome_unknown`` of the
         error is set; repeating the call is safe.
         """
-        for index, snapshot in enumerate(check_snapshots(snapshots, self.snapshot_type)):
-            try:
-                await self.upsert_latest(snapshot)
-            except StoreError as exc:
-                if index:
-                    exc.outcome_unknown = True
-                raise
+        batch = check_snapshots(snapshots, self.snapshot_type)
+        with call_begins() as call:
+            for index, snapshot in enumerate(batch):
+                # By its place: the same state may come twice, with another one in between.
+                own = call.again(call.part(index))
+                try:
+                    with call_continues(own):
+                        await self.upsert_latest(snapshot)
+                except StoreError as exc:
+                    if index:
+                        exc.outcome_unknown = True
+                    raise
+                call.superseded |= own.superseded
+                call.unsure |= own.unsure
 
     async def health_check(self) -> bool:
         """Tell whether the store can serve; never raises for an unhealthy backend."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -36,7 +37,8 @@ from layered_store import (
 from layered_store.coherence.contract import Authority, Capability
 from layered_store.enumerable import Enumerable
 from layered_store.stores.redis import RedisStore
-from layered_store.testing import Recorded, Scripted
+from layered_store.testing import Faults, Recorded, Scripted
+from layered_store.testing.clock import settle
 
 STATE = StateSnapshot("u-1", axes={"a": 0.5})
 
@@ -430,3 +432,46 @@ async def test_a_batch_that_fails_part_way_says_that_it_took_effect(failure: Sto
             await stack.upsert_latest_many(batch)
         assert caught.value.outcome_unknown
         assert await stack.get_latest("u-1") == batch[0]
+
+
+class Passing(StateStore):
+    """A third party's wrapper that has no batches of its own."""
+
+    def __init__(self, inner: StateStore) -> None:
+        self.inner = inner
+        self.gates: list[asyncio.Event] = []
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        for gate in self.gates:
+            await gate.wait()
+        await self.inner.upsert_latest(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        return await self.inner.get_latest(user_id)
+
+    async def delete(self, user_id: str) -> None:
+        await self.inner.delete(user_id)
+
+
+async def test_a_batch_one_by_one_is_stored_as_given_and_once() -> None:
+    """The same state twice in it is two writes; the same batch again is the same writes."""
+    other = StateSnapshot("u-1", axes={"a": 0.7})
+    memory = MemoryStore()
+    flaky = Faults(memory)
+    flaky.fail(fault="error_after", operations=["upsert_latest"])
+    await Retry(Passing(flaky), base_delay=0.0).upsert_latest_many([STATE, other, STATE])
+    assert await memory.get_latest("u-1") == STATE
+    assert await memory.get_history("u-1", 9) == [STATE, other, STATE]
+
+
+async def test_a_batch_one_by_one_began_with_its_first() -> None:
+    """An erasure that returned before the turn of its user came is final."""
+    store = Passing(MemoryStore())
+    store.gates.append(asyncio.Event())
+    batch = asyncio.create_task(store.upsert_latest_many([STATE, StateSnapshot("u-2")]))
+    await settle()
+    await store.delete("u-2")
+    store.gates[0].set()
+    await batch
+    assert await store.get_latest("u-1") == STATE
+    assert await store.get_latest("u-2") is None
