@@ -9,6 +9,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
+from layered_store.running import Ending
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -97,6 +99,7 @@ class Watch:
         self._tasks: list[asyncio.Task[None]] = []
         # Event loops of several threads may come first.
         self._beginning = threading.Lock()
+        self._ending = Ending()
 
     @property
     def kept(self) -> bool:
@@ -137,6 +140,13 @@ class Watch:
                 for task in tasks:
                     loop.call_soon_threadsafe(task.cancel)
             return False
+        if tasks:
+            # Whoever closes may be cancelled; what was cancelled once may go on all the same.
+            self._ending.begin(self._end_all(tasks))
+        await self._ending.wait()
+        return True
+
+    async def _end_all(self, tasks: list[asyncio.Task[None]]) -> None:
         # Again, as long as any goes on: drivers lose a cancellation now and then.
         while left := [task for task in tasks if not task.done()]:
             for task in left:
@@ -145,7 +155,6 @@ class Watch:
                 async with self._clock.timeout(_AGAIN_SECONDS):
                     await asyncio.wait(left)
         await asyncio.gather(*tasks, return_exceptions=True)
-        return True
 
     def begin_anew(self) -> None:
         """In a child of ``os.fork``: be another than the parent, and leave its tasks alone.

@@ -26,7 +26,7 @@ from layered_store.coherence.guarded import GuardedCopies, backlog
 from layered_store.errors import ClosedError, ErasureIncompleteError, StoreError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
-from layered_store.testing.clock import FakeClock
+from layered_store.testing.clock import FakeClock, settle
 
 TICKET = Ticket(b"t", b"g" * 16)
 SECRET = "marked-value"
@@ -691,8 +691,11 @@ def test_closing_after_the_loop_is_closed_is_silent() -> None:
     asyncio.run(world.guard.aclose())
 
 
-async def test_closing_ends_also_when_a_driver_loses_a_cancellation(world: World) -> None:
-    """As redis-py does now and then while it looks for the nodes of a cluster."""
+@pytest.mark.parametrize("gives_up", [False, True])
+async def test_closing_ends_also_when_a_driver_loses_a_cancellation(
+    world: World, *, gives_up: bool
+) -> None:
+    """As redis-py does while it sends; and when whoever closes is cancelled meanwhile."""
     lost: list[str] = []
 
     class Losing(Tier):
@@ -714,6 +717,13 @@ async def test_closing_ends_also_when_a_driver_loses_a_cancellation(world: World
     closing = asyncio.create_task(guard.aclose())
     await world.clock.advance(0.1)
     assert lost and not closing.done()
+    if gives_up:
+        closing.cancel()
+        await settle()
+        assert closing.cancelled()
+        closing = asyncio.create_task(guard.aclose())
+        await settle()
+        assert not closing.done()
     await world.clock.advance(0.2)
     assert closing.done()
     assert asyncio.all_tasks() < before

@@ -16,7 +16,6 @@ from layered_store import (
     HealthReport,
     HealthStatus,
     MemoryStore,
-    OverloadedError,
     Ramp,
     RejectedError,
     Retry,
