@@ -125,9 +125,11 @@ class StateStore(ABC):
         """
         batch = check_snapshots(snapshots, self.snapshot_type)
         with call_begins() as call:
+            fresh = call.first_attempt()
             for index, snapshot in enumerate(batch):
                 # By its place: the same state may come twice, with another one in between.
                 own = call.again(call.part(index))
+                own.fresh = fresh
                 try:
                     with call_continues(own):
                         await self.upsert_latest(snapshot)
