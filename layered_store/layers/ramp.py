@@ -16,10 +16,12 @@ from layered_store.coherence.contract import Invalidations
 from layered_store.coherence.outcomes import QUARANTINE_SECONDS, may_take_effect, not_happened
 from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import (
+    ClosedError,
     ConfigError,
     ErasureIncompleteError,
     StoreError,
     UnavailableError,
+    UnsupportedError,
 )
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
@@ -106,6 +108,7 @@ class Ramp(Layer):
         UnavailableError: from an upsert of the share that ``inner`` took and the alternative did
             not, with ``outcome_unknown``; repeat it.
         ErasureIncompleteError: from ``delete``, when one of the two could not erase.
+        UnsupportedError: from ``delete``, when neither of them can erase.
 
     Order:
         Above ``WriteThrough`` and below ``Cached``, which makes its choice cost nothing on a hit.
@@ -416,7 +419,7 @@ class Ramp(Layer):
         try:
             settled = not self._doubted(user_id)
             pending: list[str] = []
-            first: Exception | None = None
+            errors: list[Exception] = []
             # Until both have erased, only inner tells the truth.
             self._fall_behind([user_id])
             for store in (self.inner, self._other):
@@ -429,16 +432,18 @@ class Ramp(Layer):
                     if not isinstance(exc, Exception):
                         raise
                     # Whatever it was, the other must erase.
-                    first = first or exc
+                    errors.append(exc)
                     nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
                     pending.extend(nested or (store.name,))
-            if first is not None:
+            if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
+                raise errors[0]  # nothing was erased anywhere, and repeating it would not help
+            if errors:
                 raise ErasureIncompleteError(
                     "not every store has the user erased; repeat the delete",
                     pending=pending,
                     layer=self.name,
                     user_id=user_id,
-                ) from first
+                ) from errors[0]
             if settled:
                 self._catch_up([user_id])
         finally:

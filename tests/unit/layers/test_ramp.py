@@ -11,6 +11,7 @@ import pytest
 
 from layered_store import (
     Cached,
+    ClosedError,
     ConfigError,
     ErasureIncompleteError,
     HealthReport,
@@ -765,6 +766,23 @@ async def test_a_delete_that_one_side_missed_says_so() -> None:
         assert await ramp.get_latest(LOW) is None
         assert await inner.get_latest(LOW) is None
         assert await other.get_latest(LOW) is None
+
+
+@pytest.mark.parametrize("kind", [UnsupportedError, ClosedError])
+async def test_a_delete_that_neither_side_can_do_is_not_to_be_repeated(
+    kind: type[StoreError],
+) -> None:
+    """Nothing was erased anywhere, so nothing is left to be finished."""
+    inner, other = Down(), Down()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    await ramp.upsert_latest(state())
+    inner.error, other.error = kind("no"), kind("no")
+    with pytest.raises(kind) as caught:
+        await ramp.delete(LOW)
+    assert caught.value is inner.error
+    assert not caught.value.retryable
+    inner.error = other.error = None
+    assert await ramp.get_latest(LOW) == state()
 
 
 async def test_a_delete_tells_every_tier_that_is_left() -> None:
