@@ -229,6 +229,37 @@ async def test_a_repeated_erasure_spares_what_was_written_since(
     assert await here.get_latest("u-1") is None
 
 
+@pytest.mark.parametrize("erasure", [False, True])
+async def test_a_repeat_is_known_among_the_last_16_writes(server: Server, erasure: bool) -> None:
+    """Of a write and of an erasure, also where no history is kept."""
+    async with RedisStore(server.url) as store:
+        await store.command("FLUSHALL")
+
+        async def attempt() -> None:
+            await (store.delete("u-1") if erasure else store.upsert_latest(state(0)))
+
+        with call_begins() as call:
+            await attempt()
+            for number in range(1, 16):
+                await own_call(store.upsert_latest(state(number)))
+            await attempt()
+        assert call.superseded is not erasure
+        assert await store.get_latest("u-1") == state(15)
+
+
+async def test_a_state_of_the_history_keeps_the_id_of_its_own_write(here: RedisStore) -> None:
+    """Those of others stand with them already."""
+    for number in range(1, 20):
+        await here.upsert_latest(state(number))
+    digest = here.digest("u-1")
+    latest = unpack(await here.command("GET", here.key(digest)))
+    entries = await here.command("LRANGE", here.key(digest, "h"), 0, -1)
+    history = [record for record in map(unpack, entries) if record is not None]
+    assert latest is not None and latest.version == history[0].version == 19
+    assert [ids for record in history[:16] for ids in record.write_ids] == [*latest.write_ids]
+    assert latest.body == history[0].body
+
+
 async def test_a_state_after_an_erasure_is_no_copy_of_a_tier(
     here: RedisStore, there: RedisStore
 ) -> None:

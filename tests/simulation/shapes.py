@@ -233,7 +233,7 @@ SHAPES = {
         Shape("memory", _in_memory, processes=1, bound=None, servers=("sql",), weight=2),
         Shape("unversioned", _unversioned, processes=1, bound=None, batches=0.3, weight=2),
         Shape("nested", _two_levels_alone, processes=1, bound=None, servers=("sql",), weight=2),
-        # A Redis of its own knows a repeat among a user's last four writes, so none comes late
+        # A Redis of its own knows a repeat among a user's last 16 writes, so none comes late
         # by more than a few.
         Shape(
             "redis",

@@ -92,9 +92,10 @@ if moment > 0 then
   end
 end
 local ttl, limit = tonumber(ARGV[7]), tonumber(ARGV[8])
-ids = string.sub(ARGV[1] .. ids, 1, 64)
+ids = string.sub(ARGV[1] .. ids, 1, 256)
 local erasure = moment > 0 and wide(erased) .. wide(moment) or zeros
-local value = 'LS\\1S' .. wide(version + 1) .. erasure .. string.char(#ids / 16) .. ids .. ARGV[2]
+local head = 'LS\\1S' .. wide(version + 1) .. erasure
+local value = head .. string.char(#ids / 16) .. ids .. ARGV[2]
 if ttl > 0 then
   redis.call('SET', KEYS[1], value, 'PX', ttl)
 else
@@ -103,7 +104,7 @@ end
 if limit > 0 then
   local held = redis.call('TYPE', KEYS[2]).ok
   if held ~= 'list' and held ~= 'none' then redis.call('DEL', KEYS[2]) end
-  redis.call('LPUSH', KEYS[2], value)
+  redis.call('LPUSH', KEYS[2], head .. '\\1' .. ARGV[1] .. ARGV[2])
   redis.call('LTRIM', KEYS[2], 0, limit - 1)
   if ttl > 0 then redis.call('PEXPIRE', KEYS[2], ttl) else redis.call('PERSIST', KEYS[2]) end
 end
@@ -128,7 +129,7 @@ ERASE: Final = RedisScript(
     + """
 local version, ids = parse(KEYS[1])
 if find(ids, ARGV[2]) then return 0 end
-ids = string.sub(ARGV[2] .. ids, 1, 64)
+ids = string.sub(ARGV[2] .. ids, 1, 256)
 local value = 'LS\\1D' .. wide(version + 1) .. zeros .. string.char(#ids / 16) .. ids .. wide(now())
 redis.call('SET', KEYS[1], value, 'PX', ARGV[1])
 redis.call('DEL', KEYS[2])
