@@ -152,7 +152,9 @@ class Copy:
         listing = enumerable_of(source)
         if listing is None:
             raise UnsupportedError(
-                "the source cannot list its users; name its system of record", operation="copy"
+                "the source cannot list its users; name its system of record",
+                operation="copy",
+                layer=source.name,
             )
         self._listing = listing
         self._written = enumerable_of(target)

@@ -88,6 +88,12 @@ class StoreError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.args, self.__dict__))
 
+    def placed(self, operation: str, layer: str) -> Self:
+        """Return this error, with the place where it happened unless it names one already."""
+        self.operation = self.operation or operation
+        self.layer = self.layer or layer
+        return self
+
     def fresh(self) -> Self:
         """Return an equal error for one more waiter.
 

@@ -128,7 +128,7 @@ async def explain(
     Raises:
         ValidationError: ``user_id`` is none.
     """
-    check_user_id(user_id, "explain")
+    check_user_id(user_id, "explain", stack)
     now_ms = clock.time() * 1000
     views = Explanation()
     async for index, path, store, peek in _look(stack, user_id):

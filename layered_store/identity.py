@@ -8,7 +8,7 @@ from typing import Final
 
 from layered_store._alphanumeric import ALPHANUMERIC_RANGES
 from layered_store.errors import ConfigError, ValidationError
-from layered_store.options import is_utf8
+from layered_store.options import is_utf8, name_of
 
 __all__ = [
     "DIGEST_BYTES",
@@ -62,12 +62,15 @@ def is_valid_user_id(user_id: object) -> bool:
     return _unicode_id.fullmatch(user_id) is not None and len(user_id.encode()) <= MAX_USER_ID_BYTES
 
 
-def check_user_id(user_id: object, operation: str | None = None) -> None:
+def check_user_id(
+    user_id: object, operation: str | None = None, block: object = None
+) -> None:
     """Raise :class:`ValidationError` unless ``user_id`` may name a user.
 
     Args:
         user_id: what the caller passed.
         operation: the store operation, for the error.
+        block: what refuses it, for the error.
     """
     global _checked  # noqa: PLW0603
     # Each layer of a call asks for the same id, without others in between.
@@ -91,6 +94,7 @@ def check_user_id(user_id: object, operation: str | None = None) -> None:
         message,
         field="user_id",
         operation=operation,
+        layer=name_of(block),
         user_id=user_id if isinstance(user_id, str) else None,
     )
 

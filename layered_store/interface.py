@@ -13,6 +13,7 @@ from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import CorruptDataError, StoreError, UnsupportedError, ValidationError
 from layered_store.health import PROBE_SECONDS, HealthReport, HealthStatus, SharedProbe
 from layered_store.identity import check_user_id
+from layered_store.options import name_of
 from layered_store.sealed import SealedSnapshot
 from layered_store.snapshot import StateSnapshot
 
@@ -87,7 +88,7 @@ class StateStore(ABC):
             ErasureIncompleteError: a tier could not be reached; ``pending`` names it. Repeat.
             UnsupportedError: this store cannot delete.
         """
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         raise UnsupportedError(
             "this store cannot delete; implement delete() on it",
             operation=Op.DELETE,
@@ -104,14 +105,14 @@ class StateStore(ABC):
         Raises:
             ValidationError: ``limit`` is negative or no int.
         """
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         return []
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """Return the latest states of several users by user id; absent users are left out."""
         found = {}
-        for user_id in check_user_ids(user_ids):
+        for user_id in check_user_ids(user_ids, self):
             snapshot = await self.get_latest(user_id)
             if snapshot is not None:
                 found[user_id] = snapshot
@@ -123,7 +124,7 @@ class StateStore(ABC):
         When it fails part way, those stored before stay stored, and ``outcome_unknown`` of the
         error is set; repeating the call is safe.
         """
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         with call_begins() as call:
             fresh = call.first_attempt()
             for index, snapshot in enumerate(batch):
@@ -239,16 +240,21 @@ async def report_of(store: StateStore) -> HealthReport:
     return HealthReport(store.name, HealthStatus.UNHEALTHY, 0.0, message)
 
 
-def check_limit(limit: object) -> int:
+def check_limit(limit: object, block: object = None) -> int:
     """Return ``limit``, or raise ValidationError unless it is an int of at least 0."""
     if type(limit) is not int or limit < 0:
         raise ValidationError(
-            "must be an int of at least 0", field="limit", operation=Op.GET_HISTORY
+            "must be an int of at least 0",
+            field="limit",
+            operation=Op.GET_HISTORY,
+            layer=name_of(block),
         )
     return limit
 
 
-def listed(values: Iterable[T], field: str, operation: str) -> tuple[T, ...]:
+def listed(
+    values: Iterable[T], field: str, operation: str, block: object = None
+) -> tuple[T, ...]:
     """Return what a batch was given as a tuple; a text or a lone value is refused.
 
     An iterator can be read once only, and a call may be repeated; a store that empties the list it
@@ -265,14 +271,15 @@ def listed(values: Iterable[T], field: str, operation: str) -> tuple[T, ...]:
         f"must be a list (or another iterable), not one {type(values).__name__}",
         field=field,
         operation=operation,
+        layer=name_of(block),
     )
 
 
-def check_user_ids(user_ids: Iterable[str]) -> tuple[str, ...]:
+def check_user_ids(user_ids: Iterable[str], block: object = None) -> tuple[str, ...]:
     """Return the ids of a batch of reads, each once, or raise ValidationError."""
-    wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+    wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, block)
     for user_id in wanted:
-        check_user_id(user_id, Op.GET_LATEST_MANY)
+        check_user_id(user_id, Op.GET_LATEST_MANY, block)
     return tuple(dict.fromkeys(wanted))
 
 
@@ -335,17 +342,20 @@ def check_history(found: object, user_id: str, layer: str) -> list[StateSnapshot
 
 
 def check_snapshots(
-    snapshots: Iterable[StateSnapshot], snapshot_type: type[StateSnapshot]
+    snapshots: Iterable[StateSnapshot], snapshot_type: type[StateSnapshot], block: object = None
 ) -> tuple[StateSnapshot, ...]:
     """Return the snapshots of a batch of writes, or raise ValidationError for a bad one."""
-    batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
+    batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY, block)
     for snapshot in batch:
-        check_snapshot(snapshot, snapshot_type, Op.UPSERT_LATEST_MANY)
+        check_snapshot(snapshot, snapshot_type, Op.UPSERT_LATEST_MANY, block)
     return batch
 
 
 def check_snapshot(
-    snapshot: object, snapshot_type: type[StateSnapshot], operation: str = Op.UPSERT_LATEST
+    snapshot: object,
+    snapshot_type: type[StateSnapshot],
+    operation: str = Op.UPSERT_LATEST,
+    block: object = None,
 ) -> None:
     """Raise ValidationError unless ``snapshot`` is a valid one of exactly ``snapshot_type``.
 
@@ -357,6 +367,7 @@ def check_snapshot(
             " with snapshot_type= to keep a subclass with all its fields",
             field="snapshot",
             operation=operation,
+            layer=name_of(block),
         )
     call = call_under_way()
     if call is not None and call.sound is snapshot:
@@ -365,6 +376,7 @@ def check_snapshot(
         snapshot.validate()
     except ValidationError as exc:
         exc.operation = exc.operation or operation
+        exc.layer = exc.layer or name_of(block)
         raise
     if call is not None and type(snapshot) is StateSnapshot:  # a subclass may hold what changes
         call.sound = snapshot

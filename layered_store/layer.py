@@ -73,7 +73,7 @@ class Layer(StateStore):
         return check_history(await self.inner.get_history(user_id, limit), user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, self)
         return check_states(await self.inner.get_latest_many(wanted), wanted, self)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
@@ -194,11 +194,11 @@ class AroundLayer(Layer):
         return await self.around(Op.GET_HISTORY, super().get_history, user_id, limit)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, self)
         return await self.around(Op.GET_LATEST_MANY, super().get_latest_many, wanted)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
+        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY, self)
         with call_begins(self._call_clock()):
             await self.around(Op.UPSERT_LATEST_MANY, self.inner.upsert_latest_many, batch)
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_snapshot_type",
     "check_store",
     "is_utf8",
+    "name_of",
     "nearest",
 ]
 
@@ -168,7 +169,7 @@ def check_store(value: object, option: str, owner: object) -> Any:
         raise ConfigError(
             f"must be a StateStore; pass an instance, {value.__name__}(...), not the class",
             option=option,
-            layer=_name_of(owner),
+            layer=name_of(owner),
         )
     remedy = "pass an instance, such as MemoryStore()"
     raise _refuse(f"must be a StateStore; {remedy}", option, owner, value)
@@ -179,10 +180,10 @@ def _refuse(message: str, option: str, owner: object, value: object) -> ConfigEr
     shown = repr(value) if isinstance(value, float | bool | None) else type_of(value).__name__
     if type_of(value) is int:
         shown = str(value) if abs(value) < _SHOWN_BELOW else "a huge int"
-    return ConfigError(f"{message}, not {shown}", option=option, layer=_name_of(owner))
+    return ConfigError(f"{message}, not {shown}", option=option, layer=name_of(owner))
 
 
-def _name_of(owner: object) -> str | None:
+def name_of(owner: object) -> str | None:
     """Return what an error names: a function, the class of a block, or nothing."""
     if owner is None:
         return None

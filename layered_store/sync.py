@@ -96,12 +96,12 @@ class SyncStore:
 
     def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         """See :meth:`StateStore.get_latest_many`."""
-        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, self)
         return self._call(Op.GET_LATEST_MANY, lambda stack: stack.get_latest_many(wanted))
 
     def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         """See :meth:`StateStore.upsert_latest_many`."""
-        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY)
+        batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY, self)
         self._call(Op.UPSERT_LATEST_MANY, lambda stack: stack.upsert_latest_many(batch))
 
     def health_check(self) -> bool:

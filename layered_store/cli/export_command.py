@@ -54,7 +54,11 @@ def command(stack: str, user: str | None, output: str, *, everyone: bool) -> Non
             return (1 if line else 0), 0
         listing = enumerable_of(store)
         if listing is None:
-            raise UnsupportedError("this stack's system of record cannot list its users")
+            raise UnsupportedError(
+                "this stack's system of record cannot list its users",
+                operation="export",
+                layer=store.name,
+            )
         count = unreadable = 0
         with (
             click.open_file(output, "w", encoding="utf-8") as file,

@@ -15,10 +15,12 @@ LATEST_SECONDS: Final = TOMBSTONE_SECONDS - 3_600.0
 """How long ago a write may have begun: an hour less, for clocks that were set."""
 
 
-def too_late() -> UnavailableError:
+def too_late(operation: str | None = None, layer: str | None = None) -> UnavailableError:
     """Return the error of a write that began before tombstones that may be forgotten by now."""
     return UnavailableError(
         "the write began so long ago that an erasure since then may be forgotten; nothing was"
         " stored, call again",
+        operation=operation,
+        layer=layer,
         retryable=False,
     )

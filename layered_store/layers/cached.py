@@ -213,7 +213,7 @@ class Cached(Layer):
         try:
             entry = self._entries.get(user_id)
         except TypeError:
-            check_user_id(user_id, Op.GET_LATEST)
+            check_user_id(user_id, Op.GET_LATEST, self)
             raise
         if entry is not None:
             now = self._monotonic()
@@ -252,7 +252,7 @@ class Cached(Layer):
                 return result  # type: ignore[no-any-return]
         elif flight is None or flight.loop.is_closed():
             if self._channel is None and not self._held.quarantine:
-                check_user_id(user_id, Op.GET_LATEST)
+                check_user_id(user_id, Op.GET_LATEST, self)
                 flight = self._flights[user_id] = Flight(loop)
             else:
                 flight = self._takeoff(user_id, loop)
@@ -283,7 +283,7 @@ class Cached(Layer):
         return value
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = check_user_ids(user_ids)
+        wanted = check_user_ids(user_ids, self)
         loop = running_loop()
         if loop is not self._following and self._channel is not None:
             await self._follow_channel(self._channel)
@@ -349,7 +349,7 @@ class Cached(Layer):
         self._following = asyncio.get_running_loop()
 
     def _takeoff(self, user_id: str, loop: asyncio.AbstractEventLoop) -> Flight:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         flight = Flight(loop)
         self._held.take_off(user_id, flight)
         if self._channel is not None and self._monotonic() >= self._trust.lease_until:
@@ -539,7 +539,7 @@ class Cached(Layer):
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         with call_begins(self.clock) as call:
-            check_snapshot(snapshot, self.snapshot_type)
+            check_snapshot(snapshot, self.snapshot_type, block=self)
             user_id = snapshot.user_id
             if self._following is None and self._channel is not None:
                 await self._follow_channel(self._channel)
@@ -552,7 +552,7 @@ class Cached(Layer):
         self._held.write_ends(user_id, snapshot, call.version, kept=not call.superseded)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         last = {snapshot.user_id: snapshot for snapshot in batch}
         for user_id in last:
             self._held.write_begins(user_id)
@@ -567,7 +567,7 @@ class Cached(Layer):
             self._held.write_ends(user_id, snapshot, 0, kept=not call.superseded)
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         self._held.write_begins(user_id)
         try:
             await self.inner.delete(user_id)

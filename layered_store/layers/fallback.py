@@ -105,7 +105,7 @@ class Fallback(Layer):
         return check_state(found, user_id, self)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY)
+        wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, self)
         try:
             found = await self.inner.get_latest_many(wanted)
         except (UnavailableError, RejectedError) as exc:
@@ -141,7 +141,7 @@ class Fallback(Layer):
                 del first  # it holds this frame
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         # One erasure, also where both stores are ways to the same database.
         with call_begins():
             await self._delete(user_id)

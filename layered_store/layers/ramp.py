@@ -249,7 +249,7 @@ class Ramp(Layer):
     # Reading
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         if not self.takes(user_id):
             self._reads["inner"] += 1
             found = await self._latest_of(self.inner, user_id)
@@ -271,8 +271,8 @@ class Ramp(Layer):
         return turn is not None and turn.to_other
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         if not self.takes(user_id):
             return await self._history_of(self.inner, user_id, limit)
         found = await self._history_of(self._other, user_id, limit)
@@ -291,7 +291,7 @@ class Ramp(Layer):
         return check_history(await store.get_history(user_id, limit), user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = check_user_ids(user_ids)
+        wanted = check_user_ids(user_ids, self)
         other = [user_id for user_id in wanted if self.takes(user_id)]
         found: dict[str, StateSnapshot] = {}
         if other:
@@ -315,7 +315,7 @@ class Ramp(Layer):
     # Writing
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         with call_begins(self.clock) as call:
             if self.alternative is not None:
                 await self._write([snapshot], Op.UPSERT_LATEST, call)
@@ -324,7 +324,7 @@ class Ramp(Layer):
                 await ways[snapshot.user_id].upsert_latest(snapshot)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         with call_begins(self.clock) as call:
             if self.alternative is not None:
                 await self._write(batch, Op.UPSERT_LATEST_MANY, call)
@@ -410,7 +410,7 @@ class Ramp(Layer):
         )
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         if self.alternative is None:
             with self._writing([user_id]) as ways:
                 await ways[user_id].delete(user_id)

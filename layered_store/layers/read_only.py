@@ -57,15 +57,15 @@ class ReadOnly(Layer):
         super().__post_init__()
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> NoReturn:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         self.refuse(Op.UPSERT_LATEST, snapshot.user_id)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> NoReturn:
-        check_snapshots(snapshots, self.snapshot_type)
+        check_snapshots(snapshots, self.snapshot_type, self)
         self.refuse(Op.UPSERT_LATEST_MANY)
 
     async def delete(self, user_id: str) -> NoReturn:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         self.refuse(Op.DELETE, user_id)
 
     def refuse(self, operation: str, user_id: str | None = None) -> NoReturn:

@@ -210,7 +210,7 @@ class Shadow(Layer):
         return found
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = check_user_ids(user_ids)
+        wanted = check_user_ids(user_ids, self)
         found = await super().get_latest_many(wanted)
         for user_id in wanted:
             self.compare(user_id, found.get(user_id))
@@ -257,12 +257,12 @@ class Shadow(Layer):
     # Writing
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         with call_begins(self.clock) as call:
             await self.mirror([snapshot], call, lambda: self.inner.upsert_latest(snapshot))
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         with call_begins(self.clock) as call:
             await self.mirror(batch, call, lambda: self.inner.upsert_latest_many(batch))
 
@@ -348,7 +348,7 @@ class Shadow(Layer):
     # Erasing
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         await self.erase(user_id, lambda: self.inner.delete(user_id))
 
     async def erase(self, user_id: str, erase: Callable[[], Awaitable[T]]) -> T:
@@ -569,7 +569,7 @@ class _Mirroring(View):
         return records
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
-        check_snapshot(snapshot, self.layer.snapshot_type)
+        check_snapshot(snapshot, self.layer.snapshot_type, block=self.layer)
         with call_begins(self.layer.clock) as call:
             record: Versioned = await self.layer.mirror(
                 [snapshot], call, lambda: self.target.write(snapshot)
@@ -577,7 +577,7 @@ class _Mirroring(View):
         return record
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
-        batch = check_snapshots(snapshots, self.layer.snapshot_type)
+        batch = check_snapshots(snapshots, self.layer.snapshot_type, self.layer)
         with call_begins(self.layer.clock) as call:
             records: Mapping[str, Versioned] = await self.layer.mirror(
                 batch, call, lambda: self.target.write_many(batch)
@@ -585,7 +585,7 @@ class _Mirroring(View):
         return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self.layer)
         version: int = await self.layer.erase(user_id, lambda: self.target.erase(user_id, tiers))
         return version
 

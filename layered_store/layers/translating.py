@@ -104,27 +104,27 @@ class TranslatingLayer(Layer):
     # The operations
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         below = self.id_below(snapshot.user_id, Op.UPSERT_LATEST)
         with call_begins(), _ErrorsOf({below: snapshot.user_id}):
             await self.inner.upsert_latest(self.down(snapshot))
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         below = self.id_below(user_id, Op.GET_LATEST)
         with _ErrorsOf({below: user_id}):
             kept = await self.inner.get_latest(below)
         return None if kept is None else self.opened(kept, user_id, Op.GET_LATEST)
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         below = self.id_below(user_id, Op.DELETE)
         with _ErrorsOf({below: user_id}):
             await self.inner.delete(below)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         below = self.id_below(user_id, Op.GET_HISTORY)
         with _ErrorsOf({below: user_id}):
             kept: object = await self.inner.get_history(below, limit)
@@ -172,12 +172,12 @@ class TranslatingLayer(Layer):
 
     def ids_below(self, user_ids: Iterable[str], operation: str) -> dict[str, str]:
         """Return callers' ids by the ids below, each user once, all checked first."""
-        wanted = check_user_ids(user_ids)
+        wanted = check_user_ids(user_ids, self)
         return {self.id_below(user_id, operation): user_id for user_id in wanted}
 
     def checked_batch(self, snapshots: Iterable[StateSnapshot]) -> tuple[StateSnapshot, ...]:
         """Return the snapshots as a tuple, all of them checked, their ids below as well."""
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         for snapshot in batch:
             self.id_below(snapshot.user_id, Op.UPSERT_LATEST_MANY)
         return batch
@@ -276,7 +276,7 @@ class _AuthorityView(_View):
         return self.digest_from(self.target.digest)  # type: ignore[no-any-return]
 
     async def read(self, user_id: str) -> Versioned:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self.layer)
         below = self.layer.id_below(user_id, Op.GET_LATEST)
         with _ErrorsOf({below: user_id}):
             kept = await self.target.read(below)
@@ -297,7 +297,7 @@ class _AuthorityView(_View):
         return found
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
-        check_snapshot(snapshot, self.layer.snapshot_type)
+        check_snapshot(snapshot, self.layer.snapshot_type, block=self.layer)
         below = self.layer.id_below(snapshot.user_id, Op.UPSERT_LATEST)
         with call_begins():
             kept = self.layer.down(snapshot)
@@ -324,14 +324,14 @@ class _AuthorityView(_View):
         return self.layer.record(record, snapshot.user_id, Op.UPSERT_LATEST)
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self.layer)
         below = self.layer.id_below(user_id, Op.DELETE)
         with _ErrorsOf({below: user_id}):
             version: int = await self.target.erase(below, tiers)
         return version
 
     async def debts(self, user_id: str) -> Sequence[str]:
-        check_user_id(user_id, "debts")
+        check_user_id(user_id, "debts", self.layer)
         below = self.layer.id_below(user_id, "debts")
         with _ErrorsOf({below: user_id}):
             found: Sequence[str] = await self.target.debts(below)
@@ -346,7 +346,7 @@ class _TierView(_View):
         return self.digest_from(self.target.digest)  # type: ignore[no-any-return]
 
     async def read(self, user_id: str) -> TierRead:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self.layer)
         below = self.layer.id_below(user_id, Op.GET_LATEST)
         with _ErrorsOf({below: user_id}):
             kept = await self.target.read(below)

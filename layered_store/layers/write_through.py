@@ -117,7 +117,7 @@ class WriteThrough(Layer):
             self._guard = GuardedCopies(tier, self._authority, self.clock)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         if self._guard is not None:
             return await self._guard.get_latest(user_id)
         try:
@@ -144,7 +144,7 @@ class WriteThrough(Layer):
         return snapshot
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        wanted = check_user_ids(user_ids)
+        wanted = check_user_ids(user_ids, self)
         if self._guard is not None:
             return await self._guard.get_latest_many(wanted)
         try:
@@ -180,7 +180,7 @@ class WriteThrough(Layer):
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         with call_begins(self.clock) as call:
-            check_snapshot(snapshot, self.snapshot_type)
+            check_snapshot(snapshot, self.snapshot_type, block=self)
             user_id = snapshot.user_id
             if self._guard is not None:
                 await self._guard.upsert_latest(snapshot)
@@ -200,7 +200,7 @@ class WriteThrough(Layer):
                 self._copies.end(user_id, turn)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         with call_begins(self.clock) as call:
             if self._guard is not None:
                 await self._guard.upsert_latest_many(batch)
@@ -226,7 +226,7 @@ class WriteThrough(Layer):
                     self._copies.end(user_id, turn)
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         try:
             with call_begins(self.clock):
                 if self._guard is not None:

@@ -77,7 +77,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         self._closed = False
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         self._check_open(Op.GET_LATEST)
         row = self._users.get(user_id)
         snapshot = None if row is None else row.snapshot
@@ -85,8 +85,8 @@ class MemoryStore(StoreOfRecord, Enumerable):
         return snapshot
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         self._check_open(Op.GET_HISTORY)
         with self._lock:
             row = self._users.get(user_id)
@@ -123,7 +123,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
         for user_id in user_ids:
-            check_user_id(user_id, Op.GET_LATEST_MANY)
+            check_user_id(user_id, Op.GET_LATEST_MANY, self)
         self._check_open(Op.GET_LATEST_MANY)
         with self._lock:
             rows = {user_id: self._users.get(user_id) for user_id in user_ids}
@@ -135,7 +135,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
             }
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         with self._lock:
@@ -146,7 +146,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
         for snapshot in snapshots:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY, self)
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         with self._lock:
@@ -159,7 +159,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         self._check_open(Op.DELETE)
         write_id = current_call(self.clock).write_id
         with self._lock:
@@ -260,7 +260,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         row = self._users.get(user_id)
         if row is None:
             if order < self._forgotten.order:
-                raise too_late()
+                raise too_late(Op.UPSERT_LATEST, self.name)
             row = self._users[user_id] = self._new_row()
         if order < row.erased_order or write_id in row.write_ids:
             return Versioned(row.version, row.snapshot)

@@ -29,7 +29,7 @@ class StoreOfRecord(StateStore, Authority):
         await self.erase(user_id)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
-        records = await self.read_many(check_user_ids(user_ids))
+        records = await self.read_many(check_user_ids(user_ids, self))
         return {
             user_id: record.snapshot
             for user_id, record in records.items()
@@ -37,7 +37,7 @@ class StoreOfRecord(StateStore, Authority):
         }
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY))
+        await self.write_many(listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY, self))
 
 
 def outdone(snapshots: Sequence[StateSnapshot], records: Mapping[str, Versioned]) -> bool:

@@ -61,7 +61,9 @@ class Connection:
             return ServerRun(fields["run_id"], version[0])
         except (KeyError, ValueError):
             raise UnavailableError(
-                "the server does not tell its run id; INFO must be allowed"
+                "the server does not tell its run id; INFO must be allowed",
+                operation="command",
+                layer=self._store.name,
             ) from None
 
     async def _done(self, step: Awaitable[Any]) -> Any:

@@ -111,6 +111,7 @@ class Scripts:
             del self.loaded[each]
         return UnavailableError(
             "the server of the cache tier changed; it is repaired before it is believed",
+            operation="command",
             layer=self._store.name,
         )
 
@@ -163,6 +164,7 @@ class Scripts:
                 if sharded and run.major < _SHARDED_SINCE:
                     raise UnavailableError(
                         "a cluster as a shared cache tier needs Redis 7 (sharded channels)",
+                        operation="command",
                         layer=self._store.name,
                         retryable=False,
                     )

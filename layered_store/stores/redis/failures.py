@@ -121,19 +121,19 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
     """Return what a failure means to a caller; raise it ``from exc``.
 
     Args:
-        exc: what went wrong; one of ours is returned as it is.
+        exc: what went wrong; one of ours is returned, with its place.
         operation: the store operation.
         layer: the store's name.
         write: whether the call may have changed something if the server received it.
     """
     if isinstance(exc, StoreError):
-        return exc
+        return exc.placed(operation, layer)
     place: Any = {"operation": operation, "layer": layer}
     if isinstance(exc, NotSentError):
-        inner = translate(exc.__cause__ or TimeoutError(), write=False, **place)
-        if inner is exc.__cause__:  # one of ours that many share, and that nobody named yet
-            inner = inner.fresh()
-            inner.operation, inner.layer = operation, layer
+        cause = exc.__cause__ or TimeoutError()
+        if isinstance(cause, StoreError):
+            cause = cause.fresh()  # many share it
+        inner = translate(cause, write=False, **place)
         inner.outcome_unknown = False
         return inner
     name = type(exc).__name__

@@ -189,7 +189,7 @@ class RedisStore(StateStore, Enumerable):
         self._corrupt = 0
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         call = current_call(self.clock)
         write = self._write(snapshot, call.id_of(snapshot), call, first=call.first_attempt())
         sent = self.clock.monotonic()
@@ -199,7 +199,7 @@ class RedisStore(StateStore, Enumerable):
             call.superseded = True
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         try:
             link = self._link
             if link is None or link.loop is not running_loop():
@@ -225,7 +225,7 @@ class RedisStore(StateStore, Enumerable):
         return None
 
     async def delete(self, user_id: str) -> None:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         digest = self.digest(user_id)
         command: Command = (
             "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
@@ -236,8 +236,8 @@ class RedisStore(StateStore, Enumerable):
             self._erasures_of(digest).made(digest, version, next_order())
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         count = min(limit, self.history_limit)
         if not count:
             self._link_here(Op.GET_HISTORY)
@@ -254,7 +254,7 @@ class RedisStore(StateStore, Enumerable):
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         by_bucket: dict[str, list[tuple[str, bytes]]] = {}
-        for user_id in check_user_ids(user_ids):
+        for user_id in check_user_ids(user_ids, self):
             digest = self.digest(user_id)
             place = by_bucket.setdefault(self.bucket_of(digest), [])
             place.append((user_id, self.key(digest)))
@@ -291,7 +291,7 @@ class RedisStore(StateStore, Enumerable):
         return found
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
-        batch = check_snapshots(snapshots, self.snapshot_type)
+        batch = check_snapshots(snapshots, self.snapshot_type, self)
         link = self._link_here(Op.UPSERT_LATEST_MANY)
         if not batch:
             return

@@ -52,7 +52,7 @@ class ChangeLog:
 
     async def changes(self, cursor: str, limit: int) -> Changes:
         """Return a page of what changed behind the cursor, each user once."""
-        position, after, issued = _read_cursor(cursor)
+        position, after, issued = self._position_of(cursor)
 
         async def work(session: Session) -> tuple[int, int, bool, Sequence[Any]]:
             # First the horizon: all below it is committed, so the second statement sees it.
@@ -124,7 +124,7 @@ class ChangeLog:
     async def covers(self, cursor: str) -> bool:
         """Tell whether nothing behind the cursor is forgotten yet; another store's never counts."""
         try:
-            position, _, issued = _read_cursor(cursor)
+            position, _, issued = self._position_of(cursor)
         except ValidationError:
             return False
         horizon, now_us = await self._access.run("covers", self._horizon)
@@ -143,9 +143,10 @@ class ChangeLog:
             )
         return found.horizon, found.now_us
 
-
-def _read_cursor(cursor: str) -> tuple[int, bytes, int]:
-    found = _CURSOR(cursor) if isinstance(cursor, str) else None
-    if found is None:
-        raise ValidationError("is not one of this store's", field="cursor")
-    return int(found[1]), bytes.fromhex(found[2]), int(found[3])
+    def _position_of(self, cursor: str) -> tuple[int, bytes, int]:
+        found = _CURSOR(cursor) if isinstance(cursor, str) else None
+        if found is None:
+            raise ValidationError(
+                "is not one of this store's", field="cursor", operation="changes", layer=self._name
+            )
+        return int(found[1]), bytes.fromhex(found[2]), int(found[3])

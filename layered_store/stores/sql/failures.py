@@ -116,13 +116,13 @@ def translate(
     """Return what a driver's or SQLAlchemy's error means to a caller; raise it ``from exc``.
 
     Args:
-        exc: the error; one of ours is returned as it is.
+        exc: the error; one of ours is returned, with its place.
         operation: the store operation.
         layer: the store's name.
         outcome_unknown: whether a commit had been sent.
     """
     if isinstance(exc, StoreError):
-        return exc
+        return exc.placed(operation, layer)
     place: Any = {"operation": operation, "layer": layer, "outcome_unknown": outcome_unknown}
     if isinstance(exc, ModuleNotFoundError):
         return StoreError(

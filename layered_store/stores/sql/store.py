@@ -211,7 +211,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         return self._access.tables.metadata
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST)
+        check_user_id(user_id, Op.GET_LATEST, self)
         # As ``_read`` does; written out, since by far most calls pass here.
         try:
             if self._closed:
@@ -238,8 +238,8 @@ class SQLStore(StoreOfRecord, Enumerable):
         return snapshot
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        check_user_id(user_id, Op.GET_HISTORY)
-        check_limit(limit)
+        check_user_id(user_id, Op.GET_HISTORY, self)
+        check_limit(limit, self)
         self._check_open(Op.GET_HISTORY)
         rows = min(limit, _MAX_INT if self.history_limit is None else self.history_limit)
         if rows == 0:
@@ -323,7 +323,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         asked for alone, it raises.
         """
         for user_id in user_ids:
-            check_user_id(user_id, Op.GET_LATEST_MANY)
+            check_user_id(user_id, Op.GET_LATEST_MANY, self)
         if len(user_ids) == 1:
             try:
                 return {user_ids[0]: await self._read(user_ids[0], Op.GET_LATEST_MANY)}
@@ -357,7 +357,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         return records
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
-        check_snapshot(snapshot, self.snapshot_type)
+        check_snapshot(snapshot, self.snapshot_type, block=self)
         self._check_open(Op.UPSERT_LATEST)
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
@@ -373,7 +373,7 @@ class SQLStore(StoreOfRecord, Enumerable):
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
         for snapshot in snapshots:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY)
+            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY, self)
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         fresh = call.first_attempt()
@@ -399,7 +399,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         return records
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
-        check_user_id(user_id, Op.DELETE)
+        check_user_id(user_id, Op.DELETE, self)
         self._check_open(Op.DELETE)
         digest = self._digest(user_id)
         call = current_call(self.clock)
@@ -419,7 +419,7 @@ class SQLStore(StoreOfRecord, Enumerable):
             raise self._own_error(result, "settle", self.name)
 
     async def debts(self, user_id: str) -> Sequence[str]:
-        check_user_id(user_id, "debts")
+        check_user_id(user_id, "debts", self)
         self._check_open("debts")
         values = {"at_digest": self._digest(user_id)}
 
@@ -472,7 +472,7 @@ class SQLStore(StoreOfRecord, Enumerable):
     # How operations go out.
 
     async def _read(self, user_id: str, op: Op) -> Versioned:
-        check_user_id(user_id, op)
+        check_user_id(user_id, op, self)
         try:
             self._check_open(op)
             row = await self._row(self._digest(user_id), op)

@@ -158,9 +158,12 @@ def test_many_who_were_not_sent_each_have_an_error_of_their_own() -> None:
 
 
 def test_ours_is_returned_as_it_is() -> None:
-    """What a link raised on purpose is not translated again."""
+    """What a link raised on purpose is not translated again, and told where if it does not say."""
     error = UnavailableError("mine")
     assert translate(error, operation="delete", layer="RedisStore", write=True) is error
+    assert str(error) == "RedisStore.delete: mine"
+    assert translate(error, operation="get_latest", layer="Other", write=False) is error
+    assert str(error) == "RedisStore.delete: mine"
 
 
 def test_a_circle_of_causes_ends() -> None:
