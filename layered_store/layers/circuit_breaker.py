@@ -101,7 +101,8 @@ class Circuit:
 
     Every change of state begins a new era. A call belongs to the era in which it was admitted, and
     its outcome counts only while that lasts: what began before the circuit opened says nothing
-    about the store of now.
+    about the store of now. A trial that does not end counts as failed after ``window`` seconds, or
+    ``open_for`` where that is longer; it goes on, and its outcome counts no more.
 
     Args:
         failure_share: share of failed calls at which it opens.
@@ -123,6 +124,8 @@ class Circuit:
         "_open_for",
         "_random",
         "_trial",
+        "_trial_ends",
+        "_trial_for",
         "_until",
         "_window",
         "state",
@@ -143,6 +146,7 @@ class Circuit:
         self._minimum_calls = minimum_calls
         self._open_for = open_for
         self._max_open_for = max_open_for
+        self._trial_for = max(window, open_for)
         self._monotonic = monotonic
         self._random = random
         self._window = _Window(window)
@@ -150,6 +154,7 @@ class Circuit:
         self._era = 0
         self._until = 0.0
         self._trial = False
+        self._trial_ends = 0.0
         self._failed_trials = 0
 
     @property
@@ -168,10 +173,16 @@ class Circuit:
         """Let a call pass: return what :meth:`settle` needs afterwards, or None to refuse it."""
         if self.state is CircuitState.CLOSED:
             return self._era
-        if self._trial or (self.state is CircuitState.OPEN and self._monotonic() < self._until):
+        now = self._monotonic()
+        if self._trial and now >= self._trial_ends:
+            self._trial = False
+            self._failed_trials += 1
+            self._open()
+        if self._trial or (self.state is CircuitState.OPEN and now < self._until):
             return None
         self.state = CircuitState.HALF_OPEN
         self._trial = True
+        self._trial_ends = now + self._trial_for
         self._era += 1
         return self._era
 
@@ -253,7 +264,9 @@ class CircuitBreaker(AroundLayer):
         ``CircuitBreaker(WriteThrough(cache, origin=db))``: the tiers fail separately.
 
     Cancellation:
-        A cancelled call is no failure; a cancelled trial leaves its place to the next call.
+        A cancelled call is no failure; a cancelled trial leaves its place to the next call. A trial
+        that has not ended after ``window`` seconds (``open_for`` where that is longer) counts as
+        failed, and goes on for its caller.
     """
 
     failure_share: float = field(default=0.5, kw_only=True)
@@ -300,6 +313,8 @@ class CircuitBreaker(AroundLayer):
         self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         era = self._circuit.admit()
+        if self._circuit.state is not self._told:
+            self._tell()
         if era is None:
             raise CircuitOpenError(
                 self._reason(),
@@ -307,8 +322,6 @@ class CircuitBreaker(AroundLayer):
                 operation=op,
                 layer=self.name,
             )
-        if self._circuit.state is not self._told:
-            self._tell()
         failed: bool | None = None
         try:
             result = await method(*args, **kwargs)

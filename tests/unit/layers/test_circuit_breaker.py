@@ -255,6 +255,39 @@ async def test_a_cancelled_trial_frees_its_place() -> None:
     assert len(inner.calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "limit"), [({}, 30), ({"window": 2}, 5), ({"open_for": 40}, 40)]
+)
+async def test_a_trial_that_hangs_counts_as_failed(
+    options: dict[str, Any], limit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no limit below; its caller goes on, and what comes of it changes nothing any more."""
+    caplog.set_level("INFO", logger="layered_store")
+    clock = FakeClock()
+    gate = Gate()
+    breaker, inner = await opened(gate, STATE, clock=clock, **options)
+    await clock.advance(breaker.open_for)
+    trial = asyncio.create_task(breaker.get_latest("u-1"))
+    await gate.entered.wait()
+    await clock.advance(limit - 0.1)
+    assert await call(breaker) == [CircuitOpenError]
+    assert breaker.state is HALF_OPEN
+    await clock.advance(0.1)
+    with pytest.raises(CircuitOpenError) as refused:
+        await breaker.get_latest("u-1")
+    assert breaker.state is OPEN
+    assert refused.value.retry_after == breaker.open_for
+    gate.open(None)
+    assert await trial is None
+    assert breaker.state is OPEN
+    await clock.advance(breaker.open_for)
+    assert await call(breaker) == [None]
+    assert breaker.state is CLOSED
+    assert len(inner.calls) == 2
+    told = [record.event for record in caplog.records]  # type: ignore[attr-defined]
+    assert told == ["circuit_opened", "circuit_half_open"] * 2 + ["circuit_closed"]
+
+
 async def test_a_trial_that_says_nothing_frees_its_place() -> None:
     """A refused argument is no verdict on the store."""
     clock = FakeClock()
