@@ -46,16 +46,17 @@ class Startup:
     async def ready(self) -> None:
         """Begin what does not run yet; the first callers wait, at most 1 s and once."""
         watch, loop = self.watch, asyncio.get_running_loop()
-        if watch.loop is loop or watch.closed:
+        here = watch.loop is loop
+        if watch.closed or (here and not watch.resumes):
             self._follow()
             if watch.ready is None or watch.ready.is_set():
-                self.steady = loop if watch.loop is loop else None
+                self.steady = loop if here and not watch.lapsed else None
                 return
         else:
             if not watch.begin(loop):
                 return  # the loop that came first keeps watch for all
             self.leases.distrust()
-            watch.keep(self.repair.run())
+            watch.keep(self.repair.run(), self.look_again)
             self._follow()
         ready = watch.ready
         assert ready is not None
@@ -77,7 +78,7 @@ class Startup:
             if watch.closed:
                 return
             watch.listening = True
-            watch.keep(self.channel.follow())
+            watch.keep(self.channel.follow(), self.look_again)
 
     def look_again(self) -> None:
         """Have the next call begin what does not run yet."""

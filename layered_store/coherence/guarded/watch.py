@@ -7,18 +7,23 @@ import contextlib
 import contextvars
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from layered_store.running import Ending
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from layered_store.clock import Clock
 
 __all__ = ["Signal", "Watch", "spawn"]
 
 _AGAIN_SECONDS: Final = 0.2
+
+_LAPSE_SECONDS: Final = 1.0
+"""How long nothing begins anew after others cancelled what ran: an event loop that is about to end
+has its tasks cancelled too, and whoever tidies up there would leave new ones behind."""
 
 # Tasks of the process that this one was forked from.
 _parents: Final[list[asyncio.Task[None]]] = []
@@ -100,6 +105,18 @@ class Watch:
         # Event loops of several threads may come first.
         self._beginning = threading.Lock()
         self._ending = Ending()
+        self._lapsed_at: float | None = None
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether others ended what ran here, as by cancelling all tasks of the event loop."""
+        return self._lapsed_at is not None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether that is so long ago that the event loop goes on, and all may begin anew."""
+        lapsed_at = self._lapsed_at
+        return lapsed_at is not None and self._clock.monotonic() >= lapsed_at + _LAPSE_SECONDS
 
     @property
     def kept(self) -> bool:
@@ -109,19 +126,35 @@ class Watch:
     def begin(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Keep watch on this event loop, the running one, from now on; False: another one does."""
         with self._beginning:
-            if self.kept:
+            if self.kept and self.loop is not loop:
                 return False
+            if self.loop is loop:  # again: what others left running
+                for task in self._tasks:
+                    task.cancel()
+            self._tasks = []
+            self._lapsed_at = None
             self.listening = self.repaired = self.leased = False
             self.ready = asyncio.Event()
             self.repair_now.begin(loop)
             self.ping_now.begin(loop)
-            self._tasks = []
             self.loop = loop
             return True
 
-    def keep(self, work: Coroutine[None, None, None]) -> None:
-        """Run something until the watch ends."""
-        self._tasks.append(spawn(work))
+    def keep(self, work: Coroutine[None, None, None], lapsed: Callable[[], None]) -> None:
+        """Run something until the watch ends.
+
+        Args:
+            work: what.
+            lapsed: called when others end it before.
+        """
+        task = spawn(work)
+        self._tasks.append(task)
+        task.add_done_callback(partial(self._ended, lapsed))
+
+    def _ended(self, lapsed: Callable[[], None], task: asyncio.Task[None]) -> None:
+        if task in self._tasks and not self.closed:
+            self._lapsed_at = self._clock.monotonic()
+            lapsed()
 
     def note(self, *, repaired: bool = False, leased: bool = False) -> None:
         """Let the first callers go on when a pass was made and, where caches follow, a lease."""

@@ -691,6 +691,40 @@ def test_closing_after_the_loop_is_closed_is_silent() -> None:
     asyncio.run(world.guard.aclose())
 
 
+@pytest.mark.parametrize("which", ["all", "the repair", "the channel"])
+async def test_what_others_cancel_begins_anew_on_the_next_call(which: str, world: World) -> None:
+    """As some do with all tasks of their event loop. Not at once: it may be about to end, and what
+    tidies up there must leave no task behind."""
+    cache = Cache()
+    before = asyncio.all_tasks()
+    world.guard.attach(cache)
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.5)
+    repair, channel = world.guard._watch._tasks
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    running = {"all": others, "the repair": {repair}, "the channel": {channel}}[which]
+    for task in running:
+        task.cancel()
+    await world.clock.advance(0.9)
+    left = asyncio.all_tasks()
+    assert which != "all" or left < before
+    world.tier.log.clear()
+    await world.guard.get_latest("u-1")
+    assert asyncio.all_tasks() == left
+    await world.clock.advance(0.1)
+    reading = asyncio.create_task(world.guard.get_latest("u-1"))
+    await world.clock.advance(0)
+    await reading
+    assert "begin" in world.tier.log and "listen" in world.tier.log
+    assert cache.leased > world.clock.monotonic()
+    assert len(asyncio.all_tasks()) == len(others) + 1
+    steady = asyncio.all_tasks()
+    await world.clock.advance(5)
+    await world.guard.get_latest("u-1")
+    assert cache.leased > world.clock.monotonic()
+    assert asyncio.all_tasks() == steady
+
+
 @pytest.mark.parametrize("gives_up", [False, True])
 async def test_closing_ends_also_when_a_driver_loses_a_cancellation(
     world: World, *, gives_up: bool
