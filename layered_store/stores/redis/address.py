@@ -33,10 +33,11 @@ _OBJECTS: Final = (
     "address_remap",
     "credential_provider",
     "event_dispatcher",
-    "load_balancing_strategy",
     "policy_resolver",
     "retry",
 )
+_FROM_REPLICAS: Final = ("read_from_replicas", "load_balancing_strategy")
+_BEHIND: Final = "by which a read would not see the write before it"
 _UNKNOWN: Final = re.compile(r"unexpected keyword argument '([a-z][a-z_]{0,40})'").search
 
 
@@ -226,16 +227,18 @@ def _type_options(given: dict[str, Any]) -> None:
     """
     from redis.asyncio.connection import to_bool  # noqa: PLC0415
 
-    replicas = to_bool(given.pop("read_from_replicas", None))
+    if not to_bool(given.get("read_from_replicas")):
+        given.pop("read_from_replicas", None)
     for name in ("require_full_coverage", "dynamic_startup_nodes"):
         if name in given:
             given[name] = to_bool(given[name])
     for name in ("reinitialize_steps", "cluster_error_retry_attempts"):
         if name in given:
             given[name] = int(given[name])
+    behind = next((name for name in _FROM_REPLICAS if name in given), None)
     wrong = next((name for name in _OBJECTS if name in given), None)
-    if replicas:
-        problem = "read_from_replicas, by which a read would not see the write before it"
+    if behind:
+        problem = f"{behind}, {_BEHIND}"
     elif wrong:
         problem = f"{wrong}, which a URL cannot hold; pass client="
     else:
@@ -366,7 +369,7 @@ def address_of_client(client: Any, connect_timeout: float) -> Address:
     test double) is called instead.
 
     Raises:
-        ConfigError: it is no client, or it decodes replies.
+        ConfigError: it is no client, it decodes replies, or it reads from replicas.
     """
     import redis  # noqa: PLC0415
     from redis.asyncio.cluster import RedisCluster  # noqa: PLC0415
@@ -386,6 +389,11 @@ def address_of_client(client: Any, connect_timeout: float) -> Address:
             "decodes replies to str, and records are bytes; build it with decode_responses=False",
             option="client",
             layer="RedisStore",
+        )
+    behind = next((name for name in _FROM_REPLICAS if getattr(client, name, None)), None)
+    if cluster and behind:
+        raise ConfigError(
+            f"has {behind}, {_BEHIND}; build it without", option="client", layer="RedisStore"
         )
     kind = getattr(pool, "connection_class", None)
     if not cluster and kind is not None and kind.__module__.startswith("redis.asyncio."):

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import redis.asyncio
+from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import SSLConnection
+from redis.cluster import LoadBalancingStrategy
 
 from layered_store.errors import ConfigError
+from layered_store.stores.redis import RedisStore
 from layered_store.stores.redis import address as address_module
 from layered_store.stores.redis.address import Address, address_of_client, address_of_url
 from layered_store.testing.clock import FakeClock
@@ -42,6 +45,7 @@ def connection(url: str) -> Any:
         ("redis+cluster://a,b?bogus=s3cret", "does not know: bogus"),
         ("redis+sentinel://a/service?bogus=s3cret", "does not know: bogus"),
         ("redis+cluster://a?read_from_replicas=yes", "would not see the write before it"),
+        ("redis+cluster://a?load_balancing_strategy=random", "would not see the write before it"),
         ("redis+cluster://a?address_remap=s3cret", "which a URL cannot hold; pass client="),
         ("redis+cluster://a?reinitialize_steps=s3cret", "cannot be read"),
     ],
@@ -91,6 +95,19 @@ def test_options_of_a_cluster_have_their_types() -> None:
     assert client.nodes_manager.require_full_coverage is False
     assert client.nodes_manager._dynamic_startup_nodes is False
     assert client.reinitialize_steps == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"read_from_replicas": True}, {"load_balancing_strategy": LoadBalancingStrategy.ROUND_ROBIN}],
+)
+@pytest.mark.filterwarnings("ignore:.*read_from_replicas:DeprecationWarning")
+def test_a_clients_reads_come_from_primaries(options: dict[str, Any]) -> None:
+    """A replica is behind: a read would not see the write before it."""
+    client = RedisCluster(host="a", **options)
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}, by which.*build it without"):
+        RedisStore(client=client)
+    assert RedisStore(client=RedisCluster(host="a")).is_cluster
 
 
 def test_connections_have_the_limits_and_repeat_nothing() -> None:
