@@ -282,12 +282,15 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
         """Return the valid snapshot that ``data`` holds; unknown keys are ignored.
 
         Raises:
-            ValidationError: not JSON, a field is missing or breaks a rule.
+            ValidationError: not JSON, a field is missing, stands there twice or breaks a rule.
         """
         try:
             snapshot = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError, TypeError) as exc:
+            repeated = _repeated(cls, data)
+        except (msgspec.MsgspecError, ValueError, RecursionError, TypeError) as exc:
             raise ValidationError(_decode_problem(exc), field="snapshot") from None
+        if repeated:
+            raise ValidationError(f"has the field {repeated} twice", field="snapshot")
         snapshot.validate()
         return snapshot
 
@@ -365,6 +368,22 @@ _NOT_KEPT = (TypeError, ValueError, OverflowError, RecursionError, msgspec.Msgsp
 @functools.cache
 def _decoder(cls: type[StateSnapshot]) -> msgspec.msgpack.Decoder[StateSnapshot]:
     return msgspec.msgpack.Decoder(cls)
+
+
+def _repeated(cls: type[StateSnapshot], data: bytes | str) -> str | None:
+    """Return the name of a field that a JSON object has twice.
+
+    Readers differ in which of the two counts: what looked at the data before may have seen another
+    user.
+    """
+    text = data if isinstance(data, str) else str(data, "utf-8")
+    names = cls.__struct_encode_fields__
+    if "\\" not in text and all(text.count(f'"{name}"') <= 1 for name in names):
+        return None
+    # Numbers stay text: those of unknown keys may be of any length.
+    pairs = json.loads(text, object_pairs_hook=list, parse_int=str, parse_float=str)
+    keys = [key for key, _ in pairs]
+    return next((name for name in names if keys.count(name) > 1), None)
 
 
 def _decode_problem(exc: Exception) -> str:

@@ -6,6 +6,7 @@ attuned rounds to 32 bits (so it takes a value that is above 1 by less than that
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any
@@ -104,6 +105,22 @@ def test_documented_exceptions() -> None:
     assert not ours(axes={"a": True})
     assert theirs(axes={"a": math.nextafter(1, 2)})
     assert not ours(axes={"a": math.nextafter(1, 2)})
+
+
+@pytest.mark.parametrize("field", ["user_id", "updated_at_unix_ms", "source", "confidence", "axes"])
+def test_a_field_may_not_stand_twice(field: str) -> None:
+    """It is refused by both; of an axis the last value counts for both."""
+    state = StateSnapshot("u", 1, Source.MIXED, 0.5, {"a": 0.25}).to_json().decode()
+    value = json.dumps(json.loads(state)[field])
+    twice = state.replace("{", f'{{"{field}":{value},', 1)
+    with pytest.raises(ValueError, match="duplicate field"):
+        attuned.StateSnapshot.from_json(twice)
+    with pytest.raises(ValidationError, match=f"the field {field} twice"):
+        StateSnapshot.from_json(twice)
+    axis = state.replace('{"a"', '{"a":0.75,"a"')
+    assert axis != state
+    assert attuned.StateSnapshot.from_json(axis).axes == {"a": 0.25}
+    assert StateSnapshot.from_json(axis).axes == {"a": 0.25}
 
 
 SNAPSHOTS = st.builds(

@@ -342,12 +342,30 @@ def test_refused_reading(data: Any) -> None:
         (b'{"user_id":"u","axes":{"a":"x"}}', "axes must map names to finite numbers"),
         (b'{"user_id":"u","source":"x"}', "source must be 'self_report', 'inferred' or 'mixed'"),
         (b"nonsense", "is not valid JSON"),
+        (b'{"user_id":"u","user_id":"v"}', "snapshot has the field user_id twice"),
+        (b'{"user_id":"u","axes":{},"\\u0061xes":{}}', "snapshot has the field axes twice"),
+        (b'{"user_id":"u","x":[' + b"9" * 5000 + b'],"source":"mixed","source":"mixed"}', "source"),
     ],
 )
 def test_refused_reading_says_what_is_wrong(data: bytes, reason: str) -> None:
     """As far as that shows no key of the data."""
     with pytest.raises(ValidationError, match=re.escape(reason)):
         StateSnapshot.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"user_id":"u","axes":{"confidence":0.5,"source":0.5},"source":"mixed"}',
+        b'{"user_id":"u","axes":{"axes":0.5},"x":{"user_id":"user_id","user_id":"\\u0075"}}',
+        b'{"user_id":"u","axes":{"a":0.1,"a":0.5},"x":' + b"9" * 5000 + b',"x":"\\t"}',
+    ],
+)
+def test_only_a_field_of_the_snapshot_may_not_stand_twice(data: bytes) -> None:
+    """Elsewhere it is no matter of ours, and of an axis the last value counts: as for attuned."""
+    assert StateSnapshot.from_json(data).user_id == "u"
+    assert StateSnapshot.from_json(data.decode()) == StateSnapshot.from_json(data)
+
 
 
 @pytest.mark.parametrize(
