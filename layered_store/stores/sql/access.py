@@ -573,7 +573,7 @@ class Access:
             return True
         if session.open:
             try:
-                await session.command("ROLLBACK")
+                await session.command(self.statements.rollback)
             except Exception:  # noqa: BLE001  it failed before
                 return True
         return False

@@ -59,6 +59,10 @@ _BEGIN: Final = {
     # Without it, locking a missing row locks a gap, and two such writers deadlock.
     "mysql": ("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "START TRANSACTION"),
 }
+_END: Final = {
+    # The server may be set to begin another transaction behind each (completion_type).
+    "mysql": " AND NO CHAIN",
+}
 NOW_US: Final = {
     "postgresql": "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
     "mysql": "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))",
@@ -82,6 +86,8 @@ class Statements:
 
     tables: Tables
     family: str
+    commit: str = field(init=False)
+    rollback: str = field(init=False)
     begin: tuple[str, ...] = field(init=False)
     host_time: bool = field(init=False)
     counted: bool = field(init=False)
@@ -122,6 +128,8 @@ class Statements:
 
     def __post_init__(self) -> None:
         self.begin = _BEGIN[self.family]
+        self.commit = f"COMMIT{_END.get(self.family, '')}"
+        self.rollback = f"ROLLBACK{_END.get(self.family, '')}"
         self.host_time = self.family == "sqlite"
         self.counted = self.family != "postgresql"
         self.chained = self.family == "sqlite"

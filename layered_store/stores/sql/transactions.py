@@ -181,14 +181,14 @@ class Session:
     async def commit(self) -> None:
         """Commit; from here on, an error leaves the outcome unknown."""
         self.committing = True
-        await self.command("COMMIT")
+        await self.command(self.statements.commit)
         self.open = False
         self.committing = False
         self.committed = True
 
     async def rollback(self) -> None:
         """Give up the transaction."""
-        await self.command("ROLLBACK")
+        await self.command(self.statements.rollback)
         self.open = False
 
     async def positioned(self, values: list[dict[str, Any]]) -> list[dict[str, Any]]:
