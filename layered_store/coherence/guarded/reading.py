@@ -207,7 +207,7 @@ class GuardedReads:
         except StoreError as exc:
             self.reach.failed(exc, "read")
             return None
-        if found is None or found.snapshot is None or found.version < self.seen.floor(user_id):
+        if found is None or found.snapshot is None or not self.seen.allows(user_id, found.version):
             return None
         self.counts.stale += 1
         return found.snapshot

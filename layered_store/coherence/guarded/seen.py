@@ -19,6 +19,11 @@ __all__ = ["FLOOR_SECONDS", "Seen"]
 FLOOR_SECONDS: Final = 30.0
 """How long a process remembers the versions it has seen; far longer than a repair takes."""
 
+_MANY: Final = 100_000
+_NEEDED_SECONDS: Final = 5.0
+"""How long those of so many users are remembered at least. A copy that is believed lags by no more
+than the trust in the tier lasts, 2 s, and 2 s more where the tier's clock was set back."""
+
 _NO_FLOOR: Final = (0, 0.0)
 
 
@@ -41,6 +46,8 @@ class Seen:
         self._lock = threading.RLock()
         # Versions, and until when they are remembered.
         self._floors: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        # Until when those would be remembered that were forgotten early.
+        self._forgotten = float("-inf")
         # Until when a write may still take effect.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
 
@@ -58,8 +65,21 @@ class Seen:
                 floors.move_to_end(user_id)
             else:
                 floors.pop(user_id, None)
-            while floors and floors[first := next(iter(floors))][1] <= now:
+            ended = now
+            if len(floors) > _MANY:
+                ended += FLOOR_SECONDS - _NEEDED_SECONDS
+            while floors and (until := floors[first := next(iter(floors))][1]) <= ended:
                 del floors[first]
+                if until > now:
+                    self._forgotten = until
+                    if len(floors) <= _MANY:
+                        break
+
+    def allows(self, user_id: str, version: int) -> bool:
+        """Tell whether a copy of a tier that is trusted no more is not older than what was seen."""
+        if user_id not in self._floors:
+            return self._monotonic() >= self._forgotten
+        return version >= self.floor(user_id)
 
     def believes(self, user_id: str, version: int) -> bool:
         """Tell whether a copy is not older than what was seen; note it as seen."""

@@ -22,7 +22,7 @@ from layered_store.coherence.contract import (
     TierRead,
     Versioned,
 )
-from layered_store.coherence.guarded import GuardedCopies, backlog
+from layered_store.coherence.guarded import GuardedCopies, backlog, seen
 from layered_store.errors import ClosedError, ErasureIncompleteError, StoreError, UnavailableError
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
@@ -404,6 +404,33 @@ async def test_a_stale_copy_is_never_older_than_what_was_seen(world: World) -> N
     assert await guard.stale("u-1", 60) is None
     assert await guard.stale("nobody", 60) is None
     assert guard.reads.stale == 1
+
+
+async def test_what_was_seen_of_very_many_users_is_forgotten_earlier(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before a copy that is believed can be no older; one of a tier that was trusted is none
+    then, as it may be."""
+    monkeypatch.setattr(seen, "_MANY", 60)
+    for number in range(100):
+        await world.guard.upsert_latest(state(f"u-{number}"))
+        await world.clock.advance(0.1)
+    floors = world.guard._seen._floors
+    assert list(floors) == [f"u-{number}" for number in range(40, 100)]
+    monkeypatch.setattr(seen, "_MANY", 20)
+    await world.guard.upsert_latest(state("u-99"))
+    assert list(floors) == [f"u-{number}" for number in range(51, 100)]
+    world.tier.copies["u-1"] = world.tier.copies["u-99"] = Versioned(0, state())
+    assert await world.guard.stale("u-1", 60) is None
+    assert await world.guard.stale("u-99", 60) is None
+    world.tier.copies["u-99"] = await world.authority.read("u-99")
+    assert await world.guard.stale("u-99", 60) == state("u-99")
+    await world.clock.advance(25)
+    assert await world.guard.stale("u-1", 60) == state()
+    await world.guard.upsert_latest(state("u-99"))
+    await world.clock.advance(29)
+    await world.guard.upsert_latest(state("u-98"))
+    assert set(floors) == {"u-99", "u-98"}
 
 
 async def test_a_stale_copy_that_cannot_be_had_is_no_error(world: World) -> None:
