@@ -170,17 +170,17 @@ async def test_a_node_that_is_lost(cluster: Cluster, tmp_path: Path, how: str) -
         assert await number(other, USERS[0]) is None
 
 
-async def fill(store: RedisStore) -> None:
-    """Write all users; the cluster may still be busy with what was done to it before."""
+async def written(store: RedisStore, value: int, *users: str) -> None:
+    """Write users as soon as the cluster takes it, whatever is or was done to it."""
 
-    async def filled() -> bool:
+    async def taken() -> bool:
         try:
-            await asyncio.gather(*(store.upsert_latest(state(user, 1)) for user in USERS))
+            await asyncio.gather(*(store.upsert_latest(state(user, value)) for user in users))
         except UnavailableError:
             return False
         return True
 
-    await until(filled, "a cluster that takes writes")
+    await until(taken, "a cluster that takes writes")
 
 
 async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster) -> None:
@@ -189,7 +189,7 @@ async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster
     The others are asked where the keys are now: who calls them meanwhile does not wait either.
     """
     store = RedisStore(cluster.url, timeout=0.5)
-    await fill(store)
+    await written(store, 1, *USERS)
 
     def owned(user: str) -> Server:
         return cluster.owner(cluster.slot(store.key(store.digest(user)).decode()))
@@ -202,15 +202,7 @@ async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster
             with pytest.raises(UnavailableError):
                 await store.upsert_latest(state("user-1", 2))
             assert await number(store, others[0]) == 1
-
-        async def written() -> bool:
-            try:
-                await store.upsert_latest(state("user-1", 2))
-            except UnavailableError:
-                return False
-            return True
-
-        await until(written, "a write at the successor")
+        await written(store, 2, "user-1")
         assert await number(store, "user-1") == 2
     finally:
         owner.cont()
@@ -221,7 +213,7 @@ async def test_a_store_alone_finds_the_successor_of_a_hung_node(cluster: Cluster
 async def test_a_node_that_hangs_keeps_its_own_callers_waiting_alone(cluster: Cluster) -> None:
     """However many they are: each node has places of its own."""
     store = RedisStore(cluster.url, max_connections=2)
-    await fill(store)
+    await written(store, 1, *USERS)
 
     def owned(user: str) -> Server:
         return cluster.owner(cluster.slot(store.key(store.digest(user)).decode()))
@@ -248,7 +240,7 @@ async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
 ) -> None:
     """The driver takes itself for closed while it is to ask anew who has which keys."""
     store = RedisStore(cluster.url, timeout=0.2)
-    await fill(store)
+    await written(store, 1, *USERS)
     slot = cluster.slot(store.key(store.digest("user-1")).decode())
     owner = await asyncio.to_thread(cluster.owner, slot)
     link: Any = store._link
@@ -269,7 +261,7 @@ async def test_a_store_closed_right_after_a_time_limit_leaves_no_connection(
 async def test_slots_that_move_cost_no_call(cluster: Cluster) -> None:
     """The driver closes all connections with every fifth that it hears of, those in use as well."""
     store = RedisStore(cluster.url)
-    await fill(store)
+    await written(store, 1, *USERS)
     slots = {cluster.slot(store.key(store.digest(user)).decode()) for user in USERS}
     moved = asyncio.Event()
 
@@ -325,15 +317,7 @@ async def test_a_cluster_that_moved_is_found_under_the_name_in_the_url() -> None
         name.target = after.nodes[0].port
         name.reset()
         before.close()
-
-        async def found() -> bool:
-            try:
-                await store.upsert_latest(state("user-1", 2))
-            except UnavailableError:
-                return False
-            return True
-
-        await until(found, "the cluster at its new place")
+        await written(store, 2, "user-1")
         assert await number(store, "user-1") == 2
     finally:
         await store.aclose()
