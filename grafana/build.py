@@ -219,11 +219,11 @@ STACK = [
     ),
     Panel(
         "Slowest 1 % by operation",
-        "99 % of the calls took less than this. The dashed line is the longest time limit set in"
-        " the stack.",
+        "99 % of the calls took less than this. The dashed line is how long one attempt may take"
+        " at the slowest backend.",
         {
             "{{operation}}": quantile(0.99, "operation"),
-            "time limit": gauge("layered_store_time_limit_seconds", "max", "stack"),
+            "time limit": gauge("layered_store_call_limit_seconds", "max", "stack"),
         },
         "s",
     ),

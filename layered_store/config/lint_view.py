@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
 from typing import Final
 
 from layered_store.interface import StateStore
+from layered_store.limits import call_limits, is_a, number
 from layered_store.stack import Place, children_of, kind_of, walk
 
 __all__ = [
@@ -31,10 +31,6 @@ class Severity(StrEnum):
     ERROR = "error"
     WARNING = "warning"
     NOTE = "note"
-
-
-LIMITS: Final = ("time_limit", "timeout", "operation_timeout", "command_timeout", "socket_timeout")
-"""Attributes by which a backend says how long a call of it takes at most, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +70,8 @@ class At:
         return children_of(self.store).get(role)
 
     def call_limits(self) -> list[float | None]:
-        """How long one call may take on the way to each backend below, in seconds.
-
-        The shortest of the limits on that way and of the backend's own; None where there is none,
-        0 for memory, which never waits.
-        """
-        found = []
-        for end in self.places_below:
-            if children_of(end.store):
-                continue
-            limits = [
-                number(place.store, "seconds")
-                for place in self.places_below
-                if is_a(place.store, "timeout") and end.path.startswith(f"{place.path}.")
-            ]
-            limits.append(0.0 if is_a(end.store, "memory") else number(end.store, *LIMITS))
-            found.append(min((limit for limit in limits if limit is not None), default=None))
-        return found
+        """How long one call may take on the way to each backend below, in seconds."""
+        return call_limits(self.places_below)
 
 
 Check = Callable[[At], str | None]
@@ -176,20 +157,3 @@ def _is_record(place: Place, by_path: Mapping[str, StateStore]) -> bool:
         if role in ("secondary", "candidate"):
             return False
     return True
-
-
-def is_a(store: StateStore, kind: str) -> bool:
-    return any(getattr(cls, "kind", None) == kind for cls in type(store).__mro__) or (
-        kind_of(store) == kind
-    )
-
-
-def number(store: object, *names: str) -> float | None:
-    """Return the first of these options that holds a number."""
-    for name in names:
-        value: object = getattr(store, name, None)
-        if isinstance(value, timedelta):
-            value = value.total_seconds()
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    return None

@@ -18,6 +18,7 @@ from layered_store.errors import (
 from layered_store.hotpath import HitCount, HotPath, hot_path_of
 from layered_store.interface import Op, not_of_user
 from layered_store.layer import AroundLayer
+from layered_store.limits import call_limits
 from layered_store.metrics.exemplars import Exemplar, ExemplarHook, checked
 from layered_store.metrics.timings import Durations, HitTimings, Timings, cumulative
 from layered_store.options import check_a, check_choice
@@ -109,6 +110,8 @@ class Metrics(AroundLayer):
         self._health_checked: float | None = None
         self._whole = type(self).around is Metrics.around
         super().__post_init__()
+        limits = call_limits([place for place in walk(self) if place.path])
+        self._call_limit = max((limit for limit in limits if limit is not None), default=0.0)
         from layered_store.metrics.prometheus import export  # noqa: PLC0415  an optional driver
 
         self._exporter = export(self, self.registry)
@@ -205,6 +208,8 @@ class Metrics(AroundLayer):
                     if value or outcome == "ok":
                         yield Sample("operations", value, (op.value, outcome))
         yield Sample("operations_in_flight", self._in_flight)
+        if self._call_limit:
+            yield Sample("call_limit", self._call_limit)
         if self._health_checked is not None:
             yield Sample("health_checked", self._health_checked)
 

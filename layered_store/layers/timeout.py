@@ -10,10 +10,9 @@ from layered_store.errors import StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_seconds
-from layered_store.stats import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable
 
     from layered_store.interface import Op
 
@@ -79,9 +78,6 @@ class Timeout(AroundLayer):
                 layer=self.name,
                 outcome_unknown=op.is_write,
             ) from exc
-
-    def samples(self) -> Iterable[Sample]:
-        yield Sample("time_limit", self._seconds)
 
     def hot_path(self) -> HotPath | None:
         return hot_path_of(self.inner)

@@ -240,10 +240,11 @@ CATALOGUE: Final[dict[str, Metric]] = {
         "counter",
         "Snapshots that were ignored since a newer one was stored (order by snapshot time).",
     ),
-    "time_limit": Metric(
-        "layered_store_time_limit_seconds",
+    "call_limit": Metric(
+        "layered_store_call_limit_seconds",
         "gauge",
-        "The time limit that a Timeout layer sets.",
+        "How long one attempt may take: the longest of the limits on the ways to the backends.",
+        per_layer=False,
         over="max",
     ),
     "health": Metric(

@@ -8,7 +8,8 @@ import gc
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ from layered_store import (
     Layer,
     MemoryStore,
     Metrics,
+    RedisStore,
     Retry,
+    SQLStore,
     StateSnapshot,
     StateStore,
     Timeout,
@@ -799,6 +802,33 @@ async def test_a_block_with_bad_figures_does_not_break_the_scrape(
 
 
 # Health
+
+
+@pytest.mark.parametrize(
+    ("build", "limit"),
+    [
+        (lambda: MemoryStore(), None),
+        (lambda: Scripted(), None),
+        (lambda: SQLStore("sqlite+aiosqlite://", timeout=3), 3.0),
+        (lambda: Timeout(SQLStore("sqlite+aiosqlite://", timeout=3), seconds=0.5), 0.5),
+        (lambda: Timeout(SQLStore("sqlite+aiosqlite://", timeout=3), seconds=9), 3.0),
+        (lambda: Timeout(Retry(MemoryStore()), seconds=timedelta(seconds=2)), None),
+        (
+            lambda: Cached(
+                Timeout(RedisStore("redis://127.0.0.1"), seconds=0.05),
+                fallback=Retry(SQLStore("sqlite+aiosqlite://", timeout=3)),
+            ),
+            3.0,
+        ),
+    ],
+)
+def test_how_long_one_attempt_may_take(
+    build: Callable[[], StateStore], limit: float | None, registry: CollectorRegistry
+) -> None:
+    """At the slowest backend, by what limits the way to it and by its own limit."""
+    stack = Metrics(build(), name="a", registry=registry)
+    found = figures(registry, "layered_store_call_limit_seconds")
+    assert found == ({} if limit is None else {(stack.name,): limit})
 
 
 async def test_health_shows_for_each_block_as_of_the_last_check(
