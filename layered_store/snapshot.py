@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping
 from datetime import date, time, timedelta, tzinfo
@@ -49,12 +50,27 @@ def _as_float(value: object) -> object:
     """Give the float that a number stands for; leave anything else for ``validate`` to refuse."""
     if type(value) is float:
         return value
-    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+    if _is_bool(value) or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         return value
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return value
+
+
+def _as_int(value: object) -> object:
+    """Give the int that an integer of another kind (numpy's, an enum's) stands for."""
+    if _is_bool(value) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # numpy gives an array the method too
+        return value
+
+
+def _is_bool(value: object) -> bool:
+    """Tell a truth value, also one of numpy's, which can be turned into a number."""
+    return isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", None) == "b"
 
 
 def _as_text(value: object) -> object:
@@ -140,6 +156,9 @@ class _SnapshotMeta(msgspec.StructMeta):
         user_id = self.user_id
         if type(user_id) is not str:
             _set_field(self, "user_id", _as_text(user_id))
+        moment = self.updated_at_unix_ms
+        if type(moment) is not int:
+            _set_field(self, "updated_at_unix_ms", _as_int(moment))
         confidence = self.confidence
         if type(confidence) is not float:
             _set_field(self, "confidence", _as_float(confidence))

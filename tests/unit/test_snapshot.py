@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -100,6 +100,51 @@ def test_numbers_become_floats(number: Any) -> None:
     assert type(state.confidence) is float
     assert type(state.axes["a"]) is float
     assert state.axes["a"] == float(number)
+
+
+class Number(IntEnum):
+    """An integer of another class than int."""
+
+    SEVEN = 7
+
+
+class Word64:
+    """An integer that is no int, as numpy's are."""
+
+    def __index__(self) -> int:
+        return 7
+
+
+@pytest.mark.parametrize("moment", [Number.SEVEN, Word64()])
+def test_integers_become_ints(moment: Any) -> None:
+    """A moment may be any integer: a driver or codec knows the plain ones only."""
+    state = StateSnapshot("u-1", moment)
+    state.validate()
+    assert type(state.updated_at_unix_ms) is int
+    assert StateSnapshot.from_json(state.to_json()).updated_at_unix_ms == 7
+
+
+class Truth:
+    """A truth value as numpy has them: it can be turned into a number."""
+
+    dtype = SimpleNamespace(kind="b")
+
+    def __float__(self) -> float:
+        return 1.0
+
+    def __index__(self) -> int:
+        return 1
+
+
+def test_a_truth_value_of_a_library_is_no_number() -> None:
+    """No more than ``True`` is."""
+    for state in (
+        StateSnapshot("u-1", Truth()),  # type: ignore[arg-type]
+        StateSnapshot("u-1", confidence=Truth()),  # type: ignore[arg-type]
+        StateSnapshot("u-1", axes={"a": Truth()}),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(ValidationError):
+            state.validate()
 
 
 def test_equality_and_hash() -> None:
