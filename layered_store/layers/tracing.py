@@ -67,6 +67,10 @@ class Tracing(AroundLayer):
                 option="tracer",
                 layer="Tracing",
             ) from None
+        if self.tracer is not None and not hasattr(self.tracer, "start_as_current_span"):
+            raise ConfigError(
+                "must be an OpenTelemetry tracer, or None", option="tracer", layer="Tracing"
+            )
         self._tracer = trace.get_tracer("layered_store") if self.tracer is None else self.tracer
         self._error = trace.Status(trace.StatusCode.ERROR)
         self._tier = self.tier or _name(self.inner)

@@ -145,7 +145,7 @@ def test_digest() -> None:
     assert len({plain(f"u-{number}") for number in range(10_000)}) == 10_000
 
 
-@pytest.mark.parametrize("key", ["x" * 65, b"x" * 65, "ä" * 33, 7, None, ["k"]])
+@pytest.mark.parametrize("key", ["x" * 65, b"x" * 65, "ä" * 33, "\udcff", 7, None, ["k"]])
 def test_bad_digest_key(key: object) -> None:
     """A key of another kind or length is refused without being shown."""
     with pytest.raises(ConfigError, match="digest_key: must be 0 to 64 bytes"):

@@ -760,6 +760,7 @@ async def test_its_figures_are_samples() -> None:
         ({"drain_seconds": -1}, "drain_seconds"),
         ({"salt": 5}, "salt"),
         ({"salt": "x" * 65}, "salt"),
+        ({"salt": "\udcff"}, "salt"),
         ({"clock": None}, "clock"),
         ({"candidate": None}, "candidate"),
         ({"candidate": MemoryStore(snapshot_type=Mood)}, "snapshot_type"),

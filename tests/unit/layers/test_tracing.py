@@ -134,6 +134,8 @@ def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError) as caught:
             Tracing(MemoryStore(), tier=tier)  # type: ignore[arg-type]
         assert caught.value.option == "tier"
+    with pytest.raises(ConfigError, match="must be an OpenTelemetry tracer"):
+        Tracing(MemoryStore(), tracer="jaeger")
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"layered-store\[otel\]") as caught:
         Tracing(MemoryStore())
