@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from layered_store.call import call_begins, call_continues, call_under_way
 from layered_store.clock import SYSTEM_CLOCK
@@ -203,9 +203,9 @@ class StateStore(ABC):
 
         Abilities beyond the interface, such as versions
         (:class:`layered_store.coherence.Authority`), are asked for here and never by looking at
-        what a layer wraps.
+        what a layer wraps. A subclass that changes an operation ends those that would go past it.
         """
-        return self if isinstance(self, kind) else None
+        return self if isinstance(self, kind) and not _passed_by(self, kind) else None
 
     def samples(self) -> Iterable[Sample]:
         """Return what this block counted so far; see :mod:`layered_store.metrics.catalogue`."""
@@ -215,6 +215,28 @@ class StateStore(ABC):
         from layered_store.stack import expression  # noqa: PLC0415  stack imports this module
 
         return expression(self)
+
+
+def _passed_by(store: StateStore, kind: Any) -> bool:
+    """Tell whether ``store`` changed an operation below the class that offers ``kind``.
+
+    Whoever uses ``kind`` would go past it: past what a subclass adds, or a test counts.
+    """
+    if not getattr(kind, "in_place_of_operations", False):
+        return False
+    for op in set(kind.operations.values()):
+        methods = {name for name, stands_for in kind.operations.items() if stands_for is op}
+        offers = next(cls for cls in type(store).__mro__ if not methods.isdisjoint(vars(cls)))
+        # One that is no store itself was joined to a class that has the operations.
+        if issubclass(offers, StateStore) and changes(store, op, offers):
+            return True
+    return False
+
+
+def changes(store: StateStore, op: Op, since: type[StateStore]) -> bool:
+    """Tell whether a subclass of ``since`` changed an operation."""
+    mro = type(store).__mro__
+    return any(op.value in vars(cls) for cls in mro[: mro.index(since)])
 
 
 async def report_of(store: StateStore) -> HealthReport:

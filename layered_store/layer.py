@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK
@@ -34,6 +34,8 @@ __all__ = ["AroundLayer", "Layer"]
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C")
+
+_OPERATIONS: Final = tuple(op.value for op in Op)
 
 
 @dataclass(eq=False, repr=False)
@@ -212,4 +214,6 @@ class AroundLayer(Layer):
             return self
         target = self.inner.capability(kind)
         around: Any = getattr(kind, "around", None)
-        return None if target is None or around is None else around(self, target)
+        if target is None or around is None or not declares(type(self), "around", over=_OPERATIONS):
+            return None  # a subclass that changed an operation would be passed by
+        return around(self, target)  # type: ignore[no-any-return]

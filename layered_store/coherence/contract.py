@@ -185,6 +185,8 @@ class Capability(ABC):  # noqa: B024  its parts are
     """
 
     operations: ClassVar[Mapping[str, Op]] = {}
+    in_place_of_operations: ClassVar[bool] = False
+    """Whether a layer above calls these methods and no longer the operations they stand for."""
 
     @classmethod
     def around(cls, layer: AroundLayer, target: Any) -> Self:
@@ -218,6 +220,7 @@ class Authority(Capability):
     authority's own clock) is dropped: it counts as overwritten by the erasure.
     """
 
+    in_place_of_operations = True
     operations: ClassVar[Mapping[str, Op]] = {
         "read": Op.GET_LATEST,
         "read_many": Op.GET_LATEST_MANY,
@@ -305,6 +308,7 @@ class CacheTier(Capability):
     raise :class:`UnavailableError` when the tier cannot be reached.
     """
 
+    in_place_of_operations = True
     operations: ClassVar[Mapping[str, Op]] = {
         "read": Op.GET_LATEST,
         "read_many": Op.GET_LATEST_MANY,

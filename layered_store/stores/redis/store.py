@@ -37,6 +37,7 @@ from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import (
     Op,
     StateStore,
+    changes,
     check_limit,
     check_snapshot,
     check_snapshots,
@@ -431,6 +432,8 @@ class RedisStore(StateStore, Enumerable):
         from layered_store.coherence.redis_tier import RedisTier  # noqa: PLC0415
 
         if kind is CacheTier:
+            if any(changes(self, op, RedisStore) for op in CacheTier.operations.values()):
+                return None  # the tier would go past it
             # One for all who ask, so that whoever watches it sees every call; held by its users.
             tier = self._tier() if self._tier is not None else None
             if tier is None:

@@ -17,6 +17,7 @@ import pytest
 from layered_store.call import current_call
 from layered_store.coherence.contract import (
     TRUST_SECONDS,
+    Authority,
     CacheTier,
     Change,
     Holders,
@@ -38,10 +39,12 @@ from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import digest_function
 from layered_store.interface import StateStore
 from layered_store.layers.cached import Cached
+from layered_store.layers.retry import Retry
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe, staleness
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.redis import RedisStore
 from layered_store.testing.clock import FakeClock, settle
 
 
@@ -550,3 +553,93 @@ def test_what_is_refused_is_refused_by_name() -> None:
     with pytest.raises(ConfigError) as caught:
         build(Elsewhere())
     assert caught.value.option == "digest_key"
+
+
+class Counts(StateStore):
+    """Counts its calls on the way to the class it is joined to."""
+
+    calls: int
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self.calls += 1
+        return await super().get_latest(user_id)  # type: ignore[safe-super]
+
+
+class Refuses(MemoryStore):
+    """Fails each write, as a test's stand-in for a database that is away."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        raise UnavailableError("away", operation="upsert_latest")
+
+
+async def test_no_ability_goes_past_an_operation_that_a_subclass_changed() -> None:
+    """It is as it would be without versions: the operation itself is called."""
+
+    class Counting(Counts, MemoryStore):
+        calls = 0
+
+    origin = Counting()
+    assert origin.capability(Authority) is None
+    stack = WriteThrough(MemoryStore(), origin=origin)
+    await stack.upsert_latest(NEW)
+    assert await stack.get_latest("u-1") == NEW
+    await stack.get_latest("nobody")
+    assert origin.calls == 1  # the other read was a hit
+    for around in (Refuses(), Retry(Refuses(), attempts=1), Cached(Refuses())):
+        with pytest.raises(UnavailableError):
+            await WriteThrough(MemoryStore(), origin=around).upsert_latest(NEW)
+
+
+async def test_nor_past_one_of_a_layer_that_treats_all_alike() -> None:
+    """A subclass of it is asked itself, unless it says again what it does around each."""
+
+    class CountingRetry(Counts, Retry):
+        calls = 0
+
+    layer = CountingRetry(MemoryStore())
+    assert Retry(MemoryStore()).capability(Authority) is not None
+    assert layer.capability(Authority) is None
+    await WriteThrough(MemoryStore(), origin=layer).get_latest("u-1")
+    assert layer.calls == 1
+
+
+def test_an_ability_of_a_subclass_stays_when_it_goes_past_nothing() -> None:
+    """What it changed beside the operations, or the ability's own method, passes by nobody."""
+
+    class Changed(MemoryStore):
+        async def write(self, snapshot: StateSnapshot) -> Versioned:
+            return await super().write(snapshot)
+
+        async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+            return await super().get_history(user_id, limit)
+
+    class Redis(RedisStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            return await super().get_latest(user_id)
+
+    url = "redis://127.0.0.1:1/0"
+    assert Changed().capability(Authority) is not None
+    assert RedisStore(url).capability(CacheTier) is not None
+    assert Redis(url).capability(CacheTier) is None
+
+
+def test_an_ability_may_be_joined_to_a_store() -> None:
+    """By a class that is no store itself, whichever of them comes first."""
+
+    class Numbered(Authority):
+        digest = MemoryStore.digest
+        read, read_many, write = MemoryStore.read, MemoryStore.read_many, MemoryStore.write
+        write_many, erase, settle = MemoryStore.write_many, MemoryStore.erase, MemoryStore.settle
+        debts, owing, head = MemoryStore.debts, MemoryStore.owing, MemoryStore.head
+        changes, covers = MemoryStore.changes, MemoryStore.covers
+
+    class Plain(StateStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            raise NotImplementedError
+
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            raise NotImplementedError
+
+    for bases in ((Plain, Numbered), (Numbered, Plain)):
+        joined: Any = type("Joined", bases, {})()
+        assert joined.capability(Authority) is joined
