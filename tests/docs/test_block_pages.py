@@ -117,6 +117,35 @@ def test_pages_name_only_metrics_that_exist() -> None:
             assert name in known, f"{page.relative_to(ROOT)}: {name}"
 
 
+M = layered_store.MemoryStore
+BUILT = [
+    M(),
+    layered_store.SQLStore("sqlite://", order="snapshot_time"),
+    layered_store.RedisStore("redis://127.0.0.1:1/0"),
+    layered_store.Bulkhead(M(), max_in_flight=1),
+    layered_store.Cached(M()),
+    layered_store.CircuitBreaker(M()),
+    layered_store.Compressed(M()),
+    layered_store.Encrypted(M(), keys=[bytes(32)]),
+    layered_store.Fallback(M(), secondary=M()),
+    layered_store.Prefixed(M(), prefix="p"),
+    layered_store.Ramp(M(), alternative=M()),
+    layered_store.ReadOnly(M()),
+    layered_store.Retry(M()),
+    layered_store.Shadow(M(), candidate=M()),
+    layered_store.Timeout(M(), seconds=1),
+    layered_store.WriteThrough(layered_store.RedisStore("redis://127.0.0.1:1/0"), origin=M()),
+]
+
+
+@pytest.mark.parametrize("block", BUILT, ids=lambda block: type(block).__name__)
+def test_the_page_names_every_metric_of_its_block(block: StateStore) -> None:
+    """The catalogue says of all other metrics that each is told of on a block's page."""
+    told = page_of(type(block).__name__).read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
+    for sample in block.samples():
+        assert CATALOGUE[sample.metric].series[0] in told
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_tables_are_whole(page: Path) -> None:
     """Each begins with a head, has rows as wide as that, and tells of each name once."""
