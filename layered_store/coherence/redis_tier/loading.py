@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from layered_store.coherence.redis_tier import scripts
 from layered_store.coherence.redis_tier.connection import connected
 from layered_store.errors import UnavailableError
-from layered_store.stores.redis.failures import ConnectionLostError, GarbageError
+from layered_store.stores.redis.failures import ConnectionLostError, GarbageError, cause_of
 from layered_store.stores.redis.scripts import RedisScript
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Scripts:
             return reply
         if not isinstance(reply, Exception):
             reply = GarbageError()  # no Redis says that to this question
-        raise self.refused(loaded, reply, write=name in _WRITES) from reply
+        raise self.refused(loaded, reply, write=name in _WRITES) from cause_of(reply)
 
     def refused(
         self, loaded: LoadedScripts, reply: Exception, *, write: bool = False

@@ -22,6 +22,7 @@ from layered_store.coherence.redis_tier.passes import RepairPasses
 from layered_store.coherence.together import together
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS
 from layered_store.errors import StoreError
+from layered_store.stores.redis.failures import cause_of
 from layered_store.stores.redis.record import (
     FILLED,
     HEADER_BYTES,
@@ -101,7 +102,7 @@ class RedisTier(CacheTier):
             if isinstance(reply, StoreError):
                 raise reply.fresh()  # each of those who read together has an error of its own
             if isinstance(reply, Exception):
-                raise self._scripts.refused(loaded, reply) from reply
+                raise self._scripts.refused(loaded, reply) from cause_of(reply)
             read = self._read(user_id, loaded.server, *reply)
         except Exception as exc:
             reads.failed(exc)

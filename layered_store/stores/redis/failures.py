@@ -17,6 +17,7 @@ __all__ = [
     "GarbageError",
     "NotSentError",
     "ReplyError",
+    "cause_of",
     "not_sent",
     "translate",
 ]
@@ -118,7 +119,7 @@ _CLASSES: Final = {
 
 
 def translate(exc: BaseException, *, operation: str, layer: str, write: bool) -> StoreError:
-    """Return what a failure means to a caller; raise it ``from exc``.
+    """Return what a failure means to a caller; raise it ``from`` :func:`cause_of` it.
 
     Args:
         exc: what went wrong; one of ours is returned, with its place.
@@ -164,6 +165,13 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
     if name in ("MasterNotFoundError", "SlaveNotFoundError"):
         return UnavailableError("no Sentinel knows a primary of this service", **place)
     return UnavailableError(f"{_LOST} ({_reason(exc)})", outcome_unknown=write, **place)
+
+
+def cause_of(exc: BaseException) -> BaseException | None:
+    """Return what to raise :func:`translate`'s error ``from``: the driver's, no note of ours."""
+    if isinstance(exc, NotSentError) and exc.__cause__ is not None:
+        exc = exc.__cause__
+    return exc.__cause__ if isinstance(exc, StoreError) else exc
 
 
 def _reason(exc: BaseException) -> str:

@@ -56,7 +56,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
-from layered_store.stores.redis.failures import GarbageError, ReplyError, translate
+from layered_store.stores.redis.failures import GarbageError, ReplyError, cause_of, translate
 from layered_store.stores.redis.late import Write, settle
 from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
 from layered_store.stores.redis.record import (
@@ -217,7 +217,7 @@ class RedisStore(StateStore, Enumerable):
             if isinstance(reply, Exception) and not _is_foreign(reply):
                 raise translate(
                     reply, operation=Op.GET_LATEST, layer=self.name, write=False
-                ) from reply
+                ) from cause_of(reply)
         except Exception as exc:
             self.reads.failed(exc)
             raise
@@ -318,7 +318,7 @@ class RedisStore(StateStore, Enumerable):
             # Repeating the call is safe. That some are stored, or may be, is not hidden.
             if len(failed) < len(replies) or any(error.outcome_unknown for error in errors):
                 errors[0].outcome_unknown = True
-            raise errors[0] from failed[0]
+            raise errors[0] from cause_of(failed[0])
         last = {write.digest: index for index, write in enumerate(writes)}
         for index, write in enumerate(writes):
             latest = last[write.digest]
@@ -594,7 +594,8 @@ class RedisStore(StateStore, Enumerable):
         ):
             reply = GarbageError()
         if isinstance(reply, Exception):
-            raise translate(reply, operation=operation, layer=self.name, write=write) from reply
+            error = translate(reply, operation=operation, layer=self.name, write=write)
+            raise error from cause_of(reply)
         return reply
 
     def _read(self, data: Any, user_id: str) -> StateSnapshot | None:

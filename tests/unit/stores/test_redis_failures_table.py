@@ -16,9 +16,11 @@ from layered_store.errors import (
     StoreTimeoutError,
     UnavailableError,
 )
+from layered_store.stores.redis import RedisStore
 from layered_store.stores.redis.failures import (
     GarbageError,
     ReplyError,
+    cause_of,
     not_sent,
     translate,
 )
@@ -143,6 +145,26 @@ def test_what_was_not_sent_has_no_unknown_end() -> None:
         ours = translate(not_sent(cause), operation="delete", layer="RedisStore", write=True)
         assert type(ours) is kind
         assert not ours.outcome_unknown
+
+
+def test_the_cause_is_the_drivers_error() -> None:
+    """Not the note that the call never left; and no error of ours is its own cause."""
+    refused, closed = driver.ConnectionError(), ClosedError("closed")
+    assert cause_of(refused) is refused
+    assert cause_of(not_sent(refused)) is refused
+    assert cause_of(closed) is None
+    closed.__cause__ = refused
+    assert cause_of(not_sent(closed)) is refused
+
+
+async def test_a_caller_finds_the_drivers_error_as_the_cause() -> None:
+    """Of a read and of a write that nobody took."""
+    store = RedisStore("redis://127.0.0.1:1/0")
+    for call in (store.get_latest("u-1"), store.delete("u-1"), store.get_latest_many(["u-1"])):
+        with pytest.raises(UnavailableError) as caught:
+            await call
+        assert isinstance(caught.value.__cause__, driver.ConnectionError)
+    await store.aclose()
 
 
 def test_many_who_were_not_sent_each_have_an_error_of_their_own() -> None:
