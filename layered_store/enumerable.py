@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from layered_store.coherence.contract import Capability
-from layered_store.interface import Op
+from layered_store.interface import Op, ability_of
 from layered_store.layer import AroundLayer
 from layered_store.stack import kind_of
 
@@ -49,7 +49,7 @@ def enumerable_of(stack: StateStore) -> Enumerable | None:
 
     It is looked for only past blocks that keep users under the ids they are called with.
     """
-    found = stack.capability(Enumerable)
+    found = ability_of(stack, Enumerable)
     if found is not None:
         return found
     role = "inner" if isinstance(stack, AroundLayer) else _RECORD_BELOW.get(kind_of(stack), "")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from layered_store.call import call_begins, call_continues, call_under_way
 from layered_store.clock import SYSTEM_CLOCK
@@ -27,6 +27,7 @@ __all__ = ["Op", "StateStore"]
 C = TypeVar("C")
 T = TypeVar("T")
 
+_OF_SNAPSHOTS: Final = type(StateSnapshot)
 _reporting: ContextVar[StateStore | None] = ContextVar("layered_store_reporting", default=None)
 """The store whose health report asks for its health check."""
 
@@ -215,6 +216,21 @@ class StateStore(ABC):
         from layered_store.stack import expression  # noqa: PLC0415  stack imports this module
 
         return expression(self)
+
+
+def ability_of(store: StateStore, kind: type[C]) -> C | None:
+    """Return what ``store.capability(kind)`` gives, if it is one.
+
+    A store from elsewhere, or a mock of one, may answer anything.
+    """
+    found: object = store.capability(kind)
+    return found if isinstance(found, kind) else None
+
+
+def snapshot_type_of(store: StateStore) -> type[StateSnapshot]:
+    """Return the class of the snapshots a store keeps, as far as it tells one."""
+    told: object = store.snapshot_type
+    return told if isinstance(told, _OF_SNAPSHOTS) else StateSnapshot
 
 
 def _passed_by(store: StateStore, kind: Any) -> bool:

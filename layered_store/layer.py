@@ -15,11 +15,13 @@ from layered_store.hotpath import HotPath, declares
 from layered_store.interface import (
     Op,
     StateStore,
+    ability_of,
     check_history,
     check_state,
     check_states,
     listed,
     report_of,
+    snapshot_type_of,
 )
 from layered_store.options import check_store
 
@@ -97,7 +99,7 @@ class Layer(StateStore):
 
     @property
     def snapshot_type(self) -> type[StateSnapshot]:
-        return self.inner.snapshot_type
+        return snapshot_type_of(self.inner)
 
     def children(self) -> Mapping[str, StateStore]:
         return {"inner": self.inner}
@@ -212,7 +214,7 @@ class AroundLayer(Layer):
     def capability(self, kind: type[C]) -> C | None:
         if isinstance(self, kind):
             return self
-        target = self.inner.capability(kind)
+        target = ability_of(self.inner, kind)
         around: Any = getattr(kind, "around", None)
         if target is None or around is None or not declares(type(self), "around", over=_OPERATIONS):
             return None  # a subclass that changed an operation would be passed by

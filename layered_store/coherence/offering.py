@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from layered_store.coherence.contract import Authority, Invalidations
 from layered_store.enumerable import Enumerable, enumerable_of
+from layered_store.interface import ability_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ def offered(layer: Layer, kind: type, authority: Callable[[Layer, Any], Any]) ->
         return layer
     if kind is Enumerable:
         return enumerable_of(layer.inner)
-    target: Any = layer.inner.capability(kind)
+    target: Any = ability_of(layer.inner, kind)
     if target is None or kind is Invalidations:
         return target
     return authority(layer, target) if kind is Authority else None

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.lint_view import RULES, At, Rule, Severity, is_a, number, rule
-from layered_store.interface import StateStore
+from layered_store.interface import StateStore, ability_of
 from layered_store.stack import Place, children_of, staleness, walk
 
 __all__ = ["shared_keys"]
@@ -57,7 +57,7 @@ def _is_shared_tier(place: Place) -> bool:
 
 def _channel_below(at: At) -> bool:
     inner = at.child("inner")
-    return inner is not None and inner.capability(Invalidations) is not None
+    return inner is not None and ability_of(inner, Invalidations) is not None
 
 
 @rule("LS017", Severity.ERROR, "a layer that does not forward")
@@ -71,7 +71,7 @@ def _forwards(at: At) -> str | None:
             ("get_history", ("get_history",)),
             ("health", ("health_check", "health_report")),
         )
-        if all(getattr(type(at.store), way) is getattr(StateStore, way) for way in ways)
+        if all(getattr(type(at.store), way, None) is getattr(StateStore, way) for way in ways)
     ]
     if not hidden:
         return None

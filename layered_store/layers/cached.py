@@ -31,6 +31,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    ability_of,
     check_history,
     check_snapshot,
     check_snapshots,
@@ -179,7 +180,7 @@ class Cached(Layer):
         self._entries, self._flights = self._held.entries, self._held.flights
         super().__post_init__()
         if self.invalidation != "off":
-            self._channel = self.inner.capability(Invalidations)
+            self._channel = ability_of(self.inner, Invalidations)
             if self._channel is not None:
                 self._held.follow(self._channel.key_of)
                 self._trust.lease(NEVER)
@@ -594,7 +595,7 @@ class Cached(Layer):
 
     def capability(self, kind: type[C]) -> C | None:
         # A cache above this one must hear of the same writes and erasures.
-        return self.inner.capability(kind) if kind is Invalidations else super().capability(kind)
+        return ability_of(self.inner, kind) if kind is Invalidations else super().capability(kind)
 
     async def peek(self, user_id: str) -> Peek:
         """Tell what is cached of a user; the entry does not count as used."""

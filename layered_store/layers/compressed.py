@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.errors import CorruptDataError
-from layered_store.interface import is_state_of
+from layered_store.interface import is_state_of, snapshot_type_of
 from layered_store.layers.translating import TranslatingLayer
 from layered_store.options import check_count
 from layered_store.sealed import SealedSnapshot
@@ -69,7 +69,7 @@ class Compressed(TranslatingLayer):
         check_count(self.level, "level", self, maximum=9)
         self._before = self._after = 0
         super().__post_init__()
-        self._codec = SnapshotCodec(self.inner.snapshot_type)
+        self._codec = SnapshotCodec(snapshot_type_of(self.inner))
 
     def down(self, snapshot: StateSnapshot) -> StateSnapshot:
         plain = self._codec.encode(snapshot)

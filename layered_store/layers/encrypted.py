@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from layered_store.call import current_call
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.errors import ConfigError, CorruptDataError
+from layered_store.interface import snapshot_type_of
 from layered_store.layers.translating import DigestBelow, TranslatingLayer
 from layered_store.options import check_choice
 from layered_store.sealed import SealedSnapshot
@@ -137,7 +138,7 @@ class Encrypted(TranslatingLayer):
         self._aead, self._refused = _cryptography(self.name)
         self._old_keys = 0
         super().__post_init__()
-        self._codec = SnapshotCodec(self.inner.snapshot_type)
+        self._codec = SnapshotCodec(snapshot_type_of(self.inner))
 
     @staticmethod
     def new_key() -> str:

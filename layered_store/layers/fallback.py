@@ -29,6 +29,7 @@ from layered_store.interface import (
     check_states,
     listed,
     report_of,
+    snapshot_type_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_store
@@ -90,7 +91,7 @@ class Fallback(Layer):
         self._unfinished = 0
         self._erasing_fails = False
         super().__post_init__()
-        if self.inner.snapshot_type is not self.secondary.snapshot_type:
+        if snapshot_type_of(self.inner) is not snapshot_type_of(self.secondary):
             raise ConfigError(
                 "inner and secondary must be built with the same snapshot_type=",
                 option="snapshot_type",

@@ -28,6 +28,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    ability_of,
     check_history,
     check_limit,
     check_snapshot,
@@ -36,6 +37,7 @@ from layered_store.interface import (
     check_states,
     check_user_ids,
     report_of,
+    snapshot_type_of,
     states_by_user,
 )
 from layered_store.layer import Layer
@@ -155,7 +157,7 @@ class Ramp(Layer):
             self.layer = MappingProxyType(dict(self.layer))
         super().__post_init__()
         self._other: StateStore = self.alternative or self._layered()
-        if self._other.snapshot_type is not self.inner.snapshot_type:
+        if snapshot_type_of(self._other) is not snapshot_type_of(self.inner):
             raise ConfigError(
                 "both ways must be built with the same snapshot_type=",
                 option="snapshot_type",
@@ -478,7 +480,7 @@ class Ramp(Layer):
             return enumerable_of(self.inner)  # type: ignore[return-value]
         if kind is Invalidations and self.alternative is None:
             # What is written through the layer ends in inner too.
-            return self.inner.capability(kind)
+            return ability_of(self.inner, kind)
         return None
 
     async def health_report(self) -> HealthReport:

@@ -25,6 +25,7 @@ from layered_store.interface import (
     check_snapshots,
     check_user_ids,
     report_of,
+    snapshot_type_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import (
@@ -171,7 +172,7 @@ class Shadow(Layer):
         self._mirrored: Counter[str] = Counter(dict.fromkeys(_WRITES, 0))
         self._compared: Counter[str] = Counter(dict.fromkeys(_RESULTS, 0))
         super().__post_init__()
-        if self.inner.snapshot_type is not self.candidate.snapshot_type:
+        if snapshot_type_of(self.inner) is not snapshot_type_of(self.candidate):
             raise ConfigError(
                 "inner and candidate must be built with the same snapshot_type=",
                 option="snapshot_type",

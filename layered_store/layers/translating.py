@@ -26,6 +26,7 @@ from layered_store.errors import CorruptDataError, StoreError
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import (
     Op,
+    ability_of,
     check_limit,
     check_snapshot,
     check_snapshots,
@@ -97,8 +98,8 @@ class TranslatingLayer(Layer):
     def is_cache(self) -> bool:
         """Tell whether what stands below is a cache tier: an unreadable copy there is a miss."""
         return (
-            self.inner.capability(CacheTier) is not None
-            and self.inner.capability(Authority) is None
+            ability_of(self.inner, CacheTier) is not None
+            and ability_of(self.inner, Authority) is None
         )
 
     # The operations
@@ -165,7 +166,7 @@ class TranslatingLayer(Layer):
         if view is None:
             return None
         listing = kind is Enumerable
-        target: Any = enumerable_of(self.inner) if listing else self.inner.capability(kind)
+        target: Any = enumerable_of(self.inner) if listing else ability_of(self.inner, kind)
         return None if target is None else view(self, target)
 
     # What the operations and the views share

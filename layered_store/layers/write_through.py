@@ -25,6 +25,7 @@ from layered_store.identity import check_user_id
 from layered_store.interface import (
     Op,
     StateStore,
+    ability_of,
     check_history,
     check_snapshot,
     check_snapshots,
@@ -32,6 +33,7 @@ from layered_store.interface import (
     check_states,
     check_user_ids,
     report_of,
+    snapshot_type_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
@@ -93,7 +95,7 @@ class WriteThrough(Layer):
                 option="origin",
                 layer=self.name,
             )
-        if self.inner.snapshot_type is not self.origin.snapshot_type:
+        if snapshot_type_of(self.inner) is not snapshot_type_of(self.origin):
             raise ConfigError(
                 "inner and origin must be built with the same snapshot_type=",
                 option="snapshot_type",
@@ -103,10 +105,10 @@ class WriteThrough(Layer):
         self._reads = Reads()
         self._unfinished = 0
         self._erasing_fails = False
-        self._authority = self.origin.capability(Authority)
+        self._authority = ability_of(self.origin, Authority)
         # With versions on both sides many processes agree; without, this one process does.
         self._guard: GuardedCopies | None = None
-        tier = self.inner.capability(CacheTier)
+        tier = ability_of(self.inner, CacheTier)
         if tier is not None and self._authority is not None:
             if tier.digest.fingerprint != self._authority.digest.fingerprint:
                 raise ConfigError(
@@ -287,7 +289,7 @@ class WriteThrough(Layer):
 
     @property
     def snapshot_type(self) -> type[StateSnapshot]:
-        return self.origin.snapshot_type
+        return snapshot_type_of(self.origin)
 
     def children(self) -> Mapping[str, StateStore]:
         return {"inner": self.inner, "origin": self.origin}

@@ -19,7 +19,7 @@ from layered_store.coherence.contract import CacheTier, Capability, TierRead, Ve
 from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.errors import ConfigError, CorruptDataError, UnavailableError
 from layered_store.health import HealthReport, HealthStatus, SharedProbe
-from layered_store.interface import Op
+from layered_store.interface import Op, ability_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_choice, check_count, check_seconds
 
@@ -273,7 +273,7 @@ class Faults(AroundLayer):
     def capability(self, kind: type[C]) -> C | None:
         if isinstance(self, kind):
             return self
-        target = self.inner.capability(kind)
+        target = ability_of(self.inner, kind)
         if target is None or not issubclass(kind, Capability):
             return None
         return _faulty(kind)(self, target)  # type: ignore[no-any-return]
@@ -328,7 +328,7 @@ class Faults(AroundLayer):
             return {key: self._corrupted(op, value) for key, value in result.items()}
         if result in (None, [], {}) or (isinstance(result, Versioned) and result.snapshot is None):
             return result  # there is no record that could be damaged
-        if self.inner.capability(CacheTier) is None:
+        if ability_of(self.inner, CacheTier) is None:
             raise CorruptDataError("injected fault", operation=op, layer=self.name)
         return None if op is Op.GET_LATEST else type(result)()
 

@@ -27,6 +27,7 @@ from layered_store import (
     Tracing,
     WriteThrough,
 )
+from layered_store.interface import snapshot_type_of
 from layered_store.testing import Faults, Recorded
 
 Build = Callable[[StateStore], StateStore]
@@ -38,7 +39,7 @@ def metrics(inner: StateStore, name: str = "check") -> Metrics:
 
 def copies(inner: StateStore) -> MemoryStore:
     """Another store of the same class of snapshots."""
-    return MemoryStore(snapshot_type=inner.snapshot_type)
+    return MemoryStore(snapshot_type=snapshot_type_of(inner))
 
 
 LAYERS: dict[str, Build] = {

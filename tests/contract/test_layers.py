@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import AsyncMock
 
 import pytest
 from stacks import DEEP, LAYERS, metrics
 
-from layered_store import Cached, Metrics, RedisStore, Retry, SQLStore, Timeout, WriteThrough
+from layered_store import (
+    Cached,
+    Metrics,
+    RedisStore,
+    Retry,
+    SQLStore,
+    StateSnapshot,
+    Timeout,
+    WriteThrough,
+    lint,
+)
 from layered_store.interface import StateStore
 from layered_store.testing import check_layer, check_store
 
@@ -17,6 +28,27 @@ async def test_layer(name: str) -> None:
     """Nothing fails, whatever the store inside does."""
     report = await check_layer({**LAYERS, **DEEP}[name])
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", [name for name in (*LAYERS, *DEEP) if name != "ReadOnly"])
+async def test_a_mock_of_the_interface_serves_as_a_store(name: str) -> None:
+    """As users' tests write it: what it says of itself is a mock too, and stands for nothing."""
+    mock = AsyncMock(spec=StateStore)
+    mock.get_latest.return_value = None
+    mock.get_latest_many.return_value = {}
+    mock.get_history.return_value = []
+    stack = {**LAYERS, **DEEP}[name](mock)
+    assert await stack.get_latest("u-1") is None
+    assert await stack.get_latest_many(["u-1"]) == {}
+    assert await stack.get_history("u-1", 3) == []
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    await stack.upsert_latest_many([StateSnapshot("u-2")])
+    await stack.delete("u-1")
+    for operation in ("get_latest", "get_history", "upsert_latest", "upsert_latest_many"):
+        assert getattr(mock, operation).await_count == 1, operation
+    assert mock.delete.await_count == 1
+    lint(stack)
+    await stack.aclose()
 
 
 async def test_over_a_real_tier(redis_url: str) -> None:
