@@ -342,7 +342,8 @@ def staleness(stack: StateStore) -> tuple[float, str]:
 def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
     """Return a new stack with ``target`` swapped for ``new`` and the rest rebuilt.
 
-    The rebuilt blocks have the same options and share no state with the old ones.
+    The rebuilt blocks have the same options and share no state with the old ones. Only an end of a
+    third party's that keeps what it was built with under other names is copied as it is.
 
     Args:
         stack: the stack to start from; it stays as it is.
@@ -383,17 +384,16 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
     """Build a block again, with all below it; ``done`` has the new block of each old one's id."""
     if id(store) in done:
         return done[id(store)]
-    if not dataclasses.is_dataclass(store):
-        if children_of(store):
-            raise ConfigError(
-                f"cannot rebuild {type(store).__name__}, which is no dataclass; make it one",
-                option="stack",
-            )
-        twin = copy.copy(store)
+    try:
+        options = arguments(store)
+    except ConfigError:
+        if dataclasses.is_dataclass(store) or children_of(store):
+            raise
+        twin = copy.copy(store)  # an end that does not tell what it was built with
     else:
         given = {
             name: _rebuild(value, done) if isinstance(value, StateStore) else unshared(value)
-            for name, value in arguments(store).items()
+            for name, value in options.items()
         }
         twin = type(store)(**given)
         if (block_id := getattr(store, "block_id", None)) is not None:
@@ -403,15 +403,18 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
 
 
 def arguments(store: Any) -> dict[str, Any]:
-    """Return what a block was built with: its fields, or what an ``__init__`` of its own takes."""
-    fields = {
-        field.name: getattr(store, field.name) for field in dataclasses.fields(store) if field.init
-    }
+    """Return what a block was built with: its fields, or what an ``__init__`` of its own takes.
+
+    Raises:
+        ConfigError: it keeps an argument under another name.
+    """
+    declared = dataclasses.fields(store) if dataclasses.is_dataclass(store) else ()
+    fields = {field.name: getattr(store, field.name) for field in declared if field.init}
     builder = next(cls for cls in type(store).__mro__ if "__init__" in vars(cls))
     if "__dataclass_params__" in vars(builder) and builder.__dataclass_params__.init:  # type: ignore[attr-defined]
         return fields
     wanted = inspect.signature(type(store)).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
+    if fields and any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
         return fields
     found = {}
     for parameter in wanted:

@@ -49,20 +49,48 @@ class Plain(StateStore):
 class Around(Plain):
     """A layer that is none either."""
 
-    def __init__(self, inner: StateStore) -> None:
+    def __init__(self, inner: StateStore, limit: int = 3) -> None:
         super().__init__()
         self.inner = inner
+        self._limit = limit
+
+
+class Odd(Around):
+    """One that keeps its option under another name."""
+
+    def __init__(self, inner: StateStore, most: int) -> None:
+        super().__init__(inner, most)
+
+
+class Dialled(Plain):
+    """An end that does not tell what it was built with."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.line = number
+
+
+async def test_what_is_no_dataclass_is_built_again_too() -> None:
+    """With the arguments that it keeps; it shares no state with the old one."""
+    stack = Fallback(Around(Plain(), 7), secondary=MemoryStore())
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    twin = replace(stack, MemoryStore, MemoryStore())
+    (around,) = find(twin, Around)
+    assert around._limit == 7
+    assert await twin.get_latest("u-1") is None
+    await twin.upsert_latest(StateSnapshot("u-2"))
+    assert await stack.get_latest("u-2") is None
 
 
 def test_a_layer_that_cannot_be_built_again_is_told() -> None:
     """Its class is named, with the remedy; a store that is only an end is copied."""
-    plain = Plain()
-    stack = Fallback(plain, secondary=MemoryStore())
-    twin = replace(stack, MemoryStore, MemoryStore())
-    assert type(twin.inner) is Plain  # type: ignore[attr-defined]
-    assert twin.inner is not plain  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="cannot rebuild Around, which is no dataclass"):
-        replace(Cached(Around(MemoryStore())), MemoryStore, MemoryStore())
+    with pytest.raises(ConfigError, match="cannot rebuild Odd, whose __init__ takes 'most'"):
+        replace(Cached(Odd(MemoryStore(), 7)), MemoryStore, MemoryStore())
+    end = Dialled(5)
+    twin = replace(Fallback(end, secondary=MemoryStore()), MemoryStore, MemoryStore())
+    (copied,) = find(twin, Dialled)
+    assert copied is not end
+    assert copied.line == 5
 
 
 class Slow(Layer):
