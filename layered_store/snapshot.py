@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import date, time, timedelta, tzinfo
 from enum import Enum, StrEnum
-from types import MappingProxyType
+from types import MappingProxyType, MemberDescriptorType
 from typing import Annotated, Any, Final, Self, TypeVar, dataclass_transform
 
 import msgspec
@@ -120,17 +120,26 @@ class _SnapshotMeta(msgspec.StructMeta):
     ) -> Any:
         if config.get("frozen") is False:
             raise TypeError(f"{name} must be frozen: snapshots cannot be changed; leave frozen out")
+        if any(base.__dictoffset__ for base in bases):
+            config.setdefault("gc", True)  # a mixin without ``__slots__``; msgspec asks for it
         return super().__new__(mcs, name, bases, _with_struct_fields(namespace), **config)
 
     def __init__(
         cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any
     ) -> None:
         super().__init__(name, bases, namespace, **config)
-        inherited = getattr(bases[0], "_containers", {})
+        inherited: dict[str, Any] = {}
+        for base in reversed(bases):
+            inherited |= getattr(base, "_containers", {})
+        # From Python 3.14 on they are not there yet, and each field may hold what can be changed.
+        annotations = namespace.get("__annotations__", {})
+        # One that only has another default has the slot of its base; a ``ClassVar`` has none.
         own = {
-            field: cls.__dict__[field]
-            for field, annotation in namespace.get("__annotations__", {}).items()
-            if annotation not in _SCALARS and bases[0] is not msgspec.Struct
+            field: slot
+            for field in cls.__struct_fields__
+            if isinstance(slot := cls.__dict__.get(field), MemberDescriptorType)
+            and annotations.get(field) not in _SCALARS
+            and bases[0] is not msgspec.Struct
         }
         type.__setattr__(cls, "_containers", {**inherited, **own})
         for field, slot in own.items():

@@ -19,7 +19,7 @@ from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import msgspec
 import pytest
@@ -51,7 +51,50 @@ class Mood(StateSnapshot):
     anything: Any = None
 
 
+class Shouting:
+    """What an application adds to several of its classes."""
+
+    def shout(self: Any) -> str:
+        return str(self.user_id).upper()
+
+
+class Weather(Shouting, Mood):
+    """A class of a class, that has more than fields."""
+
+    VERSION: ClassVar[int] = 3
+    UNITS: ClassVar[list[str]] = ["C"]
+    REMARK: ClassVar[str]
+    tags: list[str] = msgspec.field(default_factory=lambda: ["dry"])
+    axes: dict[str, float] = msgspec.field(default_factory=lambda: {"warmth": 0.25})
+    confidence: float = 0.75
+
+
 # Values
+
+
+def test_a_subclass_may_have_what_any_class_has() -> None:
+    """Class variables, methods of a mixin, other defaults; what is in it is as unchangeable."""
+    tags = ["a"]
+    state = Weather("ada", 1, tags=tags)
+    tags.append("b")
+    state.tags.append("c")
+    assert (state.tags, state.axes, state.confidence) == (["a"], {"warmth": 0.25}, 0.75)
+    assert (state.VERSION, state.UNITS, state.shout()) == (3, ["C"], "ADA")
+    assert "VERSION" not in Weather.__struct_fields__
+    assert Weather("ada").tags == ["dry"]
+    with pytest.raises(TypeError):
+        state.axes["warmth"] = 1.0
+    with pytest.raises(AttributeError):
+        state.other = 1  # type: ignore[attr-defined]
+    state.validate()
+    for again in (
+        copy.copy(state),
+        copy.deepcopy(state),
+        pickle.loads(pickle.dumps(state)),
+        Weather.from_json(state.to_json()),
+    ):
+        assert again == state
+        assert hash(again) == hash(state)
 
 
 def test_defaults() -> None:
