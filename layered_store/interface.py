@@ -219,16 +219,13 @@ class StateStore(ABC):
 
 
 def ability_of(store: StateStore, kind: type[C]) -> C | None:
-    """Return what ``store.capability(kind)`` gives, if it is one.
-
-    A store from elsewhere, or a mock of one, may answer anything.
-    """
-    found: object = store.capability(kind)
-    return found if isinstance(found, kind) else None
+    """Return what ``store.capability(kind)`` gives; None of a mock, which answers with a mock."""
+    # A mock made from a class says that it is of it, which its type is not.
+    return store.capability(kind) if issubclass(type(store), StateStore) else None
 
 
 def snapshot_type_of(store: StateStore) -> type[StateSnapshot]:
-    """Return the class of the snapshots a store keeps, as far as it tells one."""
+    """Return the class of the snapshots a store keeps; the plain one when it tells none."""
     told: object = store.snapshot_type
     return told if isinstance(told, _OF_SNAPSHOTS) else StateSnapshot
 
