@@ -643,3 +643,34 @@ def test_an_ability_may_be_joined_to_a_store() -> None:
     for bases in ((Plain, Numbered), (Numbered, Plain)):
         joined: Any = type("Joined", bases, {})()
         assert joined.capability(Authority) is joined
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_closing_waits_for_erasures_under_way(hangs: bool) -> None:
+    """They take steps on both sides; one that hangs is given 5 s, and new ones are refused."""
+    gate = asyncio.Event()
+
+    class Slow(Shelf):
+        async def bury(self, user_id: str, version: int, me: str) -> Holders:
+            await gate.wait()
+            return await super().bury(user_id, version, me)
+
+    store, tier, origin, clock = build(Slow())
+    await store.upsert_latest(NEW)
+    erasing = asyncio.create_task(store.delete("u-1"))
+    await settle()
+    closing = asyncio.create_task(store.aclose())
+    await settle()
+    with pytest.raises(ClosedError):
+        await store.delete("u-1")
+    assert not closing.done()
+    assert await origin.health_check()
+    if hangs:
+        await clock.advance(5.1)
+        await closing
+        assert not erasing.done()
+    gate.set()
+    await asyncio.gather(erasing, closing)
+    assert tier.copies["u-1"].snapshot is None
+    assert not await origin.health_check()
+    await store.aclose()
