@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
-__all__ = ["Ending", "running_loop"]
+    from layered_store.clock import Clock
+
+__all__ = ["Ending", "UnderWay", "running_loop"]
+
+_LAST_SECONDS: Final = 5.0
 
 _hooks = sys.get_asyncgen_hooks
 _known: tuple[object, asyncio.AbstractEventLoop | None] = (None, None)
@@ -64,3 +69,37 @@ class Ending:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen: whoever waited for it may be gone
+
+
+class UnderWay:
+    """Calls that take steps on several stores, which closing lets come to their end.
+
+    One backend alone sees to the calls that it has; between two of them nobody would.
+
+    Args:
+        clock: source of time.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._calls: set[asyncio.Future[None]] = set()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Be waited for until the end of the block."""
+        over = asyncio.get_running_loop().create_future()
+        self._calls.add(over)
+        try:
+            yield
+        finally:
+            self._calls.discard(over)
+            over.cancel()
+
+    async def end(self) -> None:
+        """Wait for the calls on this event loop, but not for longer than any backend's limit."""
+        here = asyncio.get_running_loop()
+        calls = [over for over in tuple(self._calls) if over.get_loop() is here]
+        if calls:
+            with suppress(TimeoutError):
+                async with self._clock.timeout(_LAST_SECONDS):
+                    await asyncio.wait(calls)

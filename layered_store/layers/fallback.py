@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
+from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import (
     ClosedError,
     ConfigError,
@@ -33,6 +34,7 @@ from layered_store.interface import (
 )
 from layered_store.layer import Layer
 from layered_store.options import check_store
+from layered_store.running import UnderWay
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Fallback(Layer):
         self._counts: Counter[Op] = Counter()
         self._unfinished = 0
         self._erasing_fails = False
+        self._erasures = UnderWay(SYSTEM_CLOCK)
         super().__post_init__()
         if snapshot_type_of(self.inner) is not snapshot_type_of(self.secondary):
             raise ConfigError(
@@ -144,7 +147,7 @@ class Fallback(Layer):
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
         # One erasure, also where both stores are ways to the same database.
-        with call_begins():
+        with self._erasures.call(), call_begins():
             await self._delete(user_id)
 
     async def _delete(self, user_id: str) -> None:
@@ -203,6 +206,11 @@ class Fallback(Layer):
             # One of the two may come up later; anything but a StoreError is a mistake.
             if len(failures) == len(results) or not isinstance(failure, StoreError):
                 raise failure
+
+    async def aclose(self) -> None:
+        self._refuse_operations()
+        await self._erasures.end()
+        await self._close_children()
 
     def children(self) -> Mapping[str, StateStore]:
         return {"inner": self.inner, "secondary": self.secondary}

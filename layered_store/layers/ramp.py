@@ -42,6 +42,7 @@ from layered_store.interface import (
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
+from layered_store.running import UnderWay
 from layered_store.sharing import place_of
 from layered_store.stack import masked, staleness, walk
 from layered_store.stats import Sample
@@ -164,6 +165,7 @@ class Ramp(Layer):
                 layer=self.name,
             )
         self._turns = Turns(self._new_turn, self.name)
+        self._writes = UnderWay(self.clock)
         self._behind: OrderedDict[str, None] = OrderedDict()
         self._all_behind = False
         # Writes under way that pass the layer by, and users of whom one may still take effect.
@@ -320,7 +322,8 @@ class Ramp(Layer):
         check_snapshot(snapshot, self.snapshot_type, block=self)
         with call_begins(self.clock) as call:
             if self.alternative is not None:
-                await self._write([snapshot], Op.UPSERT_LATEST, call)
+                with self._writes.call():
+                    await self._write([snapshot], Op.UPSERT_LATEST, call)
                 return
             with self._writing([snapshot.user_id]) as ways:
                 await ways[snapshot.user_id].upsert_latest(snapshot)
@@ -329,7 +332,8 @@ class Ramp(Layer):
         batch = check_snapshots(snapshots, self.snapshot_type, self)
         with call_begins(self.clock) as call:
             if self.alternative is not None:
-                await self._write(batch, Op.UPSERT_LATEST_MANY, call)
+                with self._writes.call():
+                    await self._write(batch, Op.UPSERT_LATEST_MANY, call)
                 return
             with self._writing({each.user_id: None for each in batch}) as ways:
                 await self._divide(batch, ways, call)
@@ -417,6 +421,11 @@ class Ramp(Layer):
             with self._writing([user_id]) as ways:
                 await ways[user_id].delete(user_id)
             return
+        with self._writes.call():
+            await self._erase(user_id)
+
+    async def _erase(self, user_id: str) -> None:
+        """Erase in ``inner``, then in the alternative."""
         turn = await self._turns.begin(user_id)
         try:
             settled = not self._doubted(user_id)
@@ -544,6 +553,7 @@ class Ramp(Layer):
 
     async def aclose(self) -> None:
         self._refuse_operations()
+        await self._writes.end()
         results = await asyncio.gather(self._other.aclose(), return_exceptions=True)
         await self._close_children()
         for result in results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
@@ -18,7 +17,7 @@ from layered_store.coherence.contract import (
 )
 from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import LocalCopies
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import not_happened
 from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
@@ -38,6 +37,7 @@ from layered_store.interface import (
 )
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
+from layered_store.running import UnderWay
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ class WriteThrough(Layer):
         self._reads = Reads()
         self._unfinished = 0
         self._erasing_fails = False
-        # Erasures under way, which take several steps on both sides.
-        self._erasures: set[asyncio.Future[None]] = set()
+        self._erasures = UnderWay(self.clock)
         self._authority = ability_of(self.origin, Authority)
         # With versions on both sides many processes agree; without, this one process does.
         self._guard: GuardedCopies | None = None
@@ -232,10 +231,8 @@ class WriteThrough(Layer):
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
-        over = asyncio.get_running_loop().create_future()
-        self._erasures.add(over)
         try:
-            with call_begins(self.clock):
+            with self._erasures.call(), call_begins(self.clock):
                 if self._guard is not None:
                     await self._guard.delete(user_id)
                 else:
@@ -246,9 +243,6 @@ class WriteThrough(Layer):
                 self._erasing_fails = True
                 log_event("erasure_incomplete", layer=self.name, pending=",".join(exc.pending))
             raise
-        finally:
-            self._erasures.discard(over)
-            over.cancel()
         if self._erasing_fails:
             self._erasing_fails = False
             log_event("erasure_complete", layer=self.name)
@@ -339,11 +333,7 @@ class WriteThrough(Layer):
 
     async def aclose(self) -> None:
         self._refuse_operations()
-        loop = asyncio.get_running_loop()
-        if erasing := [over for over in list(self._erasures) if over.get_loop() is loop]:
-            with contextlib.suppress(TimeoutError):
-                async with self.clock.timeout(QUARANTINE_SECONDS):
-                    await asyncio.wait(erasing)
+        await self._erasures.end()
         if self._guard is not None:
             await self._guard.aclose()
         await self._close_children()

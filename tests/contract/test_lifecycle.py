@@ -19,6 +19,7 @@ from layered_store import (
     Fallback,
     Layer,
     MemoryStore,
+    Ramp,
     RedisStore,
     Retry,
     SQLStore,
@@ -27,6 +28,7 @@ from layered_store import (
     WriteThrough,
 )
 from layered_store.stack import walk
+from layered_store.testing.clock import settle
 
 ROOT = Path(__file__).parents[2]
 STATE = StateSnapshot("u-1", axes={"a": 0.5})
@@ -61,6 +63,40 @@ async def test_the_whole_tree_is_opened_and_closed(name: str) -> None:
         with pytest.raises(ClosedError) as refused:
             await place.store.get_latest("u-1")
         assert refused.value.layer is not None
+
+
+class Takes(MemoryStore):
+    """Takes a few turns for each write, and none more once it is closed."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await settle()
+        await super().upsert_latest(snapshot)
+
+    async def delete(self, user_id: str) -> None:
+        await settle()
+        await super().delete(user_id)
+
+
+@pytest.mark.parametrize(
+    ("build", "operation"),
+    [
+        (lambda: WriteThrough(Takes(), origin=Takes()), "delete"),
+        (lambda: Fallback(Takes(), secondary=Takes()), "delete"),
+        (lambda: Ramp(Takes(), alternative=Takes(), share=1.0), "delete"),
+        (lambda: Ramp(Takes(), alternative=Takes(), share=1.0), "upsert_latest"),
+    ],
+)
+async def test_closing_lets_what_takes_steps_on_two_stores_finish(
+    build: Callable[[], StateStore], operation: str
+) -> None:
+    """Each store drains what it has; the step on the second one began when the first had ended."""
+    stack = build()
+    await stack.upsert_latest(STATE)
+    argument = STATE if operation == "upsert_latest" else STATE.user_id
+    call = asyncio.create_task(getattr(stack, operation)(argument))
+    await asyncio.sleep(0)
+    await stack.aclose()
+    await call
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *DEEP])
