@@ -16,13 +16,25 @@ if TYPE_CHECKING:
 
     from layered_store.coherence.contract import Versioned
 
-__all__ = ["READS", "WRITES", "Bench", "Inner", "PlainInner", "VersionedInner", "end", "settle"]
+__all__ = [
+    "READS",
+    "WRITES",
+    "Bench",
+    "Inner",
+    "PlainInner",
+    "VersionedInner",
+    "end",
+    "settle",
+    "soon",
+]
 
 READS: Final = (Op.GET_LATEST, Op.GET_LATEST_MANY)
 WRITES: Final = (Op.UPSERT_LATEST, Op.UPSERT_LATEST_MANY, Op.DELETE)
 
 _END_SECONDS: Final = 5.0
 _TURNS: Final = 30
+_SOON_SECONDS: Final = 2.0
+_SOON_TRIES: Final = 40
 
 
 class Inner:
@@ -37,6 +49,7 @@ class Inner:
         self._once = False
         self._holds: frozenset[Op] = frozenset()
         self._gate: asyncio.Event | None = None
+        self._before = False
 
     def behave(self) -> None:
         """End all faults."""
@@ -55,9 +68,12 @@ class Inner:
         self._fails = (frozenset(ops), error, after)
         self._once = once
 
-    def hold(self, *ops: Op) -> None:
-        """Keep calls of these operations inside, with their answer in hand, until release."""
-        self._holds, self._gate = frozenset(ops), asyncio.Event()
+    def hold(self, *ops: Op, before: bool = False) -> None:
+        """Keep calls of these operations inside until release.
+
+        With their answer in hand, or ``before`` they took effect.
+        """
+        self._holds, self._gate, self._before = frozenset(ops), asyncio.Event(), before
         self.entered.clear()
 
     def release(self) -> None:
@@ -72,15 +88,21 @@ class Inner:
         self._fail_if_told(op, after=False)
         self.inside += 1
         try:
+            if self._before:
+                await self._wait_if_held(op)
+                return await call()
             result = await call()
-            if op in self._holds and self._gate is not None:
-                gate = self._gate
-                self.entered.set()
-                await gate.wait()
+            await self._wait_if_held(op)
         finally:
             self.inside -= 1
         self._fail_if_told(op, after=True)
         return result
+
+    async def _wait_if_held(self, op: Op) -> None:
+        if op in self._holds and self._gate is not None:
+            gate = self._gate
+            self.entered.set()
+            await gate.wait()
 
     def _fail_if_told(self, op: Op, *, after: bool) -> None:
         if self._fails is None or op not in self._fails[0] or self._fails[2] is not after:
@@ -228,6 +250,15 @@ class Bench:
         await asyncio.wait({entered, task}, return_when=asyncio.FIRST_COMPLETED)
         entered.cancel()
         return self.law.entered.is_set()
+
+
+async def soon(holds: Callable[[], Awaitable[bool]]) -> bool:
+    """Tell whether something holds within two seconds."""
+    for _ in range(_SOON_TRIES):
+        if await holds():
+            return True
+        await asyncio.sleep(_SOON_SECONDS / _SOON_TRIES)
+    return False
 
 
 async def settle() -> None:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 __all__ = [
     "Broken",
+    "Patience",
     "Report",
     "Result",
     "Unneeded",
     "build",
+    "error_texts",
     "expect",
     "left_since",
-    "run_check",
+    "watched_logs",
 ]
 
 T = TypeVar("T")
 
 _GRACE_SECONDS: Final = 0.1
 """Who else uses this event loop may have begun a task meanwhile, which ends by itself."""
+
+_NO_END: Final = "did not end within"
 
 _MARKS: Final = {"passed": "ok  ", "failed": "FAIL", "skipped": "skip"}
 
@@ -106,8 +112,27 @@ class Report:
         return "\n".join([head, *(f"  {result}" for result in order)])
 
 
-async def run_check(name: str, check: Callable[[], Awaitable[None]], limit: float) -> Result:
-    """Run one check for at most ``limit`` seconds of real time."""
+class Patience:
+    """Runs checks one after the other, each within a limit of real time.
+
+    What hangs once mostly hangs in every check: once one did not end, the others have a tenth.
+
+    Args:
+        limit: seconds for one check.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._hung = False
+
+    async def check(self, name: str, check: Callable[[], Awaitable[None]]) -> Result:
+        """Run one check."""
+        result = await _run(name, check, self._limit / (10 if self._hung else 1))
+        self._hung = self._hung or result.message.startswith(_NO_END)
+        return result
+
+
+async def _run(name: str, check: Callable[[], Awaitable[None]], limit: float) -> Result:
     try:
         async with asyncio.timeout(limit):
             await check()
@@ -118,7 +143,7 @@ async def run_check(name: str, check: Callable[[], Awaitable[None]], limit: floa
     except TimeoutError as exc:
         if isinstance(exc, _own_errors()):
             return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
-        return Result(name, "failed", f"did not end within {limit:g} s")
+        return Result(name, "failed", f"{_NO_END} {limit:g} s")
     except Exception as exc:  # noqa: BLE001  a broken store may raise anything
         return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
     return Result(name, "passed")
@@ -134,6 +159,30 @@ async def left_since(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
     if left:
         _, left = await asyncio.wait(left, timeout=_GRACE_SECONDS)
     return left
+
+
+@contextmanager
+def watched_logs() -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, as logging is set up."""
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        root.removeHandler(handler)
+
+
+def error_texts(exc: BaseException) -> list[str]:
+    """Return what a traceback of an error shows of it, and of those that it came from."""
+    texts = []
+    cause: BaseException | None = exc
+    while cause is not None:
+        texts += [str(cause), repr(cause)]
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return texts
 
 
 async def build(factory: Callable[..., Any], *args: Any) -> Any:

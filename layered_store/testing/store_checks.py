@@ -27,14 +27,17 @@ from layered_store.options import check_seconds
 from layered_store.snapshot import Source, StateSnapshot
 from layered_store.testing.report import (
     Broken,
+    Patience,
     Report,
     Result,
     Unneeded,
     build,
+    error_texts,
     expect,
     left_since,
-    run_check,
+    watched_logs,
 )
+from layered_store.testing.samples import sample_fields
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,6 +47,10 @@ __all__ = ["check_store"]
 _CHECK_SECONDS: Final = 30.0
 _BATCH: Final = 120
 _NOW_MS: Final = 1_700_000_000_000
+_SOON_SECONDS: Final = 5.0
+_SOON_TRIES: Final = 20
+_CANCELLED: Final = 160
+_HELD_UP_SECONDS: Final = 0.05
 
 
 async def check_store(
@@ -62,37 +69,40 @@ async def check_store(
         factory: builds a store, which is closed at the end; may be a coroutine function. It is
             called several times; all that it builds may share one database. The checks use users
             of their own, named by chance, and delete them where the store can.
-        limit: seconds of real time that one check may take.
+        limit: seconds of real time that one check may take. Once a check did not end, the others
+            have a tenth of it.
 
     Raises:
-        TypeError: ``factory`` does not return a StateStore.
+        TypeError: ``factory`` does not return a StateStore, or its class of snapshots has a field
+            without a default for which no value could be made up.
     """
     check_seconds(limit, "limit", check_store)
     results: list[Result] = []
+    patience = Patience(limit)
     store = await _built(factory)
     subject = type(store).__name__
     abilities: tuple[str, ...] = ()
     try:
         suite = _Suite(store)
-        results.append(await run_check("its abilities can be tried out", suite.find, limit))
+        results.append(await patience.check("its abilities can be tried out", suite.find))
         abilities = tuple(suite.abilities)
         for check in _CHECKS:
             if suite.writes or check in _READ_CHECKS:
-                result = await run_check(_title(check), _bound(check, suite), limit)
+                result = await patience.check(_title(check), _bound(check, suite))
             else:
                 result = Result(_title(check), "skipped", "it refuses writes")
             results.append(result)
-        await run_check("", suite.clean_up, limit)
+        await patience.check("", suite.clean_up)
     finally:
-        await _close(store, limit)
+        await patience.check("", store.aclose)  # whether it closes well is a check of its own
     for lived in _LIFECYCLE:
         store = await _built(factory)
         second = await _built(factory)
         try:
-            results.append(await run_check(_title(lived), _pair(lived, store, second), limit))
+            results.append(await patience.check(_title(lived), _pair(lived, store, second)))
         finally:
-            await _close(store, limit)
-            await _close(second, limit)
+            await patience.check("", store.aclose)
+            await patience.check("", second.aclose)
     return Report(subject, abilities, tuple(results))
 
 
@@ -106,11 +116,6 @@ async def _built(factory: Callable[[], Any]) -> StateStore:
     if not isinstance(store, StateStore):
         raise TypeError(f"the factory must return a StateStore, not {type(store).__name__}")
     return store
-
-
-async def _close(store: StateStore, limit: float) -> None:
-    # Whether it closes well is a check of its own.
-    await run_check("", store.aclose, limit)
 
 
 def _title(check: Callable[..., Any]) -> str:
@@ -133,11 +138,18 @@ class _Suite:
     abilities: list[str] = field(default_factory=list)
     run: str = field(default_factory=lambda: os.urandom(5).hex())
     used: list[str] = field(default_factory=list)
+    added: dict[str, Any] = field(init=False)
+    """A value for each field that the store's class of snapshots adds."""
     writes: bool = True
     """Whether it takes writes at all."""
+    has_history: bool = True
+    """Whether the history can be asked for at all."""
     history: int = 0
     """How many of three states the history gave back."""
     can_delete: bool = False
+
+    def __post_init__(self) -> None:
+        self.added = sample_fields(self.store.snapshot_type)
 
     def user(self, name: str) -> str:
         """Return a user id of this run."""
@@ -149,7 +161,7 @@ class _Suite:
         """Return the ``number``-th state of a user."""
         fields = {"updated_at_unix_ms": _NOW_MS + number, **fields}
         fields.setdefault("axes", {"warmth": (number % 101) / 101, "formality": 0.1})
-        return self.store.snapshot_type(user_id=user_id, **fields)
+        return self.store.snapshot_type(user_id=user_id, **{**self.added, **fields})
 
     async def write(self, name: str, count: int = 1) -> list[StateSnapshot]:
         """Write so many states of a new user and return them, oldest first."""
@@ -168,7 +180,10 @@ class _Suite:
             return
         self.abilities.append("writes")
         user_id = written[0].user_id
-        kept = await self.store.get_history(user_id, 3)
+        try:
+            kept = await self.store.get_history(user_id, 3)
+        except UnsupportedError:
+            self.has_history, kept = False, []
         if not isinstance(kept, list):
             raise Broken(f"get_history() returned a {type(kept).__name__}; return a list")
         self.history = len(kept)
@@ -187,6 +202,10 @@ class _Suite:
     def need_history(self) -> None:
         if not self.history:
             raise Unneeded("it keeps no history")
+
+    async def history_of(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        """Return a user's history, [] of a store that has none (UnsupportedError)."""
+        return await self.store.get_history(user_id, limit) if self.has_history else []
 
     def need_delete(self) -> None:
         if not self.can_delete:
@@ -234,7 +253,7 @@ async def _absent(suite: _Suite) -> None:
     user_id = suite.user("absent")
     got = await suite.store.get_latest(user_id)
     expect(got is None, f"get_latest() of an absent user gave {type(got).__name__}, not None")
-    history = await suite.store.get_history(user_id, 5)
+    history = await suite.history_of(user_id, 5)
     expect(history == [], "get_history() of an absent user is not []")
     many = await suite.store.get_latest_many([user_id])
     expect(many == {}, "get_latest_many() has an entry for an absent user; leave it out")
@@ -309,6 +328,7 @@ async def _apart(suite: _Suite) -> None:
         f"{stem}-\N{KELVIN SIGN}",
         f"{stem}-_",
         f"{stem}--",
+        f"{stem}-x".ljust(200, "x"),
         f"{stem}-x".ljust(255, "x"),
         f"{stem}-x".ljust(256, "x"),
         f"{stem}-x".ljust(255, "x") + "y",
@@ -327,10 +347,25 @@ async def _apart(suite: _Suite) -> None:
         wrote = written[user_id]
         got = await suite.store.get_latest(user_id)
         expect(
-            got == wrote and many.get(user_id) == wrote,
+            got == wrote and many.get(user_id, wrote) == wrote,
             "a user got the state of another one with a similar id (case, accent, width or"
             " ending); compare ids byte by byte",
         )
+        if suite.history:
+            kept = await suite.store.get_history(user_id, 2)
+            expect(
+                {state.user_id for state in kept} <= {user_id},
+                "the history of a user holds states of another one with a similar id (case, accent,"
+                " width or ending); compare ids byte by byte",
+            )
+    if suite.can_delete:
+        await asyncio.gather(*map(suite.store.delete, alike[::2]))
+        for user_id in alike[1::2]:
+            expect(
+                await suite.store.get_latest(user_id) is not None,
+                "delete() removed another user with a similar id (case, accent, width or ending);"
+                " compare ids byte by byte, without wildcards",
+            )
 
 
 async def _bad_ids(suite: _Suite) -> None:
@@ -348,7 +383,7 @@ async def _bad_ids(suite: _Suite) -> None:
     for user_id in (*bad, None, 7, b"u-1", ["u-1"]):
         for read in (
             partial(store.get_latest, user_id),
-            partial(store.get_history, user_id, 5),
+            partial(suite.history_of, user_id, 5),
             partial(store.get_latest_many, [user_id]),
         ):
             try:
@@ -402,7 +437,7 @@ async def _bad_snapshots(suite: _Suite) -> None:
     for odd in (None, {"user_id": user_id}, user_id):
         try:
             await suite.store.upsert_latest(odd)  # type: ignore[arg-type]
-        except (ValidationError, RejectedError, TypeError, AttributeError):
+        except (ValidationError, RejectedError, UnsupportedError, TypeError, AttributeError):
             continue
         raise Broken(f"upsert_latest() of a {type(odd).__name__} was accepted")
     got = await suite.store.get_latest(user_id)
@@ -463,6 +498,24 @@ async def _history(suite: _Suite) -> None:
         part = await suite.store.get_history(user_id, limit)
         expect(len(part) <= limit, f"get_history(limit={limit}) gave {len(part)} states")
         expect(part == kept[:limit], f"get_history(limit={limit}) is not the newest {limit}")
+    # A state of before, and one that equals the latest, are writes like any other.
+    for again in (suite.snapshot(user_id, 3), suite.snapshot(user_id, 3)):
+        await suite.store.upsert_latest(again)
+        newest_first.insert(0, again)
+    kept = await suite.store.get_history(user_id, 3)
+    expect(
+        kept == newest_first[: min(3, suite.history)],
+        "a state that equals an earlier one is missing in the history; append every write",
+    )
+    # Older by its own time: such a write counts or is ignored, in both places alike.
+    await suite.store.upsert_latest(suite.snapshot(user_id, -5))
+    latest = await suite.store.get_latest(user_id)
+    kept = await suite.store.get_history(user_id, 1)
+    expect(
+        kept == [latest],
+        "after a state with an older time of its own the newest of the history is not the latest"
+        " state; order both alike",
+    )
 
 
 def _history_problem(kept: list[StateSnapshot], newest_first: list[StateSnapshot]) -> str:
@@ -473,6 +526,8 @@ def _history_problem(kept: list[StateSnapshot], newest_first: list[StateSnapshot
 
 async def _limits(suite: _Suite) -> None:
     """A history of 0 states is [], a negative or odd limit is refused."""
+    if not suite.has_history:
+        raise Unneeded("it has no history (UnsupportedError)")
     user_id = (await suite.write("limits", 2))[0].user_id
     none = await suite.store.get_history(user_id, 0)
     expect(none == [], f"get_history(limit=0) gave {len(none)} states, not []")
@@ -529,11 +584,11 @@ async def _deletes(suite: _Suite) -> None:
     other = (await suite.write("delete-other"))[0]
     user_id = written[0].user_id
     await store.get_latest(user_id)
-    await store.get_history(user_id, 5)
+    await suite.history_of(user_id, 5)
     await store.delete(user_id)
     expect(await store.get_latest(user_id) is None, "get_latest() shows a deleted user")
     expect(await store.get_latest_many([user_id]) == {}, "get_latest_many() shows a deleted user")
-    left = await store.get_history(user_id, 5)
+    left = await suite.history_of(user_id, 5)
     expect(left == [], f"delete() left {len(left)} states in the history; remove them too")
     expect(await store.get_latest(other.user_id) == other, "delete() removed another user")
     await store.delete(user_id)
@@ -599,50 +654,149 @@ async def _at_once(suite: _Suite) -> None:
         )
     reads = await asyncio.gather(*(store.get_latest(user_id) for _ in range(20)))
     expect(all(read == latest for read in reads), "readers at the same time see different states")
+    others = ids[1:]
+    batches = await asyncio.gather(*(store.get_latest_many([other]) for other in others))
+    expect([[*batch] for batch in batches] == [[other] for other in others], mixed_up)
+    if suite.history:
+        kept_of = await asyncio.gather(*(store.get_history(other, 1) for other in others))
+        expect([kept[0].user_id for kept in kept_of if kept] == others, mixed_up)
+    if suite.can_delete:
+        await asyncio.gather(*map(store.delete, others[::2]))
+        left = await store.get_latest_many(others)
+        expect(
+            left.keys() == {*others[1::2]},
+            f"of {len(others)} users {len(others[::2])} were deleted at the same time, and"
+            f" {len(left)} are left; keep what belongs to a call in that call, not on the store",
+        )
 
 
 async def _cancelled(suite: _Suite) -> None:
     """A cancelled call ends, and the store works on."""
-    user_id = suite.user("cancelled")
+    store, user_id = suite.store, suite.user("cancelled")
     for turns in range(4):
-        for call in (
-            partial(suite.store.upsert_latest, suite.snapshot(user_id, turns)),
-            partial(suite.store.get_latest, user_id),
-            partial(suite.store.get_latest_many, [user_id]),
-        ):
-            task: asyncio.Future[Any] = asyncio.ensure_future(call())
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            asked = task.cancel()
-            done, _ = await asyncio.wait({task}, timeout=5.0)
-            expect(done, "a cancelled call did not end within 5 s; let CancelledError through")
-            if not task.cancelled():
-                task.result()
-                expect(not asked, "a cancelled call returned normally; let CancelledError through")
+        state = suite.snapshot(user_id, turns)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            partial(store.upsert_latest, state),
+            partial(store.upsert_latest_many, [state]),
+            partial(store.get_latest, user_id),
+            partial(store.get_latest_many, [user_id]),
+            partial(suite.history_of, user_id, 5),
+        ]
+        if suite.can_delete:
+            calls.append(partial(store.delete, suite.user("cancelled-delete")))
+        for call in calls:
+            await _cut_off(call, turns)
+            if suite.history:
+                await _newest_is_latest(store, user_id)
+    # As many as empty a pool of connections, if each keeps one.
+    for number in range(_CANCELLED):
+        await _cut_off(partial(store.get_latest, user_id), 1 + number % 3)
     wrote = suite.snapshot(user_id, 99)
-    await suite.store.upsert_latest(wrote)
-    got = await suite.store.get_latest(user_id)
+    try:
+        async with asyncio.timeout(_SOON_SECONDS):
+            await store.upsert_latest(wrote)
+            got = await store.get_latest(user_id)
+    except TimeoutError as exc:
+        if isinstance(exc, StoreError):
+            raise
+        raise Broken(
+            f"after {_CANCELLED} cancelled calls the next one did not end within"
+            f" {_SOON_SECONDS:g} s; give back in `finally` what a call took"
+        ) from exc
     expect(got == wrote, "after cancelled calls a write is not what is read next")
 
 
-async def _private(suite: _Suite) -> None:
-    """Neither its repr nor an error shows a user id or a value."""
-    user_id = suite.user("SECRET")
-    value = 0.123456789
-    await suite.store.upsert_latest(suite.snapshot(user_id, axes={"warmth": value}))
-    texts = [repr(suite.store), str((await suite.store.health_report()).to_dict())]
-    for call in (
-        partial(suite.store.get_history, user_id, -1),
-        partial(suite.store.get_latest, f"{user_id} !"),
-        partial(suite.store.upsert_latest, suite.snapshot(user_id, axes={"warmth": 100 + value})),
+async def _newest_is_latest(store: StateStore, user_id: str) -> None:
+    for _ in range(_SOON_TRIES):
+        newest = await store.get_history(user_id, 1)
+        latest = await store.get_latest(user_id)
+        if newest == ([] if latest is None else [latest]):
+            return
+        await asyncio.sleep(_SOON_SECONDS / _SOON_TRIES / 5)  # what was sent may arrive later
+    raise Broken(
+        "after a cancelled write the newest of the history is not the latest state; write both in"
+        " one step, or none"
+    )
+
+
+async def _cut_off(call: Callable[[], Awaitable[object]], turns: int) -> None:
+    """Begin a call and cancel it after so many turns of the event loop."""
+    task: asyncio.Future[Any] = asyncio.ensure_future(call())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    asked = task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=_SOON_SECONDS)
+    expect(
+        done,
+        f"a cancelled call did not end within {_SOON_SECONDS:g} s; let CancelledError through, and"
+        " give back in `finally` what the call took",
+    )
+    if not task.cancelled():
+        task.result()
+        expect(not asked, "a cancelled call returned normally; let CancelledError through")
+
+
+async def _lets_others_run(suite: _Suite) -> None:
+    """Others go on while a call waits."""
+    state = (await suite.write("others"))[0]
+    for name, call in (
+        ("upsert_latest", partial(suite.store.upsert_latest, state)),
+        ("get_latest", partial(suite.store.get_latest, state.user_id)),
     ):
-        try:
-            await call()
-        except StoreError as exc:
-            texts += [str(exc), repr(exc)]
-    for text in texts:
-        shown = user_id in text or "0.12345" in text or "100.12345" in text
-        expect(not shown, "a repr, report or error text shows a user id or a state value")
+        # Several times, since the machine may hold up anybody now and then.
+        for _ in range(5):
+            held_up = await _longest_turn(call())
+            if held_up < _HELD_UP_SECONDS:
+                break
+        else:
+            raise Broken(
+                f"{name}() held up the event loop for {held_up:.2f} s each time; await what takes"
+                " time, or do it in a thread (asyncio.to_thread)"
+            )
+
+
+async def _longest_turn(call: Awaitable[object]) -> float:
+    task = asyncio.ensure_future(call)
+    longest, before = 0.0, SYSTEM_CLOCK.monotonic()
+    while not task.done():
+        await asyncio.sleep(0)
+        now = SYSTEM_CLOCK.monotonic()
+        longest, before = max(longest, now - before), now
+    await task
+    return longest
+
+
+async def _private(suite: _Suite) -> None:
+    """Neither its repr nor an error nor a log shows a user id or a value."""
+    store, user_id = suite.store, suite.user("SECRET")
+    value = 0.123456789
+    bad_id = f"{user_id} !"
+    bad = suite.snapshot(user_id, axes={"warmth": 100 + value})
+    texts: dict[str, list[str]] = {}
+    with watched_logs() as logged:
+        await store.upsert_latest(suite.snapshot(user_id, axes={"warmth": value}))
+        # A cache has it now, too.
+        await store.get_latest(user_id)
+        await store.get_latest_many([user_id])
+        await suite.history_of(user_id, 1)
+        texts["its repr"] = [repr(store), str(store)]
+        texts["its health report"] = [str((await store.health_report()).to_dict())]
+        for name, call in (
+            ("get_history", partial(store.get_history, user_id, -1)),
+            ("get_latest", partial(store.get_latest, bad_id)),
+            ("get_latest_many", partial(store.get_latest_many, [bad_id])),
+            ("delete", partial(store.delete, bad_id)),
+            ("upsert_latest", partial(store.upsert_latest, bad)),
+            ("upsert_latest_many", partial(store.upsert_latest_many, [bad])),
+        ):
+            try:
+                await call()
+            except StoreError as exc:
+                texts[f"an error text of {name}()"] = error_texts(exc)
+    texts["what it logs"] = logged
+    for where, found in texts.items():
+        shown = any(user_id in text or "0.12345" in text for text in found)
+        expect(not shown, f"{where} shows a user id or a state value; leave them out")
 
 
 # Abilities beyond the interface
@@ -727,38 +881,140 @@ async def _closes(store: StateStore, second: StateStore) -> None:
     """It opens on first use, closes twice, leaves no task and refuses calls afterwards."""
     del second
     before = asyncio.all_tasks()
-    snapshot = store.snapshot_type(user_id=f"check-{os.urandom(5).hex()}")
-    for call in (
-        partial(store.upsert_latest, snapshot),
-        partial(store.get_latest, snapshot.user_id),
-        partial(store.delete, snapshot.user_id),
-    ):
+    state = _Suite(store).snapshot(f"check-{os.urandom(5).hex()}")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "delete": (state.user_id,),
+        "upsert_latest": (state,),
+        "upsert_latest_many": ([state],),
+        "get_latest": (state.user_id,),
+        "get_latest_many": ([state.user_id],),
+        "get_history": (state.user_id, 1),
+    }
+    for name, given in arguments.items():
         try:
-            await call()
+            await getattr(store, name)(*given)
         except (UnsupportedError, RejectedError):
             pass  # it cannot, or does not let anybody
+    await store.health_report()
     await store.aclose()
     await store.aclose()
     for _ in range(20):
         await asyncio.sleep(0)
     left = await left_since(before)
     expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
+    for name, given in arguments.items():
+        await _refuses_closed(store, name, *given)
+
+
+async def _refuses_closed(store: StateStore, name: str, *arguments: object) -> None:
+    """Fail if a call to a closed store does anything but refuse.
+
+    One whose ``aclose`` is the one that StateStore provides has nothing to close, and need not
+    know; nor must a history or a delete that it does not have.
+    """
     try:
-        await store.get_latest(snapshot.user_id)
+        async with asyncio.timeout(_SOON_SECONDS):
+            got = await getattr(store, name)(*arguments)
     except ClosedError:
-        pass
+        return
+    except (UnsupportedError, RejectedError):
+        if name not in ("get_latest", "get_latest_many"):
+            return
+        raise
     except Exception as exc:
-        raise Broken(f"a read after aclose() raised {type(exc).__name__}, not ClosedError") from exc
+        what = f"did not end within {_SOON_SECONDS:g} s" if _is_timeout(exc) else None
+        what = what or f"raised {type(exc).__name__}"
+        raise Broken(f"{name}() after aclose() {what}; raise ClosedError") from exc
+    if _closes_something(store) and (name != "get_history" or got):
+        raise Broken(f"{name}() after aclose() did not raise ClosedError")
+
+
+def _closes_something(store: StateStore) -> bool:
+    return type(store).aclose is not StateStore.aclose
+
+
+def _is_timeout(exc: Exception) -> bool:
+    return isinstance(exc, TimeoutError) and not isinstance(exc, StoreError)
 
 
 async def _context(store: StateStore, second: StateStore) -> None:
     """``async with`` gives the store itself and closes it."""
-    del second
     async with store as entered:
         expect(entered is store, "`async with` gives another object than the store")
         await store.open()
         expect(await store.health_check() is True, "it is not healthy once it was opened")
-    await store.aclose()
+        suite = _Suite(store)
+        state = suite.snapshot(suite.user("context"))
+        try:
+            await store.upsert_latest(state)
+        except (UnsupportedError, RejectedError):
+            pass
+        else:
+            await store.open()
+            got = await store.get_latest(state.user_id)
+            expect(got == state, "open() of a store in use lost what it held")
+        await suite.clean_up()
+    await _refuses_closed(store, "get_latest", state.user_id)
+    try:
+        async with second:
+            raise _Marker
+    except _Marker:
+        pass
+    else:
+        raise Broken("`async with` swallowed an error; let __aexit__ return None")
+
+
+class _Marker(Exception):  # noqa: N818
+    """Raised inside ``async with``, to see it come out."""
+
+
+async def _first_calls(store: StateStore, second: StateStore) -> None:
+    """It opens itself on first use, also when several calls come at once."""
+    del second
+    suite = _Suite(store)
+    states = [suite.snapshot(suite.user(f"first-{number}"), number) for number in range(4)]
+    try:
+        await asyncio.gather(*map(store.upsert_latest, states))
+    except (UnsupportedError, RejectedError):
+        raise Unneeded("it refuses writes") from None
+    for state in states:
+        got = await store.get_latest(state.user_id)
+        expect(got == state, "of several first writes at the same time one was lost")
+    suite.can_delete = type(store).delete is not StateStore.delete
+    await suite.clean_up()
+
+
+async def _other_loop(store: StateStore, second: StateStore) -> None:
+    """On another event loop it works as well, or refuses with a StoreError that says so."""
+    del second
+    suite = _Suite(store)
+    states = [suite.snapshot(suite.user(f"loop-{number}"), number) for number in range(3)]
+
+    async def use() -> bool:
+        async with asyncio.timeout(_SOON_SECONDS):
+            for state in states:
+                await store.upsert_latest(state)
+            return [await store.get_latest(state.user_id) for state in states] == states
+
+    try:
+        expect(await use(), "what was written is not what is read")
+    except (UnsupportedError, RejectedError):
+        raise Unneeded("it refuses writes") from None
+    try:
+        there = await asyncio.to_thread(asyncio.run, use())
+    except StoreError:
+        there = True
+    except Exception as exc:
+        what = f"did not end within {_SOON_SECONDS:g} s" if _is_timeout(exc) else None
+        what = what or f"raised {type(exc).__name__}"
+        raise Broken(
+            f"a call from a second event loop {what}; work there as well, or raise a StoreError"
+            " that names the store and says to build one for each loop"
+        ) from exc
+    expect(there, "what was written on a second event loop is not what is read there")
+    expect(await use(), "after calls from a second event loop the first is not served")
+    suite.can_delete = type(store).delete is not StateStore.delete
+    await suite.clean_up()
 
 
 async def _identity(store: StateStore, second: StateStore) -> None:
@@ -775,6 +1031,7 @@ async def _identity(store: StateStore, second: StateStore) -> None:
 
 
 _CHECKS: Final = (
+    _lets_others_run,
     _absent,
     _round_trip,
     _replaces,
@@ -796,4 +1053,4 @@ _CHECKS: Final = (
     _listing,
 )
 _READ_CHECKS: Final = (_absent, _bad_ids, _bad_snapshots, _health)
-_LIFECYCLE: Final = (_closes, _context, _identity)
+_LIFECYCLE: Final = (_closes, _context, _first_calls, _other_loop, _identity)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
 from layered_store import (
+    ClosedError,
+    CorruptDataError,
+    ErasureIncompleteError,
     HealthReport,
+    HealthStatus,
     Layer,
     MemoryStore,
     Op,
@@ -16,6 +23,7 @@ from layered_store import (
     StateStore,
     StoreError,
     UnavailableError,
+    UnsupportedError,
     ValidationError,
 )
 from layered_store.layer import AroundLayer
@@ -540,3 +548,462 @@ class LeaksPlaces(AroundLayer):
             raise
         self.inside -= 1
         return result
+
+
+class Whole(Plain):
+    """A store with all operations that waits for its database; right but for what a subclass does
+    wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    async def wait(self) -> None:
+        if self.closed:
+            raise ClosedError("closed", layer="Whole")
+        await asyncio.sleep(0)
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        await self.wait()
+        await super().upsert_latest(snapshot)
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        await self.wait()
+        return self.states.get(user_id)
+
+    async def delete(self, user_id: str) -> None:
+        await self.wait()
+        self.states.pop(user_id, None)
+        self.kept.pop(user_id, None)
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        await StateStore.get_history(self, user_id, limit)
+        await self.wait()
+        return self.kept.get(user_id, [])[:limit]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class ShortIds(Whole):
+    """Its column is too narrow."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        if len(snapshot.user_id) > 64:
+            raise ValidationError("the user id is too long")
+        await super().upsert_latest(snapshot)
+
+
+class HistoryWithoutCase(Whole):
+    """Compares ids as it should in one table and as some databases do in the other."""
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        await super().get_history(user_id, limit)
+        return [s for key in self.kept if key.lower() == user_id.lower() for s in self.kept[key]][
+            :limit
+        ]
+
+
+class DeletesByPattern(Whole):
+    """Deletes with LIKE, to which an underscore is any character."""
+
+    async def delete(self, user_id: str) -> None:
+        await self.wait()
+        for key in [*self.states]:
+            if re.fullmatch(user_id.replace("_", "."), key):
+                await super().delete(key)
+
+
+class OrdersHistoryByTime(Whole):
+    """The latest is what came last, the history goes by the states' own time."""
+
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        kept = await super().get_history(user_id, min(limit, 1) and 10**6)
+        return sorted(kept, key=lambda state: -state.updated_at_unix_ms)[:limit]
+
+
+class KeepsDifferingOnly(Whole):
+    """A history without what it has already."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        known = snapshot in self.kept.get(snapshot.user_id, [])
+        await super().upsert_latest(snapshot)
+        if known:
+            self.kept[snapshot.user_id].pop(0)
+
+
+class ServesWhenClosed(Whole):
+    async def wait(self) -> None:
+        await asyncio.sleep(0)
+
+
+class WritesWhenClosed(Whole):
+    """Refuses to read, and takes writes that go nowhere."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        if not self.closed:
+            await super().upsert_latest(snapshot)
+
+
+class EmptiesItselfWhenOpened(Whole):
+    """Makes its tables anew."""
+
+    async def open(self) -> None:
+        self.states.clear()
+
+
+class ForgetsToCloseItself(Whole):
+    async def __aexit__(self, *exc_info: object) -> None:
+        pass
+
+
+class SwallowsInContext(Whole):
+    async def __aexit__(self, *exc_info: object) -> Any:
+        await self.aclose()
+        return True
+
+
+class ConnectsTwice(Whole):
+    """Two first calls at the same time: each opens a database of its own."""
+
+    opened = False
+
+    async def wait(self) -> None:
+        await super().wait()
+        if not self.opened:
+            await asyncio.sleep(0)
+            self.opened = True
+            self.states, self.kept = {}, {}
+
+
+class LeavesProbe(Whole):
+    """Starts a task for every health check."""
+
+    async def health_check(self) -> bool:
+        self.task = asyncio.create_task(asyncio.sleep(3600))
+        return True
+
+
+class SwallowsCancelledDelete(Whole):
+    async def delete(self, user_id: str) -> None:
+        try:
+            await super().delete(user_id)
+        except asyncio.CancelledError:
+            pass
+
+
+class TearsWrites(Whole):
+    """Writes the history, then the latest state; cut off between them they stay apart."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        await self.wait()
+        self.kept.setdefault(snapshot.user_id, []).insert(0, snapshot)
+        await asyncio.sleep(0)
+        self.states[snapshot.user_id] = snapshot
+
+
+class LosesConnections(Whole):
+    """A pool of ten that gets none back from a cancelled call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = asyncio.Semaphore(10)
+
+    async def wait(self) -> None:
+        await self.pool.acquire()
+        await super().wait()
+        self.pool.release()
+
+
+class HoldsUpTheLoop(Whole):
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads < 20:
+            time.sleep(0.06)  # noqa: ASYNC251  this is what is wrong
+        return await super().get_latest(user_id)
+
+
+class MixesUpHistories(Whole):
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        self.wanted = user_id
+        await StateStore.get_history(self, user_id, limit)
+        await self.wait()
+        return self.kept.get(self.wanted, [])[:limit]
+
+
+class MixesUpDeletes(Whole):
+    async def delete(self, user_id: str) -> None:
+        self.wanted = user_id
+        await self.wait()
+        self.states.pop(self.wanted, None)
+        self.kept.pop(self.wanted, None)
+
+
+class ShowsIdsInBatches(Whole):
+    async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+        wanted = list(user_ids)
+        try:
+            return await super().get_latest_many(wanted)
+        except ValidationError as exc:
+            raise ValidationError(f"cannot look for {wanted}") from exc
+
+
+class LogsIds(Whole):
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        logging.getLogger("shop").warning("looking for %s", user_id)
+        return await super().get_latest(user_id)
+
+
+class BelongsToALoop(Whole):
+    """What it waits on belongs to the event loop of the first call."""
+
+    loop: Any = None
+
+    async def wait(self) -> None:
+        await super().wait()
+        self.loop = self.loop or asyncio.get_running_loop()
+        if self.loop is not asyncio.get_running_loop():
+            raise RuntimeError("got a Future attached to a different loop")
+
+
+class Mooded(StateSnapshot, kw_only=True):
+    """A state of an application: with a field that must be given, and others."""
+
+    mood: str
+    level: int = 3
+
+
+class LosesFields(Whole):
+    """Reads the columns that it knows."""
+
+    @property
+    def snapshot_type(self) -> type[StateSnapshot]:
+        return Mooded
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        found = await super().get_latest(user_id)
+        if found is None:
+            return None
+        return Mooded(
+            user_id,
+            found.updated_at_unix_ms,
+            found.source,
+            found.confidence,
+            found.axes,
+            mood=found.mood,  # type: ignore[attr-defined]
+        )
+
+
+class Hangs(Whole):
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+
+class CallsItDegraded(Layer):
+    async def health_report(self) -> HealthReport:
+        below = await self.inner.health_report()
+        status = below.status if below.status is HealthStatus.HEALTHY else HealthStatus.DEGRADED
+        return HealthReport(self.name, status, below.latency_ms, "", (below,))
+
+
+class BatchLosesFields(Layer):
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        fields = ("user_id", "updated_at_unix_ms", "source", "confidence", "axes")
+        await self.inner.upsert_latest_many(
+            [type(s)(*(getattr(s, name) for name in fields)) for s in snapshots]
+        )
+
+
+class LeavesOutEqual(Layer):
+    """Asks what is there, and writes what differs."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        if await self.inner.get_latest(snapshot.user_id) != snapshot:
+            await super().upsert_latest(snapshot)
+
+
+class Translates(AroundLayer):
+    """Raises ``becomes`` in place of every ``error`` from inside."""
+
+    error: type[Exception] = StoreError
+    becomes: Any = UnavailableError
+
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except (ValidationError, ClosedError, UnsupportedError):
+            raise
+        except self.error as exc:
+            raise self.becomes(f"{op.value} failed", operation=op) from exc
+
+
+class CallsAllRetryable(Translates):
+    pass
+
+
+class ForgetsDoubt(Translates):
+    error = UnavailableError
+
+
+class CallsErasureUnavailable(Translates):
+    error = ErasureIncompleteError
+
+
+class TellsWhoFailed(AroundLayer):
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except UnavailableError as exc:
+            raise UnavailableError(f"{op.value} of {args[0]} failed") from exc
+
+
+class LogsWhoFailed(AroundLayer):
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except UnavailableError:
+            logging.getLogger("shop").warning("%s of %s failed", op.value, args[0])
+            raise
+
+
+class RepeatsAll(AroundLayer):
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except ValidationError:
+            raise
+        except StoreError:
+            return await method(*args, **kwargs)
+
+
+class TakesDamageForAbsence(AroundLayer):
+    async def around(self, op: Op, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(*args, **kwargs)
+        except CorruptDataError:
+            return {Op.GET_LATEST_MANY: {}, Op.GET_HISTORY: []}.get(op)
+
+
+class SwallowsPending(Layer):
+    async def delete(self, user_id: str) -> None:
+        try:
+            await super().delete(user_id)
+        except ErasureIncompleteError:
+            pass
+
+
+class GoodCache(Layer):
+    """A cache that is right but for what a subclass does wrong: not one call is kept that another
+    one overtook.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.held: dict[str, StateSnapshot] = {}
+        self.turn: dict[str, int] = {}
+
+    def forget(self, *user_ids: str) -> None:
+        for user_id in user_ids:
+            self.held.pop(user_id, None)
+            self.turn[user_id] = self.turn.get(user_id, 0) + 1
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        if user_id in self.held:
+            return self.held[user_id]
+        turn = self.turn.get(user_id)
+        found = await super().get_latest(user_id)
+        if found is not None and self.turn.get(user_id) == turn:
+            self.held[user_id] = found
+        return found
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        self.forget(snapshot.user_id)
+        try:
+            await super().upsert_latest(snapshot)
+        finally:
+            self.forget(snapshot.user_id)
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        users = [snapshot.user_id for snapshot in batch]
+        self.forget(*users)
+        try:
+            await super().upsert_latest_many(batch)
+        finally:
+            self.forget(*users)
+
+    async def delete(self, user_id: str) -> None:
+        self.forget(user_id)
+        try:
+            await super().delete(user_id)
+        finally:
+            self.forget(user_id)
+
+
+class ForgetsBeforeOnly(GoodCache):
+    """Forgets a user when a write begins, and keeps what is read until it takes effect."""
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        snapshot.validate()
+        self.forget(snapshot.user_id)
+        await self.inner.upsert_latest(snapshot)
+
+
+class KeepsWhenDeleteFails(GoodCache):
+    async def delete(self, user_id: str) -> None:
+        await self.inner.delete(user_id)
+        self.forget(user_id)
+
+
+class KeepsWhenBatchFails(GoodCache):
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        batch = list(snapshots)
+        await self.inner.upsert_latest_many(batch)
+        self.forget(*(snapshot.user_id for snapshot in batch))
+
+
+class KeepsErrors(GoodCache):
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        errors = self.__dict__.setdefault("errors", {})
+        if user_id in errors:
+            raise errors[user_id]
+        try:
+            return await super().get_latest(user_id)
+        except UnavailableError as exc:
+            errors[user_id] = exc
+            raise
+
+
+class FillsFromHistory(GoodCache):
+    async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
+        kept = await super().get_history(user_id, limit)
+        if kept:
+            self.held[user_id] = kept[0]
+        return kept
+
+
+class StaleForEver(GoodCache):
+    """Serves its last copy while the store inside is away, even of a user who was deleted."""
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        old = self.__dict__.setdefault("old", {})
+        try:
+            found = await super().get_latest(user_id)
+        except UnavailableError:
+            if user_id in old:
+                return old[user_id]
+            raise
+        if found is not None:
+            old[user_id] = found
+        return found
+
+
+class ShowsWhatItHolds(GoodCache):
+    def __repr__(self) -> str:
+        return f"ShowsWhatItHolds({list(self.held)})"

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import broken
+import msgspec
 import pytest
 
-from layered_store import Cached, Compressed, MemoryStore, Retry, StateSnapshot
+from layered_store import (
+    Bulkhead,
+    Cached,
+    Compressed,
+    MemoryStore,
+    Retry,
+    StateSnapshot,
+    UnsupportedError,
+)
 from layered_store.coherence import Authority
 from layered_store.interface import StateStore
-from layered_store.testing import Report, check_layer, check_store
+from layered_store.testing import Report, check_layer, check_store, store_checks
 
 # What the message must say, for the twelve faults of the field and a few more.
 LAYERS = {
@@ -43,6 +52,24 @@ LAYERS = {
     "RemembersHistoryLate": "a get_history() that began before upsert_latest() put the older",
     "SkipsEqualWrites": "a read after upsert_latest() gives an older state",
     "MergesWrites": "only one of them reached the store inside",
+    "CallsItDegraded": "it says degraded; a layer has the status of what it wraps",
+    "BatchLosesFields": "a batch of writes lost a state that counts as false, or one of its fields",
+    "LeavesOutEqual": "a write that equals the one before is missing in the history",
+    "CallsAllRetryable": "as UnavailableError; let it through as it is",
+    "ForgetsDoubt": "came out without outcome_unknown",
+    "CallsErasureUnavailable": "a ErasureIncompleteError from delete() of the store inside",
+    "TellsWhoFailed": "the error of a failed get_latest() shows the user id",
+    "LogsWhoFailed": "a failed get_latest() logs the user id",
+    "RepeatsAll": "raised StoreError in the store inside and was called 2 times",
+    "TakesDamageForAbsence": "says that there is no such user; let the CorruptDataError through",
+    "SwallowsPending": "returned normally; let the ErasureIncompleteError through",
+    "ForgetsBeforeOnly": "that began while upsert_latest() was under way put the older state back",
+    "KeepsWhenDeleteFails": "a failed delete() took effect inside",
+    "KeepsWhenBatchFails": "a failed upsert_latest_many() took effect inside",
+    "KeepsErrors": "keep no errors",
+    "FillsFromHistory": "a get_history() that began before upsert_latest() put the older state",
+    "StaleForEver": "a read shows the state from before upsert_latest()",
+    "ShowsWhatItHolds": "its repr shows a user id",
 }
 STORES = {
     "SharesItsList": "changing what get_history() returned changed what the store holds",
@@ -56,13 +83,36 @@ STORES = {
     "EqualToOthers": "two stores are equal",
     "DeleteLeavesHistory": "delete() left 3 states in the history",
     "LowersIds": "a user got the state of another one",
-    "TellsIds": "error text shows a user id",
+    "TellsIds": "an error text of get_latest() shows a user id",
     "StoreSwallowsCancellation": "a cancelled call returned normally",
     "GrowsItsList": "a write changed the list that get_history() had returned",
     "ShiftsBatches": "users where get_latest() finds",
     "LosesHistoryEntries": "no write may undo another's entry",
     "SharesItsQuery": "of several users read at the same time one got another's state",
     "TakesTheFirstOfAMoment": "of two states of one moment the latest is not the one written last",
+    "ShortIds": "a valid user id was refused",
+    "HistoryWithoutCase": "the history of a user holds states of another one with a similar id",
+    "DeletesByPattern": "delete() removed another user with a similar id",
+    "OrdersHistoryByTime": "the newest of the history is not the latest state; order both alike",
+    "KeepsDifferingOnly": "a state that equals an earlier one is missing in the history",
+    "ServesWhenClosed": "get_latest() after aclose() did not raise ClosedError",
+    "WritesWhenClosed": "upsert_latest() after aclose() did not raise ClosedError",
+    "EmptiesItselfWhenOpened": "open() of a store in use lost what it held",
+    "ForgetsToCloseItself": "get_latest() after aclose() did not raise ClosedError",
+    "SwallowsInContext": "`async with` swallowed an error",
+    "ConnectsTwice": "of several first writes at the same time one was lost",
+    "LeavesProbe": "aclose() left 1 tasks running",
+    "SwallowsCancelledDelete": "a cancelled call returned normally",
+    "TearsWrites": "after a cancelled write the newest of the history is not the latest state",
+    "LosesConnections": "give back in `finally` what a call took",
+    "HoldsUpTheLoop": "get_latest() held up the event loop for 0.06 s each time",
+    "MixesUpHistories": "one got another's state",
+    "MixesUpDeletes": "keep what belongs to a call in that call",
+    "ShowsIdsInBatches": "an error text of get_latest_many() shows a user id",
+    "LogsIds": "what it logs shows a user id",
+    "BelongsToALoop": "a call from a second event loop raised RuntimeError",
+    "LosesFields": "it differs in level",
+    "Hangs": "did not end within 2 s",
 }
 
 
@@ -79,15 +129,16 @@ async def test_layer_is_caught(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STORES)
-async def test_store_is_caught(name: str) -> None:
+async def test_store_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken store fails with a message that names the fault."""
+    monkeypatch.setattr(store_checks, "_SOON_SECONDS", 0.3)
     stores: list[StateStore] = []
 
     def build() -> StateStore:
         stores.append(getattr(broken, name)())
         return stores[-1]
 
-    report = await check_store(build, limit=5)
+    report = await check_store(build, limit=2)
     for store in stores:
         if (task := getattr(store, "task", None)) is not None:
             task.cancel()
@@ -117,6 +168,39 @@ async def test_minimal_store() -> None:
     skipped = {result.message for result in report.results if result.outcome == "skipped"}
     assert "it cannot delete (UnsupportedError)" in skipped
     assert "it keeps no history" in skipped
+
+
+@pytest.mark.parametrize("missing", ["get_history", "delete", "upsert_latest"])
+async def test_what_a_store_cannot_do(missing: str) -> None:
+    """A store may say of a history, of an erasure or of all writes that it cannot do that."""
+
+    class Cannot(broken.Whole):
+        pass
+
+    async def refuse(self: StateStore, *_: object) -> None:
+        raise UnsupportedError("not here", layer=self.name)
+
+    setattr(Cannot, missing, refuse)
+    report = await check_store(Cannot)
+    assert report.ok, str(report)
+    assert any("UnsupportedError" in each.message or not each.message for each in report.results)
+
+
+async def test_states_of_an_application() -> None:
+    """Fields that must be given are made up; one for which that cannot be is named."""
+
+    class Odd(StateSnapshot, kw_only=True):
+        score: Annotated[int, msgspec.Meta(ge=1000)]
+
+    assert await check_store(lambda: MemoryStore(snapshot_type=broken.Mooded))
+    with pytest.raises(TypeError, match=r"cannot make up a value for Odd\.score"):
+        await check_store(lambda: MemoryStore(snapshot_type=Odd))
+
+
+async def test_right_layers() -> None:
+    """A cache that forgets in time, and a layer that takes one call at a time, are right."""
+    assert await check_layer(broken.GoodCache)
+    assert await check_layer(lambda inner: Bulkhead(inner, max_in_flight=1))
 
 
 async def test_store_that_hangs() -> None:
@@ -197,7 +281,7 @@ async def test_report() -> None:
     good.raise_for_failures()
     assert good
     assert str(good).startswith(
-        "MemoryStore: 23 passed, 0 failed, 0 skipped; abilities: writes, history"
+        "MemoryStore: 26 passed, 0 failed, 0 skipped; abilities: writes, history"
     )
     bad = await check_store(broken.OldestFirst)
     assert not bad
