@@ -11,6 +11,7 @@ import inspect
 import itertools
 import random as _random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -25,8 +26,13 @@ __all__ = ["Explored", "LoopClock", "Schedule", "ScheduleError", "Step", "explor
 
 _WALL: Final = 1_700_000_000.0
 _SHOWN_STEPS: Final = 30
+_END: Final = "end of the schedule"
 _LAST_STEPS: Final = 10_000
 """How many steps the tasks that a scenario left have to end, once they are cancelled."""
+_FOREIGN: Final = (
+    "a thread called into the event loop of explore, which takes nothing from other threads, as"
+    " their order could not be repeated; use stores in memory, and asyncio.to_thread for work"
+)
 _WANDERING: Final = (0.0, 0.1, 0.3, 1.0, 1.0)
 """How often a schedule leaves the order of arrival. Bugs of few steps show best when all is
 shuffled, those of many steps when the order is almost the usual one."""
@@ -201,7 +207,12 @@ def _explore(
             # Also a cancellation that reached the scenario, and pytest.fail().
             text = str(exc)
             if isinstance(exc, NotImplementedError) and not text:
-                text = "explore has no network, files or processes; use stores in memory"
+                text = (
+                    "explore has no network, files or processes; use stores in memory (its event"
+                    f" loop has no {_raised_in(exc)})"
+                )
+            if loop.foreign:
+                text += f"\n{_FOREIGN}"
             message = f"schedule {seed} failed: {type(exc).__name__}: {text}"
             raise ScheduleError(message, seed=seed, trace=schedule.trace) from exc
         steps += len(schedule.trace)
@@ -210,6 +221,14 @@ def _explore(
     gc.collect()
     _check_heard(unheard)
     return Explored(len(seeds), steps)
+
+
+def _raised_in(exc: BaseException) -> str:
+    """Return the name of the function that raised."""
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "such method" if trace is None else f"{trace.tb_frame.f_code.co_name}()"
 
 
 def _check_heard(unheard: list[tuple[Schedule, dict[str, Any]]]) -> None:
@@ -279,6 +298,9 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
         self._names = itertools.count(1)
         self._closed = False
         self._tasks: list[asyncio.Task[Any]] = []
+        self._thread = threading.get_ident()
+        self.foreign = False
+        """Whether another thread called into this loop."""
 
     def run(self, main: Coroutine[Any, Any, object]) -> None:
         """Run ``main``, then cancel what it left running, as ``asyncio.run`` does."""
@@ -292,9 +314,13 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
             finally:
                 steps = len(self._trace)
                 self._max_steps = steps + _LAST_STEPS
-                self._end_the_rest()
+                stubborn = self._end_the_rest()
                 del self._trace[steps:]  # the last step to be shown is the one that failed
             task.result()
+            if stubborn:
+                raise AssertionError(
+                    f"left running, and does not end when it is cancelled: {', '.join(stubborn)}"
+                )
         finally:
             sys.set_asyncgen_hooks(*hooks)
             asyncio._set_running_loop(None)  # noqa: SLF001
@@ -340,20 +366,28 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
             self._ready.append(heapq.heappop(timers)[2])
         return True
 
-    def _end_the_rest(self) -> None:
+    def _end_the_rest(self) -> list[str]:
+        """Cancel what is left; return the names of the tasks that run on all the same."""
         for _ in range(3):  # a task may start another one while it is cancelled
             left = [task for task in self._tasks if not task.done()]
             if not left:
                 break
             for task in left:
                 task.cancel()
-            gathered: asyncio.Task[Any] = self.create_task(_all_done(left), name="end")
+            gathered: asyncio.Task[Any] = self.create_task(_all_done(left), name=_END)
             with contextlib.suppress(AssertionError):
                 self._run_until(gathered)
             for task in (*left, gathered):
                 if task.done() and not task.cancelled():
                     task.exception()
+        stubborn: list[Any] = [task for task in self._tasks if not task.done()]
+        for task in stubborn:
+            # Told here; asyncio would say it once more when they are collected.
+            task._log_destroy_pending = False  # noqa: SLF001
+            with contextlib.suppress(RuntimeError):  # of one that ignores this too
+                task.get_coro().close()
         self._tasks.clear()
+        return [task.get_name() for task in stubborn if task.get_name() != _END]
 
     def _finalize(self, generator: AsyncGenerator[Any, Any]) -> None:
         if not self._closed:
@@ -373,6 +407,17 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
         handle = _Handle(callback, args, context, self._now)
         self._ready.append(handle)
         return handle
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> _Handle:
+        if threading.get_ident() != self._thread:
+            self.foreign = True
+            raise RuntimeError(_FOREIGN)
+        return self.call_soon(callback, *args, context=context)
 
     def call_later(  # type: ignore[override]
         self,
@@ -438,6 +483,12 @@ class _ExploringLoop(asyncio.AbstractEventLoop):
 
     def get_debug(self) -> bool:
         return False
+
+    def set_debug(self, enabled: bool) -> None:  # noqa: FBT001  as asyncio has it
+        """Do nothing: there is no debug mode."""
+
+    def get_exception_handler(self) -> None:
+        return None
 
     def is_running(self) -> bool:
         return not self._closed

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from layered_store.testing import LoopClock, Schedule, ScheduleError, explore
+from layered_store import MemoryStore, UnavailableError
+from layered_store.testing import (
+    Faults,
+    LoopClock,
+    Schedule,
+    ScheduleError,
+    check_store,
+    explore,
+)
 
 
 async def test_it_may_be_called_from_a_running_loop() -> None:
@@ -167,5 +176,66 @@ def test_what_its_loop_cannot_do_is_told() -> None:
     async def connects() -> None:
         await asyncio.open_connection("127.0.0.1", 1)
 
-    with pytest.raises(ScheduleError, match="explore has no network, files or processes"):
+    with pytest.raises(ScheduleError, match=r"explore has no network, .*create_connection\(\)"):
         explore(connects, schedules=1)
+
+
+def test_faults_in_a_scenario() -> None:
+    """Calls that hang go on when the outage ends: their loop is woken as by a thread."""
+
+    async def scenario(schedule: Schedule) -> None:
+        store = Faults(MemoryStore(clock=schedule.clock), clock=schedule.clock)
+        with store.outage("hang"):
+            reading = asyncio.ensure_future(store.get_latest("u-1"))
+            await schedule.clock.sleep(1)
+        with pytest.raises(UnavailableError):
+            await reading
+
+    assert explore(scenario, schedules=20).schedules == 20
+
+
+def test_another_thread_is_told_apart() -> None:
+    """Its order could not be repeated, so the schedule fails and says why."""
+
+    async def scenario() -> None:
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with pytest.raises(RuntimeError, match="takes nothing from other threads"):
+                loop.call_soon_threadsafe(woken.set)
+
+        thread = threading.Thread(target=wake)
+        thread.start()
+        thread.join()
+        await woken.wait()
+
+    with pytest.raises(ScheduleError, match="a thread called into the event loop of explore"):
+        explore(scenario, schedules=1)
+
+
+def test_a_task_that_ignores_its_end_is_named() -> None:
+    """It would live on for ever; nothing is printed when it is collected."""
+
+    async def stubborn() -> None:
+        while True:
+            try:
+                await asyncio.sleep(1e9)
+            except asyncio.CancelledError:
+                continue
+
+    async def scenario() -> None:
+        asyncio.create_task(stubborn(), name="poller")  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    with pytest.raises(ScheduleError, match="does not end when it is cancelled: poller\n"):
+        explore(scenario, schedules=1)
+
+
+def test_the_conformance_suite_in_a_scenario() -> None:
+    """What needs a second event loop in a thread is left out there."""
+
+    async def scenario() -> None:
+        report = await check_store(MemoryStore)
+        assert report.ok, str(report)
+
+    explore(scenario, schedules=2)
