@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
@@ -349,11 +350,13 @@ def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
         stack: the stack to start from; it stays as it is.
         target: a class, an ``id`` of the config file, or a block of the stack. A class or id that
             matches several blocks is refused.
-        new: what stands there instead.
+        new: what stands there instead. It takes over the ``id``, unless it has one.
 
     Raises:
-        ConfigError: nothing matches, or several blocks do.
+        ConfigError: ``new`` is no store, nothing matches or several blocks do, or a block does not
+            tell with what it was built.
     """
+    check_store(new, "new", replace)
     # By identity: one object that stands in two places is one match, swapped in both.
     unique = {id(place.store): place.store for place in walk(stack)}
     matches = [store for store in unique.values() if _matches(store, target)]
@@ -369,7 +372,15 @@ def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
         raise ConfigError(
             f"{found} of this stack; pass the block itself, from find(stack, cls)", option="target"
         )
+    take_id(new, getattr(matches[0], "block_id", None))
     return _rebuild(stack, {id(matches[0]): new})
+
+
+def take_id(store: StateStore, block_id: str | None) -> None:
+    """Let a store that takes the place of a block be found by its id, unless it has one."""
+    if block_id is not None and getattr(store, "block_id", None) is None:
+        with suppress(AttributeError):  # of a class with slots
+            store.block_id = block_id  # type: ignore[attr-defined]
 
 
 def _matches(store: StateStore, target: object) -> bool:
@@ -389,17 +400,28 @@ def _rebuild(store: StateStore, done: dict[int, StateStore]) -> StateStore:
     except ConfigError:
         if dataclasses.is_dataclass(store) or children_of(store):
             raise
-        twin = copy.copy(store)  # an end that does not tell what it was built with
+        twin = _copied(store)
     else:
         given = {
             name: _rebuild(value, done) if isinstance(value, StateStore) else unshared(value)
             for name, value in options.items()
         }
         twin = type(store)(**given)
-        if (block_id := getattr(store, "block_id", None)) is not None:
-            twin.__dict__["block_id"] = block_id
+        take_id(twin, getattr(store, "block_id", None))
     done[id(store)] = twin
     return twin
+
+
+def _copied(end: StateStore) -> StateStore:
+    """Return a store that does not tell what it was built with, with containers of its own."""
+    twin = copy.copy(end)
+    for name, value in getattr(end, "__dict__", {}).items():
+        if isinstance(value, dict | list | set):
+            twin.__dict__[name] = copy.copy(value)
+    return twin
+
+
+_BY_NAME: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def arguments(store: Any) -> dict[str, Any]:
@@ -408,23 +430,24 @@ def arguments(store: Any) -> dict[str, Any]:
     Raises:
         ConfigError: it keeps an argument under another name.
     """
-    declared = dataclasses.fields(store) if dataclasses.is_dataclass(store) else ()
+    known = dataclasses.is_dataclass(store)
+    declared = dataclasses.fields(store) if known else ()
     fields = {field.name: getattr(store, field.name) for field in declared if field.init}
     builder = next(cls for cls in type(store).__mro__ if "__init__" in vars(cls))
     if "__dataclass_params__" in vars(builder) and builder.__dataclass_params__.init:  # type: ignore[attr-defined]
         return fields
     wanted = inspect.signature(type(store)).parameters.values()
-    if fields and any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
+    if known and any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
         return fields
     found = {}
     for parameter in wanted:
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if known and parameter.kind is parameter.VAR_POSITIONAL:
             continue
         names = (parameter.name, f"_{parameter.name}")
         # What every store has, such as its name, is not what this one was built with.
         own = (n for n in names if n in vars(store) or not hasattr(StateStore, n))
         name = next((n for n in own if hasattr(store, n)), None)
-        if name is None or parameter.kind is parameter.POSITIONAL_ONLY:
+        if name is None or parameter.kind not in _BY_NAME:
             raise ConfigError(
                 f"cannot rebuild {type(store).__name__}, whose __init__ takes"
                 f" {parameter.name!r} and keeps it under another name; make it a dataclass",

@@ -18,6 +18,7 @@ from layered_store.config.values import converted, from_text, word
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.options import nearest
+from layered_store.stack import take_id
 
 if TYPE_CHECKING:
     from layered_store.config.lint import LintPolicy
@@ -205,7 +206,7 @@ class _Build:
             plans = [self._plan(entry, place, is_layer=True) for entry, place in entries]
             store = self._override(end_table)
             if store is not None:
-                self._note_id(end_table, end_path)
+                take_id(store, self._note_id(end_table, end_path))
             else:
                 store = self._make(self._plan(table, path, is_layer=False), table, path, depth)
             for (entry, place), plan in zip(reversed(entries), reversed(plans), strict=True):

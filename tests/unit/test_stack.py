@@ -91,6 +91,7 @@ def test_a_layer_that_cannot_be_built_again_is_told() -> None:
     (copied,) = find(twin, Dialled)
     assert copied is not end
     assert copied.line == 5
+    assert copied.kept is not end.kept
 
 
 class Slow(Layer):
@@ -130,6 +131,67 @@ def test_a_layer_with_an_init_of_its_own(again: Callable[[StateStore], StateStor
     assert (slow.seconds, slow._name) == (5.0, "mine")
     with pytest.raises(ConfigError, match="cannot rebuild Hides, whose __init__ takes 'limit'"):
         again(Cached(Hides(MemoryStore(), 7)))
+
+
+class Sized(Plain):
+    """A store of a third party with options, and a cache that it may be given."""
+
+    def __init__(self, size: int, rows: dict[str, StateSnapshot] | None = None) -> None:
+        super().__init__()
+        self._size = size
+        self.rows = {} if rows is None else rows
+
+
+class Scattered(Plain):
+    """One that takes what it does not keep."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__()
+        self.text = "".join(parts)
+
+
+async def test_the_store_of_a_third_party_shares_nothing() -> None:
+    """Its twin has the same options and holds nothing; one that does not tell them is copied."""
+    sized = Sized(3)
+    stack = Cached(Fallback(sized, secondary=MemoryStore()))
+    await stack.upsert_latest(StateSnapshot("ada"))
+    sized.rows["ada"] = StateSnapshot("ada")
+    new = replace(stack, MemoryStore, MemoryStore())
+    assert await new.get_latest("ada") is None
+    (twin,) = find(new, Sized)
+    assert (twin._size, twin.rows) == (3, {})
+    assert twin.rows is not sized.rows
+    scattered = Scattered("a", "b")
+    new = replace(Fallback(scattered, secondary=MemoryStore()), MemoryStore, MemoryStore())
+    (copied,) = find(new, Scattered)
+    assert copied.text == "ab"
+    assert copied.kept is not scattered.kept
+
+
+def test_what_was_swapped_in_is_found_by_the_id_of_its_place() -> None:
+    """By ``overrides=`` or by ``replace``: a second swap names it as the first did."""
+    file = {"use": "cached", "id": "l1", "inner": {"use": "memory", "id": "truth"}}
+    first, second, third = MemoryStore(), MemoryStore(), MemoryStore()
+    stack = load_stack(file, overrides={"truth": first})
+    assert [block.id for block in describe(stack)] == ["l1", "truth"]
+    again = replace(replace(stack, "truth", second), "truth", third)
+    assert find(again, MemoryStore) == [third]
+    assert [block.id for block in describe(on_clock(again, FakeClock()))] == ["l1", "truth"]
+    with pytest.raises(ConfigError, match="did you mean 'truth'"):
+        replace(again, "trut", first)
+
+
+def test_what_has_an_id_keeps_it() -> None:
+    """A block of another stack is not renamed there."""
+    other = load_stack({"use": "memory", "id": "mine"})
+    stack = load_stack({"use": "memory", "id": "truth"}, overrides={"truth": other})
+    assert describe(stack)[0].id == "mine"
+
+
+def test_swapping_in_no_store_is_refused() -> None:
+    """By the argument's name, before anything is built."""
+    with pytest.raises(ConfigError, match=r"replace\.new: must be a StateStore"):
+        replace(Cached(MemoryStore()), MemoryStore, MemoryStore)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False, repr=False)
