@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import operator
-import os
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +13,6 @@ from layered_store.clock import SYSTEM_CLOCK
 from layered_store.coherence.contract import Authority
 from layered_store.enumerable import Enumerable, pages
 from layered_store.errors import (
-    ClosedError,
     RejectedError,
     StoreError,
     UnsupportedError,
@@ -34,20 +31,18 @@ from layered_store.testing.report import (
     build,
     error_texts,
     expect,
-    left_since,
     watched_logs,
 )
-from layered_store.testing.samples import sample_fields
+from layered_store.testing.store_life import LIFE_CHECKS
+from layered_store.testing.store_suite import NOW_MS, SOON_SECONDS, Suite
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
 __all__ = ["check_store"]
 
 _CHECK_SECONDS: Final = 30.0
 _BATCH: Final = 120
-_NOW_MS: Final = 1_700_000_000_000
-_SOON_SECONDS: Final = 5.0
 _SOON_TRIES: Final = 20
 _CANCELLED: Final = 160
 _HELD_UP_SECONDS: Final = 0.05
@@ -83,7 +78,7 @@ async def check_store(
     subject = type(store).__name__
     abilities: tuple[str, ...] = ()
     try:
-        suite = _Suite(store)
+        suite = Suite(store)
         results.append(await patience.check("its abilities can be tried out", suite.find))
         abilities = tuple(suite.abilities)
         for check in _CHECKS:
@@ -95,7 +90,7 @@ async def check_store(
         await patience.check("", suite.clean_up)
     finally:
         await patience.check("", store.aclose)  # whether it closes well is a check of its own
-    for lived in _LIFECYCLE:
+    for lived in LIFE_CHECKS:
         store = await _built(factory)
         second = await _built(factory)
         try:
@@ -122,105 +117,12 @@ def _title(check: Callable[..., Any]) -> str:
     return (check.__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
-def _bound(check: Callable[[_Suite], Awaitable[None]], suite: _Suite) -> Any:
+def _bound(check: Callable[[Suite], Awaitable[None]], suite: Suite) -> Any:
     return lambda: check(suite)
 
 
 def _pair(check: Callable[..., Awaitable[None]], one: StateStore, two: StateStore) -> Any:
     return lambda: check(one, two)
-
-
-@dataclass
-class _Suite:
-    """One store under test, and what is known of it."""
-
-    store: StateStore
-    abilities: list[str] = field(default_factory=list)
-    run: str = field(default_factory=lambda: os.urandom(5).hex())
-    used: list[str] = field(default_factory=list)
-    added: dict[str, Any] = field(init=False)
-    """A value for each field that the store's class of snapshots adds."""
-    writes: bool = True
-    """Whether it takes writes at all."""
-    has_history: bool = True
-    """Whether the history can be asked for at all."""
-    history: int = 0
-    """How many of three states the history gave back."""
-    can_delete: bool = False
-
-    def __post_init__(self) -> None:
-        self.added = sample_fields(self.store.snapshot_type)
-
-    def user(self, name: str) -> str:
-        """Return a user id of this run."""
-        user_id = f"check-{self.run}-{name}"
-        self.used.append(user_id)
-        return user_id
-
-    def snapshot(self, user_id: str, number: int = 0, **fields: Any) -> StateSnapshot:
-        """Return the ``number``-th state of a user."""
-        fields = {"updated_at_unix_ms": _NOW_MS + number, **fields}
-        fields.setdefault("axes", {"warmth": (number % 101) / 101, "formality": 0.1})
-        return self.store.snapshot_type(user_id=user_id, **{**self.added, **fields})
-
-    async def write(self, name: str, count: int = 1) -> list[StateSnapshot]:
-        """Write so many states of a new user and return them, oldest first."""
-        user_id = self.user(name)
-        written = [self.snapshot(user_id, number) for number in range(count)]
-        for snapshot in written:
-            await self.store.upsert_latest(snapshot)
-        return written
-
-    async def find(self) -> None:
-        """Try out which abilities the store has."""
-        try:
-            written = await self.write("abilities", 3)
-        except (RejectedError, UnsupportedError):
-            self.writes = False
-            return
-        self.abilities.append("writes")
-        user_id = written[0].user_id
-        try:
-            kept = await self.store.get_history(user_id, 3)
-        except UnsupportedError:
-            self.has_history, kept = False, []
-        if not isinstance(kept, list):
-            raise Broken(f"get_history() returned a {type(kept).__name__}; return a list")
-        self.history = len(kept)
-        if self.history:
-            self.abilities.append("history")
-        try:
-            await self.store.delete(user_id)
-            self.can_delete = True
-            self.abilities.append("delete")
-        except UnsupportedError:
-            pass
-        for kind, name in ((Authority, "versions"), (Enumerable, "listing")):
-            if self.store.capability(kind) is not None:
-                self.abilities.append(name)
-
-    def need_history(self) -> None:
-        if not self.history:
-            raise Unneeded("it keeps no history")
-
-    async def history_of(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        """Return a user's history, [] of a store that has none (UnsupportedError)."""
-        return await self.store.get_history(user_id, limit) if self.has_history else []
-
-    def need_delete(self) -> None:
-        if not self.can_delete:
-            raise Unneeded("it cannot delete (UnsupportedError)")
-
-    def need(self, kind: type[Any], name: str) -> Any:
-        ability = self.store.capability(kind)
-        if ability is None:
-            raise Unneeded(f"it does not offer {name}")
-        return ability
-
-    async def clean_up(self) -> None:
-        if self.can_delete:
-            # At once, since a delete may wait until no other process can show the user.
-            await asyncio.gather(*map(self.store.delete, self.used), return_exceptions=True)
 
 
 async def _refused(call: Awaitable[Any], what: str) -> None:
@@ -248,7 +150,7 @@ async def _refused_somehow(call: Awaitable[Any], what: str) -> None:
 # What a store does with its users
 
 
-async def _absent(suite: _Suite) -> None:
+async def _absent(suite: Suite) -> None:
     """An absent user is None, has no history and is left out of a batch."""
     user_id = suite.user("absent")
     got = await suite.store.get_latest(user_id)
@@ -259,7 +161,7 @@ async def _absent(suite: _Suite) -> None:
     expect(many == {}, "get_latest_many() has an entry for an absent user; leave it out")
 
 
-async def _round_trip(suite: _Suite) -> None:
+async def _round_trip(suite: Suite) -> None:
     """A state comes back equal, in every field and to the last bit."""
     samples: list[dict[str, Any]] = [
         {},
@@ -292,7 +194,7 @@ async def _round_trip(suite: _Suite) -> None:
         )
 
 
-async def _replaces(suite: _Suite) -> None:
+async def _replaces(suite: Suite) -> None:
     """The latest state is the one that was written last."""
     written = await suite.write("replace", 3)
     got = await suite.store.get_latest(written[0].user_id)
@@ -310,7 +212,7 @@ async def _replaces(suite: _Suite) -> None:
     expect(got == tie, "of two states of one moment the latest is not the one written last")
 
 
-async def _apart(suite: _Suite) -> None:
+async def _apart(suite: Suite) -> None:
     """Users whose ids differ in case, accents, form or ending are different users."""
     stem = suite.user("apart")
     alike = [
@@ -368,7 +270,7 @@ async def _apart(suite: _Suite) -> None:
             )
 
 
-async def _bad_ids(suite: _Suite) -> None:
+async def _bad_ids(suite: Suite) -> None:
     """A bad user id is refused, and finds nobody."""
     store = suite.store
     refused = _refused if suite.writes else _refused_somehow
@@ -404,7 +306,7 @@ async def _bad_ids(suite: _Suite) -> None:
                 pass
 
 
-async def _bad_snapshots(suite: _Suite) -> None:
+async def _bad_snapshots(suite: Suite) -> None:
     """A bad snapshot is refused before anything is stored."""
     user_id = suite.user("bad")
     refused = _refused if suite.writes else _refused_somehow
@@ -444,7 +346,7 @@ async def _bad_snapshots(suite: _Suite) -> None:
     expect(got is None, "a batch with a bad snapshot was stored in part; validate all of it first")
 
 
-async def _many(suite: _Suite) -> None:
+async def _many(suite: Suite) -> None:
     """A batch of reads agrees with single reads."""
     written = [(await suite.write(f"many-{number}"))[0] for number in range(5)]
     ids = [snapshot.user_id for snapshot in written]
@@ -461,7 +363,7 @@ async def _many(suite: _Suite) -> None:
     expect(await suite.store.get_latest_many([]) == {}, "get_latest_many([]) is not {}")
 
 
-async def _write_many(suite: _Suite) -> None:
+async def _write_many(suite: Suite) -> None:
     """A batch of writes stores every item, in its order."""
     ids = [suite.user(f"batch-{number}") for number in range(_BATCH)]
     batch = [suite.snapshot(user_id, number) for number, user_id in enumerate(ids)]
@@ -483,7 +385,7 @@ async def _write_many(suite: _Suite) -> None:
     await suite.store.upsert_latest_many([])
 
 
-async def _history(suite: _Suite) -> None:
+async def _history(suite: Suite) -> None:
     """The history is newest first, at most as long as asked."""
     suite.need_history()
     written = await suite.write("history", 4)
@@ -524,7 +426,7 @@ def _history_problem(kept: list[StateSnapshot], newest_first: list[StateSnapshot
     return "the history does not hold what was written, newest first"
 
 
-async def _limits(suite: _Suite) -> None:
+async def _limits(suite: Suite) -> None:
     """A history of 0 states is [], a negative or odd limit is refused."""
     if not suite.has_history:
         raise Unneeded("it has no history (UnsupportedError)")
@@ -541,7 +443,7 @@ async def _limits(suite: _Suite) -> None:
         )
 
 
-async def _immutable(suite: _Suite) -> None:
+async def _immutable(suite: Suite) -> None:
     """Nobody can change what others read."""
     axes = {"warmth": 0.5}
     user_id = suite.user("immutable")
@@ -576,7 +478,7 @@ async def _immutable(suite: _Suite) -> None:
         expect(kept == [same], "a write changed the list that get_history() had returned")
 
 
-async def _deletes(suite: _Suite) -> None:
+async def _deletes(suite: Suite) -> None:
     """A deleted user is gone, with the history, and can come back."""
     suite.need_delete()
     store = suite.store
@@ -602,7 +504,7 @@ async def _deletes(suite: _Suite) -> None:
         expect(kept == [written[-1]], "after delete() and a write the history holds older states")
 
 
-async def _health(suite: _Suite) -> None:
+async def _health(suite: Suite) -> None:
     """A store that works is healthy, in a bool and in a report that agree."""
     well = await suite.store.health_check()
     expect(well is True, f"health_check() of a store that works gave {well!r}, not True")
@@ -616,12 +518,12 @@ async def _health(suite: _Suite) -> None:
     expect(first.status is second.status, "two health reports at the same time disagree")
 
 
-async def _at_once(suite: _Suite) -> None:
+async def _at_once(suite: Suite) -> None:
     """Writes at the same time leave one winner, and everybody reads their own."""
     store = suite.store
     user_id = suite.user("at-once")
     # Of one moment, since a store may go by the snapshots' own time.
-    written = [suite.snapshot(user_id, number, updated_at_unix_ms=_NOW_MS) for number in range(12)]
+    written = [suite.snapshot(user_id, number, updated_at_unix_ms=NOW_MS) for number in range(12)]
     mixed_up = (
         "of several users read at the same time one got another's state; keep what belongs to a"
         " call in that call, not on the store"
@@ -670,7 +572,7 @@ async def _at_once(suite: _Suite) -> None:
         )
 
 
-async def _cancelled(suite: _Suite) -> None:
+async def _cancelled(suite: Suite) -> None:
     """A cancelled call ends, and the store works on."""
     store, user_id = suite.store, suite.user("cancelled")
     for turns in range(4):
@@ -693,7 +595,7 @@ async def _cancelled(suite: _Suite) -> None:
         await _cut_off(partial(store.get_latest, user_id), 1 + number % 3)
     wrote = suite.snapshot(user_id, 99)
     try:
-        async with asyncio.timeout(_SOON_SECONDS):
+        async with asyncio.timeout(SOON_SECONDS):
             await store.upsert_latest(wrote)
             got = await store.get_latest(user_id)
     except TimeoutError as exc:
@@ -701,7 +603,7 @@ async def _cancelled(suite: _Suite) -> None:
             raise
         raise Broken(
             f"after {_CANCELLED} cancelled calls the next one did not end within"
-            f" {_SOON_SECONDS:g} s; give back in `finally` what a call took"
+            f" {SOON_SECONDS:g} s; give back in `finally` what a call took"
         ) from exc
     expect(got == wrote, "after cancelled calls a write is not what is read next")
 
@@ -712,7 +614,7 @@ async def _newest_is_latest(store: StateStore, user_id: str) -> None:
         latest = await store.get_latest(user_id)
         if newest == ([] if latest is None else [latest]):
             return
-        await asyncio.sleep(_SOON_SECONDS / _SOON_TRIES / 5)  # what was sent may arrive later
+        await asyncio.sleep(SOON_SECONDS / _SOON_TRIES / 5)  # what was sent may arrive later
     raise Broken(
         "after a cancelled write the newest of the history is not the latest state; write both in"
         " one step, or none"
@@ -725,10 +627,10 @@ async def _cut_off(call: Callable[[], Awaitable[object]], turns: int) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)
     asked = task.cancel()
-    done, _ = await asyncio.wait({task}, timeout=_SOON_SECONDS)
+    done, _ = await asyncio.wait({task}, timeout=SOON_SECONDS)
     expect(
         done,
-        f"a cancelled call did not end within {_SOON_SECONDS:g} s; let CancelledError through, and"
+        f"a cancelled call did not end within {SOON_SECONDS:g} s; let CancelledError through, and"
         " give back in `finally` what the call took",
     )
     if not task.cancelled():
@@ -736,7 +638,7 @@ async def _cut_off(call: Callable[[], Awaitable[object]], turns: int) -> None:
         expect(not asked, "a cancelled call returned normally; let CancelledError through")
 
 
-async def _lets_others_run(suite: _Suite) -> None:
+async def _lets_others_run(suite: Suite) -> None:
     """Others go on while a call waits."""
     state = (await suite.write("others"))[0]
     for name, call in (
@@ -766,7 +668,7 @@ async def _longest_turn(call: Awaitable[object]) -> float:
     return longest
 
 
-async def _private(suite: _Suite) -> None:
+async def _private(suite: Suite) -> None:
     """Neither its repr nor an error nor a log shows a user id or a value."""
     store, user_id = suite.store, suite.user("SECRET")
     value = 0.123456789
@@ -802,7 +704,7 @@ async def _private(suite: _Suite) -> None:
 # Abilities beyond the interface
 
 
-async def _versions(suite: _Suite) -> None:
+async def _versions(suite: Suite) -> None:
     """Versions grow with every write and erasure; a repeated write counts once."""
     authority: Authority = suite.need(Authority, "versions")
     user_id = suite.user("versions")
@@ -842,7 +744,7 @@ async def _versions(suite: _Suite) -> None:
     expect(authority.digest(user_id) in found, "changes() skipped a user that changed")
 
 
-async def _late_write(suite: _Suite) -> None:
+async def _late_write(suite: Suite) -> None:
     """A write that began before an erasure cannot bring the user back."""
     authority: Authority = suite.need(Authority, "versions")
     user_id = suite.user("late")
@@ -859,7 +761,7 @@ async def _outside(call: Awaitable[Any]) -> None:
     await call
 
 
-async def _listing(suite: _Suite) -> None:
+async def _listing(suite: Suite) -> None:
     """Every user is listed."""
     listing: Enumerable = suite.need(Enumerable, "listing")
     ids = {(await suite.write(f"listed-{number}"))[0].user_id for number in range(7)}
@@ -872,173 +774,6 @@ async def _listing(suite: _Suite) -> None:
         await suite.store.delete(gone)
         async for page in pages(listing, 100):
             expect(gone not in page.user_ids, "the listing shows a deleted user")
-
-
-# Its life
-
-
-async def _closes(store: StateStore, second: StateStore) -> None:
-    """It opens on first use, closes twice, leaves no task and refuses calls afterwards."""
-    del second
-    before = asyncio.all_tasks()
-    state = _Suite(store).snapshot(f"check-{os.urandom(5).hex()}")
-    arguments: dict[str, tuple[Any, ...]] = {
-        "delete": (state.user_id,),
-        "upsert_latest": (state,),
-        "upsert_latest_many": ([state],),
-        "get_latest": (state.user_id,),
-        "get_latest_many": ([state.user_id],),
-        "get_history": (state.user_id, 1),
-    }
-    for name, given in arguments.items():
-        try:
-            await getattr(store, name)(*given)
-        except (UnsupportedError, RejectedError):
-            pass  # it cannot, or does not let anybody
-    await store.health_report()
-    await store.aclose()
-    await store.aclose()
-    for _ in range(20):
-        await asyncio.sleep(0)
-    left = await left_since(before)
-    expect(not left, f"aclose() left {len(left)} tasks running; cancel and await them")
-    for name, given in arguments.items():
-        await _refuses_closed(store, name, *given)
-
-
-async def _refuses_closed(store: StateStore, name: str, *arguments: object) -> None:
-    """Fail if a call to a closed store does anything but refuse.
-
-    One whose ``aclose`` is the one that StateStore provides has nothing to close, and need not
-    know; nor must a history or a delete that it does not have.
-    """
-    try:
-        async with asyncio.timeout(_SOON_SECONDS):
-            got = await getattr(store, name)(*arguments)
-    except ClosedError:
-        return
-    except (UnsupportedError, RejectedError):
-        if name not in ("get_latest", "get_latest_many"):
-            return
-        raise
-    except Exception as exc:
-        what = f"did not end within {_SOON_SECONDS:g} s" if _is_timeout(exc) else None
-        what = what or f"raised {type(exc).__name__}"
-        raise Broken(f"{name}() after aclose() {what}; raise ClosedError") from exc
-    if _closes_something(store) and (name != "get_history" or got):
-        raise Broken(f"{name}() after aclose() did not raise ClosedError")
-
-
-def _closes_something(store: StateStore) -> bool:
-    return type(store).aclose is not StateStore.aclose
-
-
-def _is_timeout(exc: Exception) -> bool:
-    return isinstance(exc, TimeoutError) and not isinstance(exc, StoreError)
-
-
-async def _context(store: StateStore, second: StateStore) -> None:
-    """``async with`` gives the store itself and closes it."""
-    async with store as entered:
-        expect(entered is store, "`async with` gives another object than the store")
-        await store.open()
-        expect(await store.health_check() is True, "it is not healthy once it was opened")
-        suite = _Suite(store)
-        state = suite.snapshot(suite.user("context"))
-        try:
-            await store.upsert_latest(state)
-        except (UnsupportedError, RejectedError):
-            pass
-        else:
-            await store.open()
-            got = await store.get_latest(state.user_id)
-            expect(got == state, "open() of a store in use lost what it held")
-        await suite.clean_up()
-    await _refuses_closed(store, "get_latest", state.user_id)
-    try:
-        async with second:
-            raise _Marker
-    except _Marker:
-        pass
-    else:
-        raise Broken("`async with` swallowed an error; let __aexit__ return None")
-
-
-class _Marker(Exception):  # noqa: N818
-    """Raised inside ``async with``, to see it come out."""
-
-
-async def _first_calls(store: StateStore, second: StateStore) -> None:
-    """It opens itself on first use, also when several calls come at once."""
-    del second
-    suite = _Suite(store)
-    states = [suite.snapshot(suite.user(f"first-{number}"), number) for number in range(4)]
-    try:
-        await asyncio.gather(*map(store.upsert_latest, states))
-    except (UnsupportedError, RejectedError):
-        raise Unneeded("it refuses writes") from None
-    for state in states:
-        got = await store.get_latest(state.user_id)
-        expect(got == state, "of several first writes at the same time one was lost")
-    suite.can_delete = type(store).delete is not StateStore.delete
-    await suite.clean_up()
-
-
-async def _other_loop(store: StateStore, second: StateStore) -> None:
-    """On another event loop it works as well, or refuses with a StoreError that says so."""
-    del second
-    suite = _Suite(store)
-    states = [suite.snapshot(suite.user(f"loop-{number}"), number) for number in range(3)]
-
-    async def use() -> bool:
-        async with asyncio.timeout(_SOON_SECONDS):
-            for state in states:
-                await store.upsert_latest(state)
-            return [await store.get_latest(state.user_id) for state in states] == states
-
-    try:
-        expect(await use(), "what was written is not what is read")
-    except (UnsupportedError, RejectedError):
-        raise Unneeded("it refuses writes") from None
-    try:
-        there = await asyncio.to_thread(_run, use)
-    except StoreError:
-        there = True
-    except Exception as exc:
-        what = f"did not end within {_SOON_SECONDS:g} s" if _is_timeout(exc) else None
-        what = what or f"raised {type(exc).__name__}"
-        raise Broken(
-            f"a call from a second event loop {what}; work there as well, or raise a StoreError"
-            " that names the store and says to build one for each loop"
-        ) from exc
-    if there is None:
-        raise Unneeded("this event loop has no threads")
-    expect(there, "what was written on a second event loop is not what is read there")
-    expect(await use(), "after calls from a second event loop the first is not served")
-    suite.can_delete = type(store).delete is not StateStore.delete
-    await suite.clean_up()
-
-
-def _run(use: Callable[[], Coroutine[Any, Any, bool]]) -> bool | None:
-    """Run it on an event loop of its own; None where the work for threads is done on this one."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(use())
-    return None
-
-
-async def _identity(store: StateStore, second: StateStore) -> None:
-    """A store is equal to itself alone, can be hashed and printed."""
-    if store is second:
-        raise Unneeded("the factory returns one object every time")
-    same = store == store  # noqa: PLR0124
-    expect(same and store != second, "two stores are equal; build dataclasses with eq=False")
-    try:
-        hash(store)
-    except TypeError as exc:
-        raise Broken("it cannot be hashed; build dataclasses with eq=False") from exc
-    expect(isinstance(repr(store), str), "it has no repr")
 
 
 _CHECKS: Final = (
@@ -1064,4 +799,3 @@ _CHECKS: Final = (
     _listing,
 )
 _READ_CHECKS: Final = (_absent, _bad_ids, _bad_snapshots, _health)
-_LIFECYCLE: Final = (_closes, _context, _first_calls, _other_loop, _identity)

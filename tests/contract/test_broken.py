@@ -131,7 +131,7 @@ async def test_layer_is_caught(name: str) -> None:
 @pytest.mark.parametrize("name", STORES)
 async def test_store_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken store fails with a message that names the fault."""
-    monkeypatch.setattr(store_checks, "_SOON_SECONDS", 0.3)
+    monkeypatch.setattr(store_checks, "SOON_SECONDS", 0.3)
     stores: list[StateStore] = []
 
     def build() -> StateStore:
