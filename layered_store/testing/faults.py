@@ -59,6 +59,7 @@ class Fault(StrEnum):
 _FAULTS: Final = tuple(Fault)
 _OUTAGES: Final = (Fault.ERROR, Fault.HANG)
 _READS: Final = frozenset({Op.GET_LATEST, Op.GET_LATEST_MANY, Op.GET_HISTORY})
+_ONLY_READS: Final = "must name a read: a write meets no record that could be damaged"
 
 
 class _Script(NamedTuple):
@@ -66,7 +67,7 @@ class _Script(NamedTuple):
 
     fault: Fault
     operations: frozenset[str]
-    error: BaseException | None
+    error: BaseException | type[BaseException] | None
 
 
 @dataclass(eq=False, repr=False)
@@ -149,7 +150,9 @@ class Faults(AroundLayer):
         for fault in _FAULTS:
             given: Any = getattr(self, fault.value)
             if isinstance(given, Mapping):
-                check_operations(given, fault.value, self)
+                names = check_operations(given, fault.value, self)
+                if fault is Fault.CORRUPT and names - _READS:
+                    raise ConfigError(_ONLY_READS, option=fault.value, layer=self.name)
                 given = given.get(op.value, 0.0)
             usual = isinstance(given, int | float) and not isinstance(given, bool)
             if not usual or not 0.0 <= given <= 1.0:
@@ -175,7 +178,7 @@ class Faults(AroundLayer):
         *,
         fault: str = Fault.ERROR,
         operations: Iterable[str] | None = None,
-        error: BaseException | None = None,
+        error: BaseException | type[BaseException] | None = None,
     ) -> None:
         """Let the next calls fail; called again, those come after.
 
@@ -183,11 +186,23 @@ class Faults(AroundLayer):
             times: how many calls.
             fault: which :class:`Fault`, such as ``"error_after"``.
             operations: only calls of these operations; None is any.
-            error: what they raise instead of UnavailableError.
+            error: what they raise instead of UnavailableError, for the faults ``"error"`` and
+                ``"error_after"``.
         """
         check_count(times, "times", self)
         check_fault(fault, _FAULTS, self)
         names = check_operations(operations, "operations", self)
+        if fault == Fault.CORRUPT and not names & _READS:
+            raise ConfigError(_ONLY_READS, option="operations", layer=self.name)
+        if error is not None and (
+            fault not in (Fault.ERROR, Fault.ERROR_AFTER) or not _can_be_raised(error)
+        ):
+            raise ConfigError(
+                "must be an exception, and only for the faults 'error' and 'error_after'; the"
+                " others raise none of the test's",
+                option="error",
+                layer=self.name,
+            )
         self._script.extend([_Script(Fault(fault), names, error)] * times)
 
     def outage(
@@ -202,8 +217,9 @@ class Faults(AroundLayer):
             operations: only calls of these operations, and nothing else; None is everything.
         """
         check_fault(fault, _OUTAGES, self)
+        before = self._outage
         self._outage = (Fault(fault), check_operations(operations, "operations", self))
-        return _Outage(self)
+        return _Outage(self, self._outage, before)
 
     def recover(self) -> None:
         """End the outage and forget what :meth:`fail` still had in store.
@@ -286,7 +302,7 @@ class Faults(AroundLayer):
                 await self._hang(None)
             raise self._unavailable(None, unknown=False)
 
-    def _choose(self, op: Op) -> tuple[Fault | None, BaseException | None]:
+    def _choose(self, op: Op) -> tuple[Fault | None, BaseException | type[BaseException] | None]:
         """Return what this call meets; the drawn number is used up in any case."""
         drawn = self._random.random()
         if self._outage is not None and op.value in self._outage[1]:
@@ -334,10 +350,12 @@ class Faults(AroundLayer):
 
 
 class _Outage:
-    """Ends an outage at the end of a ``with`` block."""
+    """Ends an outage at the end of a ``with`` block; one around it goes on."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: Faults, outage: object, before: Any) -> None:
         self._faults = faults
+        self._own = outage
+        self._before = before
 
     def __enter__(self) -> Faults:
         return self._faults
@@ -348,7 +366,9 @@ class _Outage:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        goes_on = self._before if self._faults._outage is self._own else None  # noqa: SLF001
         self._faults.recover()
+        self._faults._outage = goes_on  # noqa: SLF001
 
 
 def check_fault(fault: object, known: tuple[Fault, ...], owner: object) -> None:
@@ -370,6 +390,12 @@ def check_operations(names: Iterable[str] | None, option: str, owner: object) ->
             layer=type(owner).__name__,
         )
     return frozenset(str(name) for name in chosen)
+
+
+def _can_be_raised(error: object) -> bool:
+    return isinstance(error, BaseException) or (
+        isinstance(error, type) and issubclass(error, BaseException)
+    )
 
 
 def _end(future: asyncio.Future[None]) -> None:

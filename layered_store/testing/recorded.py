@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, ParamSpec, TypeVar
 
-from layered_store.errors import StoreError
+from layered_store.errors import ConfigError, StoreError
 from layered_store.identity import redact
 from layered_store.interface import Op
 from layered_store.layer import AroundLayer
+from layered_store.options import nearest
 from layered_store.snapshot import StateSnapshot
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = ["Recorded", "RecordedCall"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_OPERATIONS: Final = tuple(op.value for op in Op)
 
 
 @dataclass(slots=True)
@@ -109,7 +112,19 @@ class Recorded(AroundLayer):
         return [call.error for call in self.calls if isinstance(call.error, StoreError)]
 
     def of(self, operation: str) -> list[RecordedCall]:
-        """Return the calls of one operation."""
+        """Return the calls of one operation.
+
+        Raises:
+            ConfigError: there is no such operation, so that nobody asserts that a misspelt one was
+                not called.
+        """
+        if operation not in _OPERATIONS:
+            raise ConfigError(
+                f"must be the name of an operation: {', '.join(_OPERATIONS)}",
+                option="operation",
+                layer=self.name,
+                suggestion=nearest(str(operation), _OPERATIONS),
+            )
         return [call for call in self.calls if call.operation == operation]
 
     def count(self, operation: str | None = None) -> int:

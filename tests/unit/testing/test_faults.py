@@ -197,6 +197,30 @@ async def test_outage_of_some_operations() -> None:
             await store.upsert_latest(STATE)
 
 
+async def test_outage_within_an_outage() -> None:
+    """The one around goes on when the one inside ends, unless somebody called recover()."""
+    store = Faults(MemoryStore())
+    with store.outage():
+        with store.outage("hang", operations=["delete"]):
+            await store.get_latest("u-1")
+        with pytest.raises(UnavailableError):
+            await store.get_latest("u-1")
+        with store.outage("hang"):
+            store.recover()
+        await store.get_latest("u-1")
+    assert not store.is_down
+    await store.get_latest("u-1")
+
+
+async def test_an_error_of_the_tests_own() -> None:
+    """As an object or as its class."""
+    store = Faults(MemoryStore())
+    for error in (KeyError("mine"), KeyError):
+        store.fail(error=error)
+        with pytest.raises(KeyError):
+            await store.get_latest("u-1")
+
+
 async def test_hanging_outage() -> None:
     """A backend that never answers: calls and probes wait; the end of the outage ends them."""
     clock = FakeClock()
@@ -385,6 +409,7 @@ async def test_below_write_through() -> None:
         ({"seed": 1.5}, "Faults.seed: must be an int"),
         ({"delay": -1}, "Faults.delay: must be a finite number of seconds"),
         ({"clock": None}, "Faults.clock: must be a Clock"),
+        ({"corrupt": {"upsert_latest": 0.1}}, "Faults.corrupt: must name a read"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -402,6 +427,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (lambda store: store.fail(1, operations=["get"]), "Faults.operations"),
         (lambda store: store.outage("slow"), "Faults.fault: must be one of 'error', 'hang'"),
         (lambda store: store.outage(operations=["x"]), "Faults.operations"),
+        (lambda store: store.fail(fault="corrupt", operations=["delete"]), "must name a read"),
+        (lambda store: store.fail(error="gone"), "Faults.error: must be an exception"),
+        (lambda store: store.fail(fault="slow", error=KeyError()), "Faults.error"),
     ],
 )
 def test_bad_scripts(call: Callable[[Faults], object], message: str) -> None:

@@ -6,7 +6,14 @@ import asyncio
 
 import pytest
 
-from layered_store import Cached, MemoryStore, StateSnapshot, UnavailableError, ValidationError
+from layered_store import (
+    Cached,
+    ConfigError,
+    MemoryStore,
+    StateSnapshot,
+    UnavailableError,
+    ValidationError,
+)
 from layered_store.coherence.contract import Authority
 from layered_store.testing import Faults, Recorded, Scripted
 from layered_store.testing.scripted import Gate
@@ -100,6 +107,15 @@ async def test_order_is_that_of_the_begin() -> None:
     gate.open()
     await slow
     assert [call.user_ids for call in store.calls] == [("slow",), ("fast",)]
+
+
+def test_misspelt_operation() -> None:
+    """It is refused: that it was never called would hold of anything."""
+    store = Recorded(MemoryStore())
+    assert store.count("get_latest") == 0
+    for look in (store.count, store.of):
+        with pytest.raises(ConfigError, match=r"Recorded\.operation: .*mean 'get_latest'"):
+            look("get_lates")
 
 
 async def test_private() -> None:
