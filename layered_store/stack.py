@@ -448,9 +448,10 @@ def arguments(store: Any) -> dict[str, Any]:
         own = (n for n in names if n in vars(store) or not hasattr(StateStore, n))
         name = next((n for n in own if hasattr(store, n)), None)
         if name is None or parameter.kind not in _BY_NAME:
+            how = " and keeps it under another name" if parameter.kind in _BY_NAME else ""
             raise ConfigError(
                 f"cannot rebuild {type(store).__name__}, whose __init__ takes"
-                f" {parameter.name!r} and keeps it under another name; make it a dataclass",
+                f" {parameter.name!r}{how}; make it a dataclass",
                 option="stack",
             )
         found[parameter.name] = getattr(store, name)

@@ -34,7 +34,7 @@ from layered_store.testing.report import (
     watched_logs,
 )
 from layered_store.testing.store_life import LIFE_CHECKS
-from layered_store.testing.store_suite import NOW_MS, SOON_SECONDS, Suite
+from layered_store.testing.store_suite import NOW_MS, SOON_SECONDS, Suite, in_time
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -506,9 +506,9 @@ async def _deletes(suite: Suite) -> None:
 
 async def _health(suite: Suite) -> None:
     """A store that works is healthy, in a bool and in a report that agree."""
-    well = await suite.store.health_check()
+    well = await in_time(suite.store.health_check(), "health_check()")
     expect(well is True, f"health_check() of a store that works gave {well!r}, not True")
-    report = await suite.store.health_report()
+    report = await in_time(suite.store.health_report(), "health_report()")
     expect(isinstance(report, HealthReport), "health_report() gave no HealthReport")
     expect(
         report.status is not HealthStatus.UNHEALTHY,
@@ -594,17 +594,9 @@ async def _cancelled(suite: Suite) -> None:
     for number in range(_CANCELLED):
         await _cut_off(partial(store.get_latest, user_id), 1 + number % 3)
     wrote = suite.snapshot(user_id, 99)
-    try:
-        async with asyncio.timeout(SOON_SECONDS):
-            await store.upsert_latest(wrote)
-            got = await store.get_latest(user_id)
-    except TimeoutError as exc:
-        if isinstance(exc, StoreError):
-            raise
-        raise Broken(
-            f"after {_CANCELLED} cancelled calls the next one did not end within"
-            f" {SOON_SECONDS:g} s; give back in `finally` what a call took"
-        ) from exc
+    after = f"after {_CANCELLED} cancelled calls the next one"
+    await in_time(store.upsert_latest(wrote), after, "give back in `finally` what a call took")
+    got = await store.get_latest(user_id)
     expect(got == wrote, "after cancelled calls a write is not what is read next")
 
 

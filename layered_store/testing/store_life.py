@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from layered_store.errors import ClosedError, RejectedError, StoreError, UnsupportedError
 from layered_store.interface import StateStore
 from layered_store.testing.report import Broken, Unneeded, expect, left_since
-from layered_store.testing.store_suite import SOON_SECONDS, Suite
+from layered_store.testing.store_suite import SOON_SECONDS, Suite, in_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -35,8 +35,8 @@ async def _closes(store: StateStore, second: StateStore) -> None:
             await getattr(store, name)(*given)
         except (UnsupportedError, RejectedError):
             pass  # it cannot, or does not let anybody
-    await store.health_report()
-    await store.aclose()
+    await in_time(store.health_report(), "health_report()")
+    await asyncio.gather(store.aclose(), store.aclose())
     await store.aclose()
     for _ in range(20):
         await asyncio.sleep(0)
@@ -82,7 +82,8 @@ async def _context(store: StateStore, second: StateStore) -> None:
     async with store as entered:
         expect(entered is store, "`async with` gives another object than the store")
         await store.open()
-        expect(await store.health_check() is True, "it is not healthy once it was opened")
+        well = await in_time(store.health_check(), "health_check()")
+        expect(well is True, "it is not healthy once it was opened")
         suite = Suite(store)
         state = suite.snapshot(suite.user("context"))
         try:
@@ -102,6 +103,38 @@ async def _context(store: StateStore, second: StateStore) -> None:
         pass
     else:
         raise Broken("`async with` swallowed an error; let __aexit__ return None")
+
+
+async def _closes_under_calls(store: StateStore, second: StateStore) -> None:
+    """Calls that are under way when it is closed end, with their result or a StoreError."""
+    del second
+    suite = Suite(store)
+    states = [suite.snapshot(suite.user(f"under-way-{number}"), number) for number in range(4)]
+    try:
+        await store.upsert_latest(states[0])
+    except (UnsupportedError, RejectedError):
+        raise Unneeded("it refuses writes") from None
+    calls: list[asyncio.Future[Any]] = []
+    for _ in range(3):  # so some have just begun and others are further on
+        calls += [asyncio.ensure_future(store.get_latest(state.user_id)) for state in states]
+        calls += [asyncio.ensure_future(store.upsert_latest(state)) for state in states]
+        await asyncio.sleep(0)
+    await store.aclose()
+    _, hung = await asyncio.wait(calls, timeout=SOON_SECONDS)
+    for call in hung:
+        call.cancel()
+    expect(
+        not hung,
+        f"{len(hung)} calls that were under way when it was closed did not end within"
+        f" {SOON_SECONDS:g} s; let aclose() wait for them, or end them with ClosedError",
+    )
+    for call in calls:
+        exc = asyncio.CancelledError() if call.cancelled() else call.exception()
+        expect(
+            exc is None or isinstance(exc, StoreError),
+            f"a call that was under way when it was closed raised {type(exc).__name__}; let"
+            " aclose() wait for it, or end it with ClosedError",
+        )
 
 
 class _Marker(Exception):  # noqa: N818
@@ -181,4 +214,11 @@ async def _identity(store: StateStore, second: StateStore) -> None:
     expect(isinstance(repr(store), str), "it has no repr")
 
 
-LIFE_CHECKS: Final = (_closes, _context, _first_calls, _other_loop, _identity)
+LIFE_CHECKS: Final = (
+    _closes,
+    _closes_under_calls,
+    _context,
+    _first_calls,
+    _other_loop,
+    _identity,
+)

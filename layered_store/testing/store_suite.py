@@ -5,22 +5,37 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.coherence.contract import Authority
 from layered_store.enumerable import Enumerable
-from layered_store.errors import RejectedError, UnsupportedError
+from layered_store.errors import RejectedError, StoreError, UnsupportedError
 from layered_store.testing.report import Broken, Unneeded
 from layered_store.testing.samples import sample_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["NOW_MS", "SOON_SECONDS", "Suite"]
+__all__ = ["NOW_MS", "SOON_SECONDS", "Suite", "in_time"]
+
+T = TypeVar("T")
 
 NOW_MS: Final = 1_700_000_000_000
 SOON_SECONDS: Final = 5.0
+
+
+async def in_time(call: Awaitable[T], what: str, remedy: str = "bound what it waits for") -> T:
+    """Return the result of a call that must end within ``SOON_SECONDS``."""
+    try:
+        async with asyncio.timeout(SOON_SECONDS):
+            return await call
+    except TimeoutError as exc:
+        if isinstance(exc, StoreError):
+            raise
+        raise Broken(f"{what} did not end within {SOON_SECONDS:g} s; {remedy}") from exc
 
 
 @dataclass

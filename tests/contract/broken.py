@@ -27,6 +27,7 @@ from layered_store import (
     ValidationError,
 )
 from layered_store.layer import AroundLayer
+from layered_store.testing import Gate
 
 
 class DropsHistory(Layer):
@@ -801,6 +802,55 @@ class LosesFields(Whole):
 class Hangs(Whole):
     async def wait(self) -> None:
         await asyncio.Event().wait()
+
+
+class HealthHangs(Whole):
+    async def health_check(self) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+
+class ClosesTwiceAtOnce(Whole):
+    """Forgets its connection when that is closed; who closes meanwhile does so too."""
+
+    connection: Any = Gate
+
+    async def aclose(self) -> None:
+        self.closed = True
+        if self.connection is not None:
+            await asyncio.sleep(0)
+            self.connection.__name__  # noqa: B018
+            self.connection = None
+
+
+class LeavesCallersBehind(Whole):
+    """Its reader ends when it is closed, and nobody tells those who wait for an answer."""
+
+    async def wait(self) -> None:
+        await super().wait()
+        if self.closed:
+            await asyncio.Event().wait()
+
+
+class CancelsItsCallers(Whole):
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[Any] = set()
+
+    async def wait(self) -> None:
+        if not self.closed:
+            task = asyncio.current_task()
+            self.running.add(task)
+            try:
+                await super().wait()
+            finally:
+                self.running.discard(task)
+        await super().wait()
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        for task in self.running:
+            task.cancel()
 
 
 class CallsItDegraded(Layer):

@@ -21,7 +21,14 @@ from layered_store import (
 )
 from layered_store.coherence import Authority
 from layered_store.interface import StateStore
-from layered_store.testing import Report, check_layer, check_store, store_checks
+from layered_store.testing import (
+    Report,
+    check_layer,
+    check_store,
+    store_checks,
+    store_life,
+    store_suite,
+)
 
 # What the message must say, for the twelve faults of the field and a few more.
 LAYERS = {
@@ -113,6 +120,10 @@ STORES = {
     "BelongsToALoop": "a call from a second event loop raised RuntimeError",
     "LosesFields": "it differs in level",
     "Hangs": "did not end within 2 s",
+    "HealthHangs": "health_check() did not end within 0.3 s; bound what it waits for",
+    "ClosesTwiceAtOnce": "raised AttributeError",
+    "LeavesCallersBehind": "calls that were under way when it was closed did not end within",
+    "CancelsItsCallers": "a call that was under way when it was closed raised CancelledError",
 }
 
 
@@ -131,7 +142,8 @@ async def test_layer_is_caught(name: str) -> None:
 @pytest.mark.parametrize("name", STORES)
 async def test_store_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken store fails with a message that names the fault."""
-    monkeypatch.setattr(store_checks, "SOON_SECONDS", 0.3)
+    for module in (store_checks, store_life, store_suite):
+        monkeypatch.setattr(module, "SOON_SECONDS", 0.3)
     stores: list[StateStore] = []
 
     def build() -> StateStore:
@@ -281,7 +293,7 @@ async def test_report() -> None:
     good.raise_for_failures()
     assert good
     assert str(good).startswith(
-        "MemoryStore: 26 passed, 0 failed, 0 skipped; abilities: writes, history"
+        "MemoryStore: 27 passed, 0 failed, 0 skipped; abilities: writes, history"
     )
     bad = await check_store(broken.OldestFirst)
     assert not bad
