@@ -367,10 +367,16 @@ def replace(stack: StateStore, target: object, new: StateStore) -> StateStore:
             option="target",
             suggestion=nearest(target, ids),
         )
-    if len(matches) != 1:
-        found = "matches no block" if not matches else f"matches {len(matches)} blocks"
+    if not matches:
+        blocks = ", ".join(dict.fromkeys(type(store).__name__ for store in unique.values()))
         raise ConfigError(
-            f"{found} of this stack; pass the block itself, from find(stack, cls)", option="target"
+            f"{_shown(target)} is no block of this stack, which has {blocks}", option="target"
+        )
+    if len(matches) > 1:
+        raise ConfigError(
+            f"matches {len(matches)} blocks of this stack; pass the block itself, from"
+            " find(stack, cls)",
+            option="target",
         )
     take_id(new, getattr(matches[0], "block_id", None))
     return _rebuild(stack, {id(matches[0]): new})
@@ -381,6 +387,12 @@ def take_id(store: StateStore, block_id: str | None) -> None:
     if block_id is not None and getattr(store, "block_id", None) is None:
         with suppress(AttributeError):  # of a class with slots
             store.block_id = block_id  # type: ignore[attr-defined]
+
+
+def _shown(target: object) -> str:
+    if isinstance(target, type):
+        return target.__name__
+    return f"this {type(target).__name__}" if target is not None else "None"
 
 
 def _matches(store: StateStore, target: object) -> bool:

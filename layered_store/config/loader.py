@@ -45,7 +45,8 @@ def load_stack(
         source: the path of a ``.toml`` or ``.json`` file, or what such a file holds. A dict may
             also be the table of the outermost block itself.
         overrides: stores by the ``id`` of the block whose place they take; a layer's place includes
-            what it wraps. The replaced block is not built.
+            what it wraps. The replaced block is not built, and its ``id`` goes to what stands there
+            instead, unless that has one.
         environ: where ``${NAME}`` comes from; the process environment unless given.
 
     Returns:
@@ -61,6 +62,8 @@ def load_stack(
     from layered_store.config.lint import enforce  # noqa: PLC0415
 
     stack, policy = load_unchecked(source, overrides=overrides, environ=environ)
+    for name, store in (overrides or {}).items():
+        take_id(store, name)
     for finding in enforce(stack, policy, replaced=list((overrides or {}).values())):
         warnings.warn(finding, stacklevel=2)
     return stack
@@ -206,7 +209,7 @@ class _Build:
             plans = [self._plan(entry, place, is_layer=True) for entry, place in entries]
             store = self._override(end_table)
             if store is not None:
-                take_id(store, self._note_id(end_table, end_path))
+                self._note_id(end_table, end_path)
             else:
                 store = self._make(self._plan(table, path, is_layer=False), table, path, depth)
             for (entry, place), plan in zip(reversed(entries), reversed(plans), strict=True):

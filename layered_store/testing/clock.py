@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
+
+    from layered_store.options import Seconds
 
 from contextlib import asynccontextmanager
 
@@ -83,16 +86,18 @@ class FakeClock:
         """How many timers wait for time to move."""
         return sum(1 for _, _, timer in self._timers if timer.callback is not None)
 
-    async def advance(self, seconds: float) -> None:
+    async def advance(self, seconds: Seconds) -> None:
         """Move time forward, running what falls due in its order, and let all tasks settle.
 
         Args:
-            seconds: how far; 0 only lets tasks settle.
+            seconds: how far, also as a timedelta; 0 only lets tasks settle.
 
         Raises:
             ValueError: ``seconds`` is negative or no number: time does not go back.
         """
-        if not seconds >= 0:
+        if isinstance(seconds, timedelta):
+            seconds = seconds.total_seconds()
+        if not isinstance(seconds, int | float) or not seconds >= 0:
             raise ValueError("seconds must be a number of at least 0; time does not go back")
         await settle()
         end = self._now + seconds

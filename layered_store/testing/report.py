@@ -68,7 +68,7 @@ class Result:
         return f"{text}\n        {self.message}" if self.message else text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a run of checks found. True in a condition when nothing failed; prints all of it.
 
@@ -100,14 +100,22 @@ class Report:
     def __bool__(self) -> bool:
         return self.ok
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        # What a bare `assert await check_store(...)` shows.
+        first = "".join(f"; {each.check}: {each.message}" for each in self.failures[:1])
+        return f"<Report {self._counts()}{first}>"
+
+    def _counts(self) -> str:
         count = dict.fromkeys(_MARKS, 0)
         for result in self.results:
             count[result.outcome] += 1
-        head = (
+        return (
             f"{self.subject}: {count['passed']} passed, {count['failed']} failed,"
-            f" {count['skipped']} skipped; abilities: {', '.join(self.abilities) or 'none'}"
+            f" {count['skipped']} skipped"
         )
+
+    def __str__(self) -> str:
+        head = f"{self._counts()}; abilities: {', '.join(self.abilities) or 'none'}"
         order = sorted(self.results, key=lambda result: result.outcome != "failed")
         return "\n".join([head, *(f"  {result}" for result in order)])
 

@@ -297,6 +297,9 @@ async def test_report() -> None:
     )
     bad = await check_store(broken.OldestFirst)
     assert not bad
+    assert repr(bad).startswith("<Report OldestFirst: ")
+    assert bad.failures[0].message in repr(bad)
+    assert "\n" not in repr(bad)
     lines = str(bad).splitlines()
     assert lines[1].startswith("  FAIL  "), "failures come first"
     with pytest.raises(AssertionError, match="newest first"):

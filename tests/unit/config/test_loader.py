@@ -547,6 +547,10 @@ def test_a_misspelt_target_or_override_is_told() -> None:
     assert "ids of this stack: cache" in str(caught.value)
     with pytest.raises(ConfigError, match="ids of this stack: none"):
         replace(MemoryStore(), "cache", MemoryStore())
+    with pytest.raises(ConfigError, match="WriteThrough is no block of this stack, which has Mem"):
+        replace(stack, WriteThrough, MemoryStore())
+    with pytest.raises(ConfigError, match="this MemoryStore is no block of this stack"):
+        replace(stack, MemoryStore(), MemoryStore())
     with pytest.raises(ConfigError, match="overrides: must be a dict of stores by id, not list"):
         load_stack({"use": "memory"}, overrides=[MemoryStore()])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="store.inner: .*; pass it with overrides"):

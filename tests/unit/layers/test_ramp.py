@@ -1236,6 +1236,7 @@ def test_it_comes_from_a_config_file_and_can_be_swapped() -> None:
     stack = load_stack(layered)
     assert to_config(stack) == layered
     assert describe(stack)[0].notes == ("0.25 of the users go through Cached",)
+    assert [block.id for block in describe(stack)] == [None, None]
     assert len(describe(stack)) == 2
     stack.share = 0.5  # type: ignore[attr-defined]
     new = MemoryStore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from datetime import timedelta
 
 import pytest
 
@@ -35,6 +36,13 @@ async def test_order() -> None:
     assert seen == [("a", 1), ("b", 2), ("c", 2)]
     assert clock.monotonic() == 3
     assert clock.pending == 1
+
+
+async def test_a_timedelta() -> None:
+    """Is a step like any other."""
+    clock = FakeClock(start=0)
+    await clock.advance(timedelta(minutes=2))
+    assert clock.monotonic() == 120
 
 
 async def test_sleeps() -> None:
@@ -113,6 +121,9 @@ async def test_a_busy_task_does_not_hold_time() -> None:
 
 @pytest.mark.parametrize("seconds", [-1, math.nan])
 async def test_time_does_not_go_back(seconds: float) -> None:
-    """A negative step is a mistake of the test."""
+    """A negative step is a mistake of the test, and so is what is no number."""
+    for odd in ("5s", None, float("nan")):
+        with pytest.raises(ValueError, match="must be a number of at least 0"):
+            await FakeClock().advance(odd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go back"):
         await FakeClock().advance(seconds)
