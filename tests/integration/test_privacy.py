@@ -243,3 +243,23 @@ async def test_a_task_that_fails_unseen_tells_nobody(listener: Listener, sqlite_
     finally:
         asyncio.get_running_loop().set_debug(False)
     listener.check()
+
+
+async def test_asyncios_slow_callbacks_show_nobody(listener: Listener, sqlite_url: str) -> None:
+    """In its debug mode it logs what a callback was called with, results of threads too."""
+    loop = asyncio.get_running_loop()
+    stack = Cached(SQLStore(sqlite_url))
+    before = loop.slow_callback_duration
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0
+    try:
+        await stack.upsert_latest(STATE)
+        await stack.inner.get_latest(USER)
+        await stack.get_history(USER, 5)
+        await stack.get_latest_many([USER])
+        await stack.delete(USER)
+        await stack.aclose()
+    finally:
+        loop.slow_callback_duration = before
+        loop.set_debug(False)
+    listener.check()

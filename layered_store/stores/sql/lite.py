@@ -22,6 +22,7 @@ from layered_store.stores.sql.transactions import Session, no_counter
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
+    from layered_store.clock import Clock
     from layered_store.stores.sql.dialects import Statements
     from layered_store.stores.sql.transactions import Rules, Write
 
@@ -142,7 +143,7 @@ class LiteSession(Session):
     patience: float = field(default=5.0, kw_only=True)
 
     async def begin(self) -> None:
-        begin(self.connection, self.patience)
+        begin(self.connection, self.patience, self.clock)
 
     async def rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
         text = self.texts.text(statement)
@@ -215,18 +216,22 @@ async def in_thread(driver: Any, file: DatabaseFile, work: Callable[..., T], *ar
     """Run ``work(connection, *args)`` in the thread of an aiosqlite connection to this file."""
     connection = driver._conn  # noqa: SLF001
 
-    def run() -> T:
+    results: list[T] = []
+
+    def run() -> None:
         if file.known:
             file.check()
         else:
             file.learn(connection)
-        return work(connection, *args)
+        results.append(work(connection, *args))
 
-    # aiosqlite logs what it runs, with all arguments: this way there are none.
-    return await driver._execute(run)  # type: ignore[no-any-return]  # noqa: SLF001
+    # aiosqlite logs what it runs, with all arguments, and asyncio in its debug mode what a slow
+    # callback was called with: this way there is nothing to show.
+    await driver._execute(run)  # noqa: SLF001
+    return results[0]
 
 
-def begin(connection: sqlite3.Connection, patience: float) -> None:
+def begin(connection: sqlite3.Connection, patience: float, clock: Clock) -> None:
     """Start a write transaction, in the connection's thread.
 
     SQLite's own wait looks every 100 ms in the end, with no regard to who waits longest: beside
@@ -235,15 +240,19 @@ def begin(connection: sqlite3.Connection, patience: float) -> None:
     Args:
         connection: the connection.
         patience: seconds that the writers of other processes may keep this one waiting.
+        clock: source of time.
     """
     (before,) = connection.execute("PRAGMA busy_timeout").fetchone()
     connection.execute(f"PRAGMA busy_timeout={_LOOK_MS}")
+    end = clock.monotonic() + patience
     try:
+        # Counted too: the wait is real, on whatever clock. On a busy machine each takes longer.
         for left in range(int(patience * 1000 / _LOOK_MS), -1, -1):
             try:
                 connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as exc:
-                if exc.sqlite_errorname != "SQLITE_BUSY" or not left:
+                over = not left or clock.monotonic() >= end
+                if over or exc.sqlite_errorname != "SQLITE_BUSY":
                     raise
             else:
                 return
@@ -324,7 +333,7 @@ def write_rows(
         follows: whether a write is known to have begun after this erasure.
     """
     texts, execute = session.texts, connection.execute
-    begin(connection, session.patience)
+    begin(connection, session.patience, session.clock)
     try:
         digests = list({item.digest for item in writes})
         size = 1 << (len(digests) - 1).bit_length()
