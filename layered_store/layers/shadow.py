@@ -462,7 +462,7 @@ class Shadow(Layer):
         self._drop(lane)
 
     def _start(self, user_id: str, lane: _Lane) -> None:
-        if lane.jobs and lane.task is None and not lane.held:
+        if lane.jobs and lane.task is None and not lane.held and not self._closed:
             # A context of its own: what is done here is nobody's call.
             task = lane.loop.create_task(self._run(lane), context=contextvars.Context())
             if task.done():  # an eager one
@@ -498,8 +498,7 @@ class Shadow(Layer):
         if task.cancelled():
             # The event loop ends: another task would be left behind on it.
             self._lose(lane)
-        if not self._closed:
-            self._start(user_id, lane)
+        self._start(user_id, lane)
 
     # The rest of a layer
 

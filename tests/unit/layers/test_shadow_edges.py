@@ -472,6 +472,30 @@ async def test_what_ends_after_the_layer_was_closed_starts_nothing() -> None:
     assert candidate.calls == []
 
 
+async def test_a_delete_that_ends_while_the_layer_closes_starts_nothing() -> None:
+    """Closing waits for what runs at the candidate; what a delete held up is not begun then."""
+    candidate = Simple()
+    shadow = Shadow(Simple(), candidate=candidate, clock=FakeClock())
+    running = candidate.gate = asyncio.Event()
+    await shadow.upsert_latest(OLD)
+    await settle()
+    erasing = candidate.gate = asyncio.Event()
+    deleting = asyncio.create_task(shadow.delete("u-2"))
+    await settle()
+    await shadow.upsert_latest(state(user_id="u-2"))
+    closing = asyncio.create_task(shadow.aclose())
+    await settle()
+    candidate.gate = asyncio.Event()  # what would begin now does not end
+    erasing.set()
+    await deleting
+    running.set()
+    await closing
+    assert mirrored(shadow)["ok"] == 1
+    assert candidate.calls == ["upsert", "delete"]
+    assert (shadow._lanes, shadow._pending) == ({}, 0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_a_write_of_unknown_outcome_after_closing_waits_for_nothing() -> None:
     """Nobody is there to copy later; it is counted."""
     clock = FakeClock()
