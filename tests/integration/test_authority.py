@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import subprocess
 import sys
@@ -227,6 +228,47 @@ async def test_the_order_is_told_across_processes(bench: Bench) -> None:
             except Exception as exc:
                 assert getattr(exc, "retryable", False)  # noqa: PT017
         assert record.version > erased
+
+
+async def test_a_write_behind_a_newer_one_of_its_user_began_before_an_erasure(
+    bench: Bench,
+) -> None:
+    """Both may reach the database together, after the erasure that lies between them."""
+    store = bench.build()
+    await store.write(state("u", 0.1))
+
+    def apart(work: Any) -> asyncio.Task[Any]:
+        return asyncio.create_task(work, context=contextvars.Context())
+
+    with call_begins(store.clock):
+        await apart(store.erase("u"))
+        ahead = [apart(store.write(state(f"ahead-{number}"))) for number in range(3)]
+        for _ in range(3):
+            await asyncio.sleep(0)  # those are under way, what comes now waits for the next batch
+        newer = apart(store.write(state("u", 0.2)))
+        await asyncio.sleep(0)
+        older = asyncio.create_task(store.write(state("u", 0.3)))
+        await asyncio.gather(*ahead, newer, older)
+    assert (await store.get_latest("u")).get_axis("a") == 0.2
+    assert [s.get_axis("a") for s in await store.get_history("u", 9)] == [0.2]
+
+
+@about_tables
+async def test_no_history_is_kept_without_a_limit_above_0(bench: Bench) -> None:
+    """Of a user who was erased once either: the database holds the latest state alone."""
+    store = bench.build(history_limit=0)
+    for user in ("u", "v"):
+        await store.write(state(user, 0.1))
+    await store.erase("u")
+    for value in (0.2, 0.3, 0.4):
+        await store.write_many([state(user, value) for user in ("u", "v")])
+    table = store.metadata.tables[store.history_table]
+    async with store._access.home("test").engine.connect() as connection:
+        shown = select(table.c.digest).where(table.c.payload.is_not(None))
+        found = [bytes(digest) for (digest,) in (await connection.execute(shown)).all()]
+    # In SQLite the latest state stands in the history.
+    assert len(found) == len(set(found))
+    assert set(found) <= {store.digest("u"), store.digest("v")}
 
 
 async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:

@@ -366,11 +366,11 @@ def write_rows(
                     execute("ROLLBACK")
                     return None
                 revived.append((digest,))
-            elif not shown and previous is not None:
+            if not shown and previous is not None:
                 hidden.append((previous,))
             version += 1
             place += 1
-            states[digest] = (version, None, place)
+            states[digest] = (version, erased, place)
             entries.append(
                 (place, digest, version, item.write_id, now_us, previous, item.payload)
             )
