@@ -330,7 +330,7 @@ FAULTS = {
             "without_l1",
             ("stale", "erased", "converged", "monotonic", "own writes"),
             _script("PUT", ("if version(r) < tonumber(ARGV[1]) or", "if true or")),
-            first=579,
+            first=1551,
         ),
         Fault(
             "DEL instead of tombstone",
