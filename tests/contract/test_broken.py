@@ -30,6 +30,17 @@ from layered_store.testing import (
     store_suite,
 )
 
+
+@pytest.fixture(autouse=True)
+async def ends_what_is_left() -> AsyncIterator[None]:
+    """What is broken leaves tasks behind, here in the event loop of all tests."""
+    before = asyncio.all_tasks()
+    yield
+    for task in asyncio.all_tasks() - before - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.sleep(0)  # not for those that swallow it
+
+
 # What the message must say, for the twelve faults of the field and a few more.
 LAYERS = {
     "DropsHistory": "get_history() gave 0 states where the store inside has 4",

@@ -630,6 +630,7 @@ async def test_a_call_cancelled_while_its_connection_opens_leaves_no_message(
 
 async def test_a_connection_that_opens_is_given_up_though_it_is_cancelled_twice() -> None:
     """As when the store is closed just after its caller left; a server may take long to answer."""
+    before = asyncio.all_tasks()
     lines: list[asyncio.StreamWriter] = []
     server = await asyncio.start_server(lambda _, line: lines.append(line), "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
@@ -642,7 +643,7 @@ async def test_a_connection_that_opens_is_given_up_though_it_is_cancelled_twice(
         opening.cancel()
         await asyncio.wait((opening,))
         assert opening.cancelled()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
+        left = asyncio.all_tasks() - before
         _, going_on = await asyncio.wait(left, timeout=1.0) if left else (left, left)
         assert not going_on
     finally:
