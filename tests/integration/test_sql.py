@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loops import AskedLoop
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -660,20 +661,6 @@ async def test_a_time_limit_or_age_of_any_length_is_taken(url: str, longest: flo
         assert len(await store.get_history("u", 5)) == 1
 
 
-class Watched(asyncio.SelectorEventLoop):
-    """A closed event loop that has something done whenever it is asked whether it is."""
-
-    def __init__(self, asked: Callable[[], None]) -> None:
-        super().__init__()
-        self.close()
-        self.asked = asked
-
-    def is_closed(self) -> bool:
-        if hasattr(self, "asked"):
-            self.asked()
-        return super().is_closed()
-
-
 def test_threads_may_begin_at_the_same_time(tmp_path: Path) -> None:
     """Event loops of two threads come while those of the past are forgotten: both are served."""
     store = SQLStore(f"sqlite+aiosqlite:///{tmp_path}/states.db")
@@ -691,7 +678,7 @@ def test_threads_may_begin_at_the_same_time(tmp_path: Path) -> None:
 
     use()
     ((_, home),) = store._access.homes.items()
-    store._access.homes = {Watched(meanwhile): home, Watched(meanwhile): home}
+    store._access.homes = {AskedLoop(meanwhile): home, AskedLoop(meanwhile): home}
     use()
     threads[0].join()
     asyncio.run(store.aclose())

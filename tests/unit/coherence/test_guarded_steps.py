@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from loops import AskedLoop
 
 from layered_store.coherence.contract import (
     CacheTier,
@@ -657,20 +658,6 @@ async def test_trouble_on_another_loop_is_repaired_by_the_one_that_keeps_watch(
     assert "begin" in world.tier.log
 
 
-class Closed(asyncio.SelectorEventLoop):
-    """A closed event loop that has something done when it is asked whether it is."""
-
-    def __init__(self, asked: Callable[[], None]) -> None:
-        super().__init__()
-        self.close()
-        self.asked = asked
-
-    def is_closed(self) -> bool:
-        if hasattr(self, "asked"):
-            self.asked()
-        return super().is_closed()
-
-
 async def test_of_two_event_loops_that_come_at_the_same_time_one_keeps_watch() -> None:
     """The other one begins nothing; its passes and pings would wait on what is not its own."""
     world = World()
@@ -687,7 +674,7 @@ async def test_of_two_event_loops_that_come_at_the_same_time_one_keeps_watch() -
             threads[0].start()
             threads[0].join(0.2)  # it cannot end before, when one waits for the other
 
-    world.guard._watch.loop = Closed(meanwhile)
+    world.guard._watch.loop = AskedLoop(meanwhile)
     await world.begin()
     await asyncio.to_thread(threads[0].join)
     assert tasks == [1]
