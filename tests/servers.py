@@ -446,11 +446,15 @@ class SentinelGroup:
 
 
 def _takes_logins(connection: socket.socket) -> bool:
-    """Tell whether a PostgreSQL that listens has come up: it listens before that."""
+    """Tell whether a PostgreSQL that listens has come up: it listens before that.
+
+    One that refuses this login for what it is, as without TLS, has come up.
+    """
     fields = b"user\0tester\0database\0postgres\0\0"
     version = 196_608  # of the protocol, 3.0
     connection.sendall((len(fields) + 8).to_bytes(4, "big") + version.to_bytes(4, "big") + fields)
-    return connection.recv(1) == b"R"
+    said = connection.recv(1024)
+    return said[:1] == b"R" or (said[:1] == b"E" and b"C57P03\0" not in said)
 
 
 def start_postgres() -> Server:
