@@ -215,7 +215,6 @@ def _identity(path: str) -> tuple[int, int] | None:
 async def in_thread(driver: Any, file: DatabaseFile, work: Callable[..., T], *args: Any) -> T:
     """Run ``work(connection, *args)`` in the thread of an aiosqlite connection to this file."""
     connection = driver._conn  # noqa: SLF001
-
     results: list[T] = []
 
     def run() -> None:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.dialects import postgresql
 
-from layered_store.stores.sql.transactions import KEPT_WRITE_IDS
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -140,8 +138,7 @@ async def write_rows(
         writes: each with the erasure that it is known to have begun after.
         rules: the store's options.
     """
-    keep = _ALL if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
-    rules_of = (rules.history_limit != 0, keep)
+    rules_of = (rules.history_limit != 0, _ALL if rules.kept is None else rules.kept)
     if len(writes) == 1:
         ((item, erasure),) = writes
         rows = await driver.fetch(

@@ -15,8 +15,6 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING, Final
 
-from layered_store.stores.sql.transactions import KEPT_US, KEPT_WRITE_IDS
-
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
@@ -58,10 +56,8 @@ class Sweep:
     """
 
     def __init__(self, latest: str, history: str, rules: Rules) -> None:
-        limit = rules.history_limit
-        # Those before them are due.
-        self._keep = None if limit is None else max(limit, KEPT_WRITE_IDS)
-        self._max_age_us = rules.max_age_us
+        self._rules = rules
+        self._keep = rules.kept
         self._every = max(_WALK_EVERY, 2 * (self._keep or 0))
         self._distance = 0.0
         self._place = 0
@@ -115,9 +111,9 @@ class Sweep:
                 if (version + digest[0]) % self._every == 0:  # users take turns
                     self._walk(connection, place, version, self._keep)
             self._sweep(connection, entries[-1][0], len(entries), self._keep)
-        if self._max_age_us is not None:
-            before = now_us - self._max_age_us - KEPT_US
-            self._sweep_old(connection, entries, before)
+        cutoff = self._rules.cutoff(now_us)
+        if cutoff is not None:
+            self._sweep_old(connection, entries, cutoff)
 
     def _walk(
         self, connection: sqlite3.Connection, newest: int, version: int, keep: int
@@ -152,7 +148,7 @@ class Sweep:
             self._place = end
 
     def _sweep_old(
-        self, connection: sqlite3.Connection, entries: Sequence[Entry], before: int
+        self, connection: sqlite3.Connection, entries: Sequence[Entry], cutoff: int
     ) -> None:
         """Go on from the log's old end, removing all that is older but the latest states."""
         for *_, previous in entries:
@@ -160,11 +156,11 @@ class Sweep:
             if previous is not None and previous <= self._old:
                 connection.execute(self._remove_from, (previous,))
         first = connection.execute(self._first, (self._old,)).fetchone()
-        if first is None or first[1] >= before:
+        if first is None or first[1] >= cutoff:
             return
         start = first[0] - 1
         end = start + max(_LEAST, _PACE * len(entries))
-        young = connection.execute(self._first_young, (start, end, before)).fetchone()
+        young = connection.execute(self._first_young, (start, end, cutoff)).fetchone()
         if young is not None:
             end = young[0] - 1
         connection.execute(self._remove_old, (start, end))

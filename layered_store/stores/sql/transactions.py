@@ -42,13 +42,13 @@ __all__ = [
 TOMBSTONE_US: Final = int(TOMBSTONE_SECONDS) * 1_000_000
 """How long a tombstone stays, in microseconds."""
 
-KEPT_WRITE_IDS: Final = 16
+_KEPT_WRITE_IDS: Final = 16
 """History rows kept per user however small ``history_limit`` is, so that a retry finds its id."""
 
 _TRIM_EVERY: Final = 16
 """The history is trimmed with every so many versions of a user: reads never show more anyway."""
 
-KEPT_US: Final = 60 * 1_000_000
+_KEPT_US: Final = 60 * 1_000_000
 """How long an entry stays when it is too old to be shown: a retry must find its id."""
 
 _PROBES: Final = 20
@@ -120,6 +120,15 @@ class Rules:
     history_limit: int | None
     max_age_us: int | None
     by_snapshot_time: bool
+
+    @property
+    def kept(self) -> int | None:
+        """How many entries of each user stay; None for all."""
+        return None if self.history_limit is None else max(self.history_limit, _KEPT_WRITE_IDS)
+
+    def cutoff(self, now_us: int) -> int | None:
+        """Return the time before which entries go for their age; None where they do not."""
+        return None if self.max_age_us is None else now_us - self.max_age_us - _KEPT_US
 
 
 @dataclass(slots=True)
@@ -204,22 +213,22 @@ class Session:
 
     async def trim(self, entries: list[dict[str, Any]], rules: Rules, now_us: int) -> None:
         """Remove what is due of the histories that these new entries belong to."""
+        keep, cutoff = rules.kept, rules.cutoff(now_us)
+        if keep is None and cutoff is None:
+            return
         newest = {entry["digest"]: entry["version"] for entry in entries}
         due = set(newest)
-        if rules.max_age_us is None:
+        if cutoff is None:
             due = {entry["digest"] for entry in entries if entry["version"] % _TRIM_EVERY == 0}
-        keep = None if rules.history_limit is None else max(rules.history_limit, KEPT_WRITE_IDS)
-        if keep is None and rules.max_age_us is None:
-            return
         values: list[dict[str, Any]] = [
             {"at_digest": digest, "floor": 0 if keep is None else newest[digest] - keep}
             for digest in due
         ]
-        if rules.max_age_us is None:
+        if cutoff is None:
             await self.run(self.statements.trim, values)
             return
         for item in values:
-            item["cutoff"] = now_us - rules.max_age_us - KEPT_US
+            item["cutoff"] = cutoff
         await self.run(self.statements.trim_aged, values)
 
     async def chain(self, entries: list[dict[str, Any]], heads: dict[bytes, int]) -> None:
