@@ -131,16 +131,18 @@ class _Timer:
 
 
 _SETTLE_TURNS = 20
+_BLIND_TURNS = 1_000
 _MOST_TURNS = 10_000
 
 
 async def settle() -> None:
     """Let other tasks run until they wait for something outside, as far as can be told."""
-    # What is ready to run next; asyncio's loops have it, others need not.
-    ready = getattr(asyncio.get_running_loop(), "_ready", ())
+    # What is ready to run next; uvloop does not tell, and a turn of it takes a microsecond.
+    ready = getattr(asyncio.get_running_loop(), "_ready", None)
+    least = _SETTLE_TURNS if ready is not None else _BLIND_TURNS
     for turn in range(_MOST_TURNS):
         await asyncio.sleep(0)
-        if turn >= _SETTLE_TURNS and not ready:
+        if turn >= least and not ready:
             return
 
 
