@@ -765,7 +765,8 @@ def test_it_stays_small() -> None:
     state = StateSnapshot("u-1", axes={"a": 0.5})
     assert not hasattr(state, "__dict__")
     assert not gc.is_tracked(state)
-    assert sys.getsizeof(state) <= 64
+    # Of a bare object it takes 16 bytes, without a global interpreter lock more.
+    assert sys.getsizeof(state) <= 48 + sys.getsizeof(object())
 
 
 def test_type_checkers_know_what_is_built() -> None:
