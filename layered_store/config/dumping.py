@@ -71,8 +71,7 @@ def _one(store: StateStore) -> dict[str, Any]:
                 table[option.name] = None
             continue
         if not option.from_file:
-            if not option.secret:
-                table[option.name] = f"<{type(value).__name__}>"
+            table[option.name] = f"<{type(value).__name__}>"
             continue
         table[option.name] = _plain(option, value)
     return table

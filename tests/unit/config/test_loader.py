@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cachetools import LRUCache
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from layered_store.config import json_schema, load_stack, to_config
 from layered_store.errors import ConfigError
@@ -23,6 +27,9 @@ from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe, find, replace
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.redis import RedisStore
+from layered_store.stores.sql import SQLStore
+from layered_store.testing import FakeClock
 
 MEMORY: dict[str, Any] = {"use": "memory"}
 CYCLE: dict[str, Any] = {"use": "cached"}
@@ -40,6 +47,7 @@ ENDLESS_DEFAULT = "5"
 for _ in range(2_000):
     ENDLESS_DEFAULT = "${NOT_SET_ANYWHERE:-" + ENDLESS_DEFAULT + "}"
 SECRET = "hunter2-marked-secret"  # noqa: S105
+REGISTRY = CollectorRegistry()
 
 
 class Special(StateSnapshot):
@@ -514,6 +522,29 @@ def test_round_trip(config: dict[str, Any]) -> None:
     again = load_stack(json.loads(json.dumps(to_config(stack))))
     assert describe(again) == describe(stack)
     assert to_config(again) == to_config(stack)
+
+
+@pytest.mark.parametrize(
+    ("stack", "name", "kind"),
+    [
+        (RedisStore(client=Redis(password=SECRET)), "client", "Redis"),
+        (SQLStore(engine=create_async_engine("sqlite+aiosqlite://")), "engine", "AsyncEngine"),
+        (Metrics(MemoryStore(), name="s", registry=REGISTRY), "registry", "CollectorRegistry"),
+        (Metrics(MemoryStore(), name="s", exemplar=dict), "exemplar", "type"),
+        (Cached(MemoryStore(), cache=LRUCache(9)), "cache", "LRUCache"),
+        (Cached(MemoryStore(), clock=FakeClock()), "clock", "FakeClock"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_object_is_left_out_silently(stack: StateStore, name: str, kind: str) -> None:
+    """It is shown by its class; loading names it and the remedy, rather than take another."""
+    written = to_config(stack)
+    (block,) = written["store"].get("layers", [written["store"]])
+    assert block[name] == f"<{kind}>"
+    assert SECRET not in str(written)
+    with pytest.raises(ConfigError, match=rf"{name}: takes an object.* overrides=") as caught:
+        load_stack(written)
+    assert str(caught.value.path).endswith(name)
 
 
 def test_replace_by_id_and_class() -> None:

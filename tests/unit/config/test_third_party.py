@@ -243,7 +243,7 @@ def test_a_value_that_does_not_fit_is_refused(
 
 
 def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> None:
-    """Durations in seconds, classes by their place; an object by its class, a secret not at all."""
+    """Durations in seconds, classes by their place; an object by its class, a secret one too."""
     stack = module.Odd(
         MemoryStore(),
         wait=timedelta(seconds=5),
@@ -262,6 +262,7 @@ def test_what_stands_in_a_stack_comes_back_as_a_file_may_say_it(module: Any) -> 
         "names": ["a", "$${b}"],
         "share": 0.5,
         "socket": "<object>",
+        "token": "<object>",
         "table": {"a": "b"},
     }
     assert to_config(module.Odd(MemoryStore()))["store"]["layers"] == [{"use": "odd"}]
