@@ -33,6 +33,9 @@ _log = logging.getLogger("layered_store")
 _FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
 
+_OUTDATED_SECONDS: Final = 300.0
+"""What one process found out about the health counts so long beside another one's later check."""
+
 
 class _Handed:
     """What one stack has handed over so far."""
@@ -122,10 +125,11 @@ class MultiprocessExporter(Exporter):
         """Add what a stack counted since the last time to the files; return its gauges."""
         handed = self._handed.setdefault(metrics, _Handed())
         gauges: dict[Key, float] = {}
+        outdated = _outdated(metrics)
         for key, value in self.figures(metrics):
             name, labels = key
             if CATALOGUE[name].kind == "gauge":
-                gauges[key] = value
+                gauges[key] = CATALOGUE[name].at_rest if name == "health" and outdated else value
                 continue
             known = handed.counters.get(key)
             if known is None or value > known:
@@ -181,6 +185,26 @@ class MultiprocessExporter(Exporter):
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
 
 
+def _outdated(metrics: Metrics) -> bool:
+    """Tell whether another process's health check is so much newer that this one's counts no more.
+
+    Who was asked once, in an outage, and never again would else say for ever that it goes on.
+    """
+    levels = metrics.health_levels().values()
+    if all(level == CATALOGUE["health"].at_rest for level in levels):
+        return False  # it changes nothing, and no file has to be read
+    times = [each.value for each in metrics.samples() if each.metric == "health_checked"]
+    checked = max(times, default=float("inf"))  # it is being asked for the first time just now
+    if metrics.clock.time() - checked <= _OUTDATED_SECONDS:
+        return False
+    return any(
+        sample.value - checked > _OUTDATED_SECONDS and sample.labels["stack"] == metrics.name
+        for family in AllProcesses("gauge_livemax_*.db").collect()
+        if family.name == CATALOGUE["health_checked"].name
+        for sample in family.samples
+    )
+
+
 class AllProcesses:
     """Reads what all processes wrote, as the client's ``MultiProcessCollector`` does.
 
@@ -188,13 +212,19 @@ class AllProcesses:
     while it did, and the client would fail on it. So is one that cannot be read, of another version
     of the client or written by two containers at once, which is told in the log: the figures of the
     other processes must not go with it.
+
+    Args:
+        files: which files to read; all by default.
     """
+
+    def __init__(self, files: str = "*.db") -> None:
+        self._files = files
 
     def collect(self) -> Iterable[Any]:
         """Return the figures of all processes, those of one series added up."""
         from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
 
-        files = [str(path) for path in Path(_folder()).glob("*.db") if _size(path)]
+        files = [str(path) for path in Path(_folder()).glob(self._files) if _size(path)]
         merge: Callable[[list[str]], Iterable[Any]] = MultiProcessCollector.merge
         try:
             return merge(files)

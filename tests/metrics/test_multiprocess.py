@@ -186,6 +186,79 @@ def test_a_stack_built_before_the_fork_counts_each_call_once(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_an_old_health_check_of_one_process_counts_no_more_beside_a_new_one(
+    tmp_path: Path,
+) -> None:
+    """A worker that was asked once, in an outage, does not say for ever that it goes on."""
+    run(
+        """
+        from layered_store.testing import Faults, FakeClock
+        clock, faults = FakeClock(), Faults(MemoryStore())
+        stack = Metrics(faults, name="s", clock=clock)
+        asked, go = os.pipe(), os.pipe()
+
+        def child():
+            os.close(go[1])
+            faults.outage()
+            asyncio.run(stack.health_report())
+            for seconds in (0, 299, 2):
+                clock.set(clock.monotonic() + seconds)
+                stack._exporter.flush()
+                os.write(asked[1], b".")
+                os.read(go[0], 1)
+            asyncio.run(stack.health_report())
+            stack._exporter.flush()
+            os.write(asked[1], b".")
+            os.read(go[0], 1)
+
+        pid = os.fork()
+        if not pid:
+            try:
+                child()
+            finally:
+                os._exit(0)
+        asyncio.run(stack.health_report())
+
+        def shown(seconds):
+            os.read(asked[0], 1)
+            clock.set(clock.monotonic() + seconds)
+            asyncio.run(stack.health_report())
+            level = figures("health_status")["0.metrics", "s"]
+            os.write(go[1], b".")
+            return level
+
+        assert shown(0) == 0  # the worst one
+        assert shown(301) == 0  # the child's clock says that it is young enough
+        assert shown(0) == 2
+        assert shown(0) == 0  # a new check counts again
+        os.waitpid(pid, 0)
+        """,
+        tmp_path,
+    )
+
+
+def test_the_last_health_check_counts_however_old_it_is(tmp_path: Path) -> None:
+    """As long as nobody knows better: the stack is not well since nobody asks any more."""
+    run(
+        """
+        from layered_store.testing import Faults, FakeClock
+        async def main():
+            clock, faults = FakeClock(), Faults(MemoryStore())
+            stack = Metrics(faults, name="s", clock=clock)
+            other = Metrics(MemoryStore(), name="other", clock=clock)
+            faults.outage()
+            await stack.health_report()
+            clock.set(100_000)
+            await other.health_report()
+            assert figures("health_status")["0.metrics", "s"] == 0
+            assert figures("health_status")["0.metrics", "s"] == 0
+        asyncio.run(main())
+        """,
+        tmp_path,
+    )
+
+
 def test_a_process_hands_over_at_its_end(tmp_path: Path) -> None:
     """What was counted since the last second is not lost; its gauges go."""
     run(
