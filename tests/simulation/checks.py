@@ -8,7 +8,7 @@ behaves like one variable.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tests.simulation.history import Call
 from tests.simulation.sql_model import Commit
@@ -31,13 +31,20 @@ class Violation(AssertionError):
         self.rule = rule
 
 
-def check_fleet(calls: Sequence[Call], commits: Sequence[Commit], bound: float) -> None:
+def check_fleet(
+    calls: Sequence[Call],
+    commits: Sequence[Commit],
+    bound: float,
+    may_be_late: Container[int | None] = (),
+) -> None:
     """Check the calls of one user in all processes.
 
     Args:
         calls: of this user.
         commits: what the database committed for it, in order; position 0 is "never written".
         bound: how old an answer may be, in seconds.
+        may_be_late: writes that may outlive an erasure that they began before, by a documented
+            limit.
 
     Raises:
         Violation: a rule was broken.
@@ -53,7 +60,7 @@ def check_fleet(calls: Sequence[Call], commits: Sequence[Commit], bound: float) 
         return bisect_right(orders, order)
 
     _check_acknowledged(calls, place, commits)
-    _check_late(calls, commits)
+    _check_late(calls, commits, may_be_late)
     # Erasures that returned, as (when they returned, what they had erased).
     erased: list[tuple[int, int]] = []
     # By process: (when it was seen there, what).
@@ -104,14 +111,16 @@ def check_fleet(calls: Sequence[Call], commits: Sequence[Commit], bound: float) 
         seen.setdefault(call.process, []).append((call.ended, at, "seen"))
 
 
-def _check_late(calls: Sequence[Call], commits: Sequence[Commit]) -> None:
+def _check_late(
+    calls: Sequence[Call], commits: Sequence[Commit], may_be_late: Container[int | None]
+) -> None:
     """A write that began before an erasure was committed does not come after it."""
     began = {call.value: call.began for call in calls if call.kind == "upsert"}
     erased = 0
     for commit in commits:
         if commit.value is None:
             erased = commit.order
-        elif began[commit.value] < erased:
+        elif began[commit.value] < erased and commit.value not in may_be_late:
             raise Violation("late", f"write {commit.value} began before an erasure and outlived it")
 
 

@@ -153,8 +153,8 @@ class _World:
         self.parts: list[Parts] = []
         self.dead: list[tuple[Process, StateStore]] = []
         self.starts = 0
-        # When each process began, by its name; when the database's clock was set, by how much.
-        self.born: dict[str, float] = {}
+        # The database as each process has it, by its name; when its clock was set, by how much.
+        self.sql: dict[str, Any] = {}
         self.sql_sets: list[tuple[float, float]] = []
         self.over = self.ended = False
         self.broken: Violation | None = None
@@ -200,10 +200,10 @@ class _World:
         self.starts += 1
         clock = ProcessClock(self.chance)
         process = Process(self.loop, f"P{index}.{self.starts}", clock)
-        self.born[process.name] = CLOCK.monotonic()
         with self.loop.inside(process):
             parts = Parts(process, self.network, self.nodes, self.database, self.chance)
             stack = self.shape.build(parts)
+        self.sql[process.name] = parts.sql
         self.processes[index], self.stacks[index], self.parts[index] = process, stack, parts
         clients = 2 if not self.alone else 4
         calls = 10 if not self.alone else 8
@@ -402,27 +402,36 @@ class _World:
                 continue
             assert self.shape.bound is not None
             commits = self.database.commits.get(user, [])
-            mine = [call for call in mine if not self.could_not_know(call, commits)]
-            check_fleet(mine, commits, self.shape.bound * (1 + 2 * DRIFT))
+            written = {commit.value for commit in commits}
+            late = {call.value for call in mine if self.could_not_know(call, commits)} & written
+            mine = [c for c in mine if c.value in late or not self.could_not_know(c, commits)]
+            check_fleet(mine, commits, self.shape.bound * (1 + 2 * DRIFT), late)
             latest = commits[-1].value if commits else None
             for call in mine:
                 if call.outcome == "ok" and call.began > self.quiet and call.value != latest:
                     raise Violation("converged", f"the latest is {latest}, not as read: {call}")
 
     def could_not_know(self, call: Call, commits: Sequence[Commit]) -> bool:
-        """Tell whether a documented limit lets this write be dropped.
+        """Tell whether a documented limit lets this write be dropped, or outlive an erasure.
 
-        A process that first hears of the database after its clock was set back takes what was
-        erased less than the step before for erased after its write began.
+        A process that first hears of the database after its clock was set takes an erasure of
+        before for more recent than it is by that step, set back, or less recent, set forward.
         """
-        written = {commit.value for commit in commits}
-        return call.kind == "upsert" and call.value not in written and any(
+        heard = getattr(self.sql[call.process], "heard", None)
+        if call.kind != "upsert" or heard is None:
+            return False
+        dropped = call.value not in {commit.value for commit in commits}
+        return any(
             commit.value is None
-            and commit.time < at < self.born[call.process]
-            and call.began_at + step < commit.time + _ROUND_TRIP
+            and commit.time < at < heard
+            and (
+                step < 0 and call.began_at + step < commit.time + _ROUND_TRIP
+                if dropped
+                else call.began_at < commit.time < call.began_at + step + _ROUND_TRIP
+            )
             for at, step in self.sql_sets
             for commit in commits
-        )  # fmt: skip
+        )
 
     async def read_all(self, process: Process, stack: StateStore) -> None:
         self.quiet = getattr(self, "quiet", next(self.orders))

@@ -247,6 +247,7 @@ class SqlStore(_Client, Authority):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._known = KnownErasures(self._process.clock)
+        self.heard: float | None = None  # when this process first learned the database's time
 
     @property
     def digest(self) -> digest_function:
@@ -273,7 +274,7 @@ class SqlStore(_Client, Authority):
             """Return those that did not begin before an erasure."""
             began = erasures.Began()
             began.learn(sent, clock.monotonic() + self._network.latency(), self._database.now_us())
-            self._known.learn(began)
+            self._learn(began)
             kept = []
             for snapshot in snapshots:
                 user = snapshot.user_id
@@ -318,11 +319,16 @@ class SqlStore(_Client, Authority):
     async def covers(self, cursor: str) -> bool:
         return await self._watching("covers", cursor)
 
+    def _learn(self, began: erasures.Began) -> None:
+        if self.heard is None:
+            self.heard = CLOCK.monotonic()
+        self._known.learn(began)
+
     async def _watching(self, method: str, *args: Any) -> Any:
         """Ask what is answered together with the server's time."""
         began, clock = erasures.Began(), self._process.clock
         sent, times = clock.monotonic(), []
         found = await self._do(method, *args, times=times)
         began.learn(sent, clock.monotonic(), times[0])
-        self._known.learn(began)
+        self._learn(began)
         return found

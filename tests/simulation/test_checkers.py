@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulation.checks import Violation, check_fleet, check_register
 from tests.simulation.history import Call
-from tests.simulation.scenario import run_seed
+from tests.simulation.scenario import _World, run_seed
 from tests.simulation.shapes import SHAPES
 from tests.simulation.sql_model import Commit
 
@@ -91,6 +91,21 @@ def test_a_read_in_time_is_no_violation() -> None:
     commits = [commit(1, 1, 0), commit(3, 2, 0)]
     writes = [call("upsert", each, 0, 0, "W", "lost reply") for each in (1, 2)]
     check_fleet([*writes, call("read", 1, 4, 5), call("read", 2, 6, 7)], commits, bound=2.0)
+
+
+def test_a_write_that_began_before_an_erasure_outlives_it_by_a_documented_limit_only() -> None:
+    """Its process heard of the database first after somebody had set the clock forward."""
+    calls = [call("upsert", 1, 2, 9), call("delete", None, 3, 5, "P1")]
+    commits = [commit(4, None, 3), commit(6, 1, 2)]
+    with pytest.raises(Violation, match="late"):
+        check_fleet(calls, commits, 2.0)
+    check_fleet(calls, commits, 2.0, may_be_late={1})
+    # A seed that shows it: without the limit the rule is broken.
+    shape = SHAPES["cluster"]
+    assert run_seed(7347, shape).failure is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_World, "could_not_know", lambda *_: False)
+        assert run_seed(7347, shape).rule == "late"
 
 
 @pytest.mark.parametrize("shape", ["three_tiers", "memory"])
