@@ -336,6 +336,8 @@ class _World:
             for way in itertools.product(names, servers):
                 network.cuts.pop(way, None)
         elif kind == "process killed":
+            if not process.alive:
+                return  # it is started again once only
             self.kill(event.process)
             await asyncio.sleep(event.seconds)
             self.start(event.process)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from tests.simulation.checks import Violation, check_fleet, check_register
@@ -106,6 +108,19 @@ def test_a_write_that_began_before_an_erasure_outlives_it_by_a_documented_limit_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_World, "could_not_know", lambda *_: False)
         assert run_seed(7347, shape).rule == "late"
+
+
+def test_nothing_of_a_run_is_left_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this one a process is killed that is dead already; no other takes its place unseen."""
+    said: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda about: said.append(about.exc_value))
+    report = run_seed(6109, SHAPES["cluster"])
+    kills = [event for event in report.plan if event.kind == "process killed"]
+    assert len(kills) == 2
+    assert kills[1].at < kills[0].at + kills[0].seconds
+    run_seed(2, SHAPES["cluster"])  # what is left of a run lives until the next one
+    gc.collect()
+    assert said == []
 
 
 @pytest.mark.parametrize("shape", ["three_tiers", "memory"])
