@@ -230,7 +230,8 @@ def test_a_listener_whose_event_loop_ended_holds_up_nothing(
     setting = Setting(monkeypatch)
     every, setting.groups = setting.groups, []
     before = asyncio.new_event_loop()
-    before.run_until_complete(setting.channel.listen().__aenter__())
+    left = setting.channel.listen()
+    before.run_until_complete(left.__aenter__())
     if end == "closed":
         before.close()
     else:
@@ -248,4 +249,6 @@ def test_a_listener_whose_event_loop_ended_holds_up_nothing(
         await setting.listening.aclose()
 
     asyncio.run(after())
+    if end != "closed":
+        before.run_until_complete(left.__aexit__(None, None, None))
     before.close()
