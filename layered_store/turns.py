@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from layered_store.errors import UnsupportedError
+from layered_store.errors import StoreTimeoutError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from layered_store.interface import Op
 
 __all__ = ["Turn", "Turns"]
 
 
 class Turn:
     """What is under way for one user.
+
+    Behind a store that hangs nobody waits for all those before: when the call that has the turn got
+    no answer in time, those who have waited since before it had the turn fail as well.
 
     Args:
         loop: the event loop on which it is.
@@ -25,33 +29,51 @@ class Turn:
         busy: whether one of them has the turn.
     """
 
-    __slots__ = ("_waiting", "busy", "holders", "loop")
+    __slots__ = ("_came", "_had", "_hung", "_waiting", "busy", "holders", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.holders = 0
         self.busy = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        # Who waits, by the place in which they came; a cancelled one is not kept.
+        self._waiting: dict[asyncio.Future[bool], int] = {}
+        self._came = 0
+        # Up to which place they had come when the turn was given last.
+        self._had = 0
+        self._hung = False
 
-    async def take(self) -> None:
-        """Wait until those before are done."""
+    async def take(self) -> bool:
+        """Wait until those before are done; tell whether this call has the turn."""
         if self.busy:
             turn = self.loop.create_future()
-            self._waiting.append(turn)
+            self._came += 1
+            self._waiting[turn] = self._came
             try:
-                await turn
+                given = await turn
             except BaseException:
-                if turn.done() and not turn.cancelled():
+                self._waiting.pop(turn, None)
+                if turn.done() and not turn.cancelled() and turn.result():
                     self.pass_on()
                 raise
-        self.busy = True
+            if not given:
+                return False
+        self.busy, self._had, self._hung = True, self._came, False
+        return True
+
+    def failed(self, exc: BaseException) -> None:
+        """Note what the call that has the turn raised."""
+        self._hung |= isinstance(exc, TimeoutError)
 
     def pass_on(self) -> None:
         """Give the turn straight to the one that waits longest, so that nobody cuts in."""
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
+            turn = next(iter(self._waiting))
+            came = self._waiting.pop(turn)
+            if turn.done():
+                continue
+            given = not (self._hung and came <= self._had)
+            turn.set_result(given)
+            if given:
                 return
         self.busy = False
 
@@ -75,8 +97,12 @@ class Turns(Generic[T]):
         self._layer = layer
         self.users: dict[str, T] = {}
 
-    def enter(self, user_id: str) -> T:
+    def enter(self, user_id: str, op: Op | None = None) -> T:
         """Hold the turn of a user in view without taking it; end with :meth:`leave`.
+
+        Args:
+            user_id: whose.
+            op: of whom, for errors.
 
         Raises:
             UnsupportedError: another event loop, which still runs, has the user.
@@ -88,7 +114,9 @@ class Turns(Generic[T]):
                 raise UnsupportedError(
                     "one user is written from two event loops at the same time; use one stack per"
                     " loop",
+                    operation=op,
                     layer=self._layer,
+                    user_id=user_id,
                 )
             turn = None  # what that loop left behind will never end
         if turn is None:
@@ -102,11 +130,26 @@ class Turns(Generic[T]):
         if not turn.holders and self.users.get(user_id) is turn:
             del self.users[user_id]
 
-    async def begin(self, user_id: str) -> T:
-        """Wait for the user's turn and take it; end with :meth:`end`."""
-        turn = self.enter(user_id)
+    async def begin(self, user_id: str, op: Op | None = None) -> T:
+        """Wait for the user's turn and take it; end with :meth:`end`.
+
+        Args:
+            user_id: whose.
+            op: of whom, for errors.
+
+        Raises:
+            StoreTimeoutError: what is written hangs.
+        """
+        turn = self.enter(user_id, op)
         try:
-            await turn.take()
+            if not await turn.take():
+                raise StoreTimeoutError(
+                    "an earlier write of the same user got no answer in time; this one was not"
+                    " sent",
+                    operation=op,
+                    layer=self._layer,
+                    user_id=user_id,
+                )
         except BaseException:
             self.leave(user_id, turn)
             raise

@@ -205,9 +205,13 @@ class LocalCopies:
         if mark is not None:
             self._turns.leave(user_id, mark[0])
 
-    async def begin(self, user_id: str) -> _Copy:
-        """Begin a write: wait for the one before, and keep readers off the copy until ``end``."""
-        copy = await self._turns.begin(user_id)
+    async def begin(self, user_id: str, op: Op | None = None) -> _Copy:
+        """Begin a write: wait for the one before, and keep readers off the copy until ``end``.
+
+        Raises:
+            StoreTimeoutError: the origin hangs.
+        """
+        copy = await self._turns.begin(user_id, op)
         copy.changes += 1
         copy.unsettled = not self._settled(user_id)
         return copy

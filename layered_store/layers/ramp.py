@@ -367,7 +367,7 @@ class Ramp(Layer):
         turns: dict[str, _Write] = {}
         try:
             for user_id in users:
-                turns[user_id] = await self._turns.begin(user_id)
+                turns[user_id] = await self._turns.begin(user_id, op)
             # What an earlier write may still do, on either side, could come after this one.
             settled = [user_id for user_id in users if not self._doubted(user_id)]
             try:
@@ -402,6 +402,10 @@ class Ramp(Layer):
                     self._fall_behind(users)
                 else:
                     self._catch_up(settled)
+        except BaseException as exc:
+            for turn in turns.values():
+                turn.failed(exc)
+            raise
         finally:
             for user_id, turn in turns.items():
                 self._turns.end(user_id, turn)
@@ -426,7 +430,7 @@ class Ramp(Layer):
 
     async def _erase(self, user_id: str) -> None:
         """Erase in ``inner``, then in the alternative."""
-        turn = await self._turns.begin(user_id)
+        turn = await self._turns.begin(user_id, Op.DELETE)
         try:
             settled = not self._doubted(user_id)
             pending: list[str] = []
@@ -438,6 +442,8 @@ class Ramp(Layer):
                 try:
                     await erase(user_id)
                 except BaseException as exc:
+                    if store is self.inner:
+                        turn.failed(exc)
                     if may_take_effect(exc):
                         self._doubt([user_id])
                     if not isinstance(exc, Exception):

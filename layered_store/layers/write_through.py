@@ -189,7 +189,7 @@ class WriteThrough(Layer):
             if self._guard is not None:
                 await self._guard.upsert_latest(snapshot)
                 return
-            turn = await self._copies.begin(user_id)
+            turn = await self._copies.begin(user_id, Op.UPSERT_LATEST)
             try:
                 # Until the copy was changed with success, nobody may read it.
                 self._copies.doubt(user_id)
@@ -200,6 +200,9 @@ class WriteThrough(Layer):
                     raise
                 if self._knows_what_stands(call):
                     await self._copies.put(user_id, stands)
+            except BaseException as exc:
+                turn.failed(exc)
+                raise
             finally:
                 self._copies.end(user_id, turn)
 
@@ -213,7 +216,7 @@ class WriteThrough(Layer):
             try:
                 # In one order everywhere, so that two batches never wait for each other.
                 for user_id in sorted({snapshot.user_id for snapshot in batch}):
-                    turns[user_id] = await self._copies.begin(user_id)
+                    turns[user_id] = await self._copies.begin(user_id, Op.UPSERT_LATEST_MANY)
                 for user_id in turns:
                     self._copies.doubt(user_id)
                 try:
@@ -225,6 +228,10 @@ class WriteThrough(Layer):
                 if self._knows_what_stands(call):
                     for user_id in turns:
                         await self._copies.put(user_id, stands[user_id])
+            except BaseException as exc:
+                for turn in turns.values():
+                    turn.failed(exc)
+                raise
             finally:
                 for user_id, turn in turns.items():
                     self._copies.end(user_id, turn)
@@ -248,7 +255,7 @@ class WriteThrough(Layer):
             log_event("erasure_complete", layer=self.name)
 
     async def _delete(self, user_id: str) -> None:
-        turn = await self._copies.begin(user_id)
+        turn = await self._copies.begin(user_id, Op.DELETE)
         try:
             self._copies.doubt(user_id)
             try:
@@ -257,6 +264,9 @@ class WriteThrough(Layer):
                 self._unknown(user_id, exc)
                 raise
             await self._copies.bury(user_id)
+        except BaseException as exc:
+            turn.failed(exc)
+            raise
         finally:
             self._copies.end(user_id, turn)
 

@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from layered_store.errors import UnsupportedError
+from layered_store.errors import StoreTimeoutError, UnavailableError, UnsupportedError
+from layered_store.interface import Op
+from layered_store.testing.clock import settle
 from layered_store.turns import Turn, Turns
 
 
@@ -58,6 +60,47 @@ async def test_who_is_cancelled_keeps_no_turn(given: bool) -> None:
         turns.end("u", first)
     turns.end("u", await next_one)
     assert cancelled.cancelled()
+    assert turns.users == {}
+
+
+async def test_behind_a_store_that_hangs_nobody_waits_for_all_before() -> None:
+    """Who waited for a whole try fails with it; who came during it may try, in turn."""
+    turns = new()
+    before = [asyncio.create_task(turns.begin("u", Op.DELETE)) for _ in range(9)]
+    await settle()
+    first = await before[0]
+    first.failed(StoreTimeoutError("no answer"))
+    turns.end("u", first)  # the others came while it tried
+    await settle()
+    later = [asyncio.create_task(turns.begin("u")) for _ in range(2)]
+    second = await before[1]
+    await settle()
+    second.failed(StoreTimeoutError("no answer"))
+    turns.end("u", second)
+    for task in before[2:]:
+        with pytest.raises(StoreTimeoutError, match="was not sent") as caught:
+            await task
+        error = caught.value
+        assert (error.layer, error.operation, error.user_id) == ("Layer", Op.DELETE, "u")
+        assert error.retryable and not error.outcome_unknown
+    third = await later[0]
+    third.failed(UnavailableError("refused, which takes no time"))
+    turns.end("u", third)
+    turns.end("u", await later[1])
+    assert turns.users == {}
+
+
+async def test_nothing_is_kept_of_who_left_the_queue() -> None:
+    """However long the one before it takes."""
+    turns = new()
+    first = await turns.begin("u")
+    for _ in range(3):
+        waiting = asyncio.create_task(turns.begin("u"))
+        await settle()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    assert not first._waiting
+    turns.end("u", first)
     assert turns.users == {}
 
 

@@ -24,11 +24,14 @@ from layered_store.interface import Op, StateStore
 from layered_store.layer import Layer
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
+from layered_store.layers.ramp import Ramp
+from layered_store.layers.timeout import Timeout
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock, settle
+from layered_store.testing.faults import Faults
 from layered_store.testing.scripted import Gate, Scripted
 
 
@@ -433,6 +436,40 @@ async def test_a_cancelled_writer_lets_the_next_one_in() -> None:
     tasks[0].cancel()
     await asyncio.wait_for(tasks[2], 1)
     assert not store._copies._turns.users
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda origin: WriteThrough(Tier(), origin=origin),
+        lambda inner: Ramp(inner, alternative=MemoryStore()),
+    ],
+    ids=["write_through", "ramp"],
+)
+@pytest.mark.parametrize("first", ["upsert", "batch", "delete"])
+async def test_the_waits_of_one_users_writers_do_not_add_up(build: Any, first: str) -> None:
+    """Behind a store that hangs each fails within a few of its time limits, however many wait."""
+    clock, faults = FakeClock(), Faults(MemoryStore())
+    stack = build(Timeout(faults, seconds=1.0, clock=clock))
+    kinds = {
+        "upsert": lambda: stack.upsert_latest(NEW),
+        "batch": lambda: stack.upsert_latest_many([state(user_id="u-0"), NEW]),
+        "delete": lambda: stack.delete("u-1"),
+    }
+    with faults.outage("hang"):
+        calls = [asyncio.create_task(kinds[first]()) for _ in range(2)]
+        await settle()
+        calls += [asyncio.create_task(kind()) for kind in kinds.values() for _ in range(20)]
+        await settle()
+        for _ in range(3):  # batches wait for two users
+            await clock.advance(1.0)
+        assert all(call.done() for call in calls)
+    errors = [call.exception() for call in calls]
+    unsent = [each for each in errors if isinstance(each, StoreTimeoutError) and each.user_id]
+    assert len(unsent) >= len(calls) - 3
+    assert not any(each.outcome_unknown for each in unsent)
+    await stack.upsert_latest(NEW)
+    assert await stack.get_latest("u-1") == NEW
 
 
 async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:
