@@ -180,17 +180,26 @@ class LocalCopies:
     async def fill(
         self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_Copy, int] | None
     ) -> None:
-        """Store what the origin said, unless a write came since ``watch``."""
+        """Make the copy what the origin said, unless a write came since ``watch``.
+
+        Of an absent user only a doubtful copy is removed: a write that got no answer may have put
+        it there after the erasure.
+        """
         if mark is None:
             return
         copy, changes = mark
         try:
-            if snapshot is None or copy.busy or copy.changes != changes:
+            if copy.busy or copy.changes != changes:
+                return
+            if snapshot is None and self._doubted_until(user_id) is None:
                 return
             await copy.take()  # at once, since it is nobody's
             copy.unsettled = False
             try:
-                await self._store(user_id, snapshot)
+                if snapshot is None:
+                    await self.bury(user_id)
+                else:
+                    await self._store(user_id, snapshot)
             except CALLER_ERRORS:
                 raise
             except Exception:  # noqa: BLE001, S110

@@ -25,6 +25,7 @@ from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock
+from layered_store.testing.recorded import Recorded
 
 STATE = StateSnapshot("u-1", 1)
 
@@ -195,3 +196,37 @@ async def test_what_a_repeat_left_unsure_is_not_believed_for_a_while(
         assert await stack.get_latest("u-1") == new
         assert await tier.get_latest("u-1") == new
     await stack.aclose()
+
+
+@pytest.mark.parametrize("batch", [False, True])
+async def test_what_lands_in_the_tier_after_an_erasure_is_removed_by_the_next_reader(
+    batch: bool,
+) -> None:
+    """It was never shown, must not be after a restart either, and nothing waits for repair."""
+    clock = FakeClock()
+    tier = Unsure(StoreTimeoutError("too late"))
+    stack = WriteThrough(tier, origin=MemoryStore(clock=clock), clock=clock)
+
+    async def read() -> object:
+        if batch:
+            return (await stack.get_latest_many(["u-1"])).get("u-1")
+        return await stack.get_latest("u-1")
+
+    await stack.upsert_latest(StateSnapshot("u-1", 1))
+    await stack.delete("u-1")
+    assert tier.late is not None
+    await tier.upsert_latest(tier.late)
+    assert await read() is None
+    assert await tier.get_latest("u-1") == tier.late  # more may still come
+    await clock.advance(QUARANTINE_SECONDS)
+    assert await read() is None
+    assert await tier.get_latest("u-1") is None
+    assert stack._copies.pending == 0
+
+
+async def test_an_absent_user_costs_a_sound_tier_nothing() -> None:
+    """A reader removes only what is in doubt."""
+    tier = Recorded(MemoryStore())
+    stack = WriteThrough(tier, origin=MemoryStore())
+    assert await stack.get_latest("u-1") is None
+    assert tier.operations == ["get_latest"]
