@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
     from layered_store.interface import Op
 
-__all__ = ["Turn", "Turns"]
+__all__ = ["Turn", "Turns", "timed_out"]
 
 
 class Turn:
     """What is under way for one user.
 
     Behind a store that hangs nobody waits for all those before: when the call that has the turn got
-    no answer in time, those who have waited since before it had the turn fail as well.
+    no answer in time, those who have waited since before it had the turn fail as well. When it was
+    a second store that hangs, without which calls go on, they pass that one by.
 
     Args:
         loop: the event loop on which it is.
@@ -27,9 +28,20 @@ class Turn:
     Attributes:
         holders: how many calls there are, those that wait too.
         busy: whether one of them has the turn.
+        spared: whether the one that has it passes the second store by.
     """
 
-    __slots__ = ("_came", "_had", "_hung", "_waiting", "busy", "holders", "loop")
+    __slots__ = (
+        "_came",
+        "_had",
+        "_hung",
+        "_spare",
+        "_waiting",
+        "busy",
+        "holders",
+        "loop",
+        "spared",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -40,14 +52,17 @@ class Turn:
         self._came = 0
         # Up to which place they had come when the turn was given last.
         self._had = 0
-        self._hung = False
+        self._hung = self.spared = False
+        # Up to which place those had come who pass the second store by.
+        self._spare = 0
 
     async def take(self) -> bool:
         """Wait until those before are done; tell whether this call has the turn."""
+        came = 0
         if self.busy:
             turn = self.loop.create_future()
-            self._came += 1
-            self._waiting[turn] = self._came
+            came = self._came = self._came + 1
+            self._waiting[turn] = came
             try:
                 given = await turn
             except BaseException:
@@ -58,11 +73,17 @@ class Turn:
             if not given:
                 return False
         self.busy, self._had, self._hung = True, self._came, False
+        self.spared = 0 < came <= self._spare
         return True
 
     def failed(self, exc: BaseException) -> None:
         """Note what the call that has the turn raised."""
         self._hung |= isinstance(exc, TimeoutError)
+
+    def second_failed(self, exc: BaseException) -> None:
+        """Note what the second store raised."""
+        if timed_out(exc):
+            self._spare = self._had
 
     def pass_on(self) -> None:
         """Give the turn straight to the one that waits longest, so that nobody cuts in."""
@@ -76,6 +97,11 @@ class Turn:
             if given:
                 return
         self.busy = False
+
+
+def timed_out(exc: BaseException) -> bool:
+    """Tell whether a store that got no answer in time is the reason of an error."""
+    return isinstance(exc, TimeoutError) or isinstance(exc.__cause__, TimeoutError)
 
 
 T = TypeVar("T", bound=Turn)

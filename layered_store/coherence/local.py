@@ -19,7 +19,7 @@ from layered_store.coherence.outcomes import (
 )
 from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
-from layered_store.turns import Turn, Turns
+from layered_store.turns import Turn, Turns, timed_out
 
 if TYPE_CHECKING:
     import asyncio
@@ -179,20 +179,23 @@ class LocalCopies:
 
     async def fill(
         self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_Copy, int] | None
-    ) -> None:
+    ) -> bool:
         """Make the copy what the origin said, unless a write came since ``watch``.
 
         Of an absent user only a doubtful copy is removed: a write that got no answer may have put
         it there after the erasure.
+
+        Returns:
+            False when the tier hangs.
         """
         if mark is None:
-            return
+            return True
         copy, changes = mark
         try:
             if copy.busy or copy.changes != changes:
-                return
+                return True
             if snapshot is None and self._doubted_until(user_id) is None:
-                return
+                return True
             await copy.take()  # at once, since it is nobody's
             copy.unsettled = False
             try:
@@ -202,10 +205,12 @@ class LocalCopies:
                     await self._store(user_id, snapshot)
             except CALLER_ERRORS:
                 raise
-            except Exception:  # noqa: BLE001, S110
-                pass  # counted, and the copy is doubtful: the caller has its answer all the same
+            except Exception as exc:  # noqa: BLE001
+                # Counted, and the copy is doubtful: the caller has its answer all the same.
+                return not timed_out(exc)
             finally:
                 copy.pass_on()
+            return True
         finally:
             self._turns.leave(user_id, copy)
 
@@ -230,8 +235,16 @@ class LocalCopies:
         copy.changes += 1
         self._turns.end(user_id, copy)
 
-    async def put(self, user_id: str, snapshot: StateSnapshot | None) -> None:
-        """Within a write: make the copy what the origin holds now; trouble leaves it doubtful."""
+    async def put(self, user_id: str, snapshot: StateSnapshot | None) -> bool:
+        """Within a write: make the copy what the origin holds now; trouble leaves it doubtful.
+
+        Returns:
+            False when the tier hangs; the copies of the caller's other users are then better left
+            doubtful than tried one by one.
+        """
+        turn = self._turns.users[user_id]
+        if turn.spared:
+            return True
         try:
             if snapshot is None:
                 await self.bury(user_id)
@@ -239,8 +252,11 @@ class LocalCopies:
                 await self._store(user_id, snapshot)
         except CALLER_ERRORS as exc:
             raise after_commit(exc) from exc
-        except Exception:  # noqa: BLE001
-            return  # acknowledged by the origin; the copy is not read until it is repaired
+        except Exception as exc:  # noqa: BLE001
+            # Acknowledged by the origin; the copy is not read until it is repaired.
+            turn.second_failed(exc)
+            return not timed_out(exc)
+        return True
 
     async def bury(self, user_id: str) -> None:
         """Within a write: remove the copy.
@@ -257,6 +273,7 @@ class LocalCopies:
             raise after_commit(exc) from exc
         except Exception as exc:
             self.failures["erase"] += 1
+            self._turns.users[user_id].second_failed(exc)
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached;"
                 " repeat the delete",

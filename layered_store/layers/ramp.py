@@ -20,6 +20,7 @@ from layered_store.errors import (
     ConfigError,
     ErasureIncompleteError,
     StoreError,
+    StoreTimeoutError,
     UnavailableError,
     UnsupportedError,
 )
@@ -385,9 +386,18 @@ class Ramp(Layer):
                 return
             own = call.again()
             try:
+                if any(turn.spared for turn in turns.values()):
+                    raise StoreTimeoutError(
+                        "an earlier write of the same user got no answer in time; this one was not"
+                        " sent",
+                        operation=op,
+                        layer=self.name,
+                    )
                 with call_continues(own):
                     await _upsert(self._other, batch, op)
             except Exception as exc:
+                for turn in turns.values():
+                    turn.second_failed(exc)
                 self._fall_behind(users)
                 if may_take_effect(exc):
                     self._doubt(users)

@@ -176,7 +176,8 @@ class WriteThrough(Layer):
             found.update(loaded)
             while marks:
                 user_id, mark = marks.popitem()
-                await self._copies.fill(user_id, loaded.get(user_id), mark)
+                if not await self._copies.fill(user_id, loaded.get(user_id), mark):
+                    break
         finally:
             for user_id, mark in marks.items():
                 self._copies.unwatch(user_id, mark)
@@ -227,7 +228,8 @@ class WriteThrough(Layer):
                     raise
                 if self._knows_what_stands(call):
                     for user_id in turns:
-                        await self._copies.put(user_id, stands[user_id])
+                        if not await self._copies.put(user_id, stands[user_id]):
+                            break
             except BaseException as exc:
                 for turn in turns.values():
                     turn.failed(exc)

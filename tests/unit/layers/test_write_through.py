@@ -472,6 +472,74 @@ async def test_the_waits_of_one_users_writers_do_not_add_up(build: Any, first: s
     assert await stack.get_latest("u-1") == NEW
 
 
+async def test_a_tier_that_hangs_costs_a_batch_one_time_limit() -> None:
+    """However many users it has; those that were not tried are read from the origin."""
+    clock, faults, origin = FakeClock(), Faults(MemoryStore()), MemoryStore()
+    stack = WriteThrough(Timeout(faults, seconds=1.0, clock=clock), origin=origin, clock=clock)
+    users = [f"u-{number}" for number in range(20)]
+    old, new = ([state(value, user) for user in users] for value in (0.1, 0.2))
+    await stack.upsert_latest_many(old)
+    with faults.outage("hang"):
+        call = asyncio.create_task(stack.upsert_latest_many(new))
+        await settle()
+        await clock.advance(1.0)
+        assert call.done()
+    assert await stack.get_latest_many(users) == dict(zip(users, new, strict=True))
+    await clock.advance(QUARANTINE_SECONDS)
+    assert await stack.get_latest_many(users) == dict(zip(users, new, strict=True))
+    assert stack._copies.pending == 0
+    assert await faults.inner.get_latest_many(users) == dict(zip(users, new, strict=True))
+
+
+async def test_a_tier_whose_writes_hang_costs_a_read_of_many_one_time_limit() -> None:
+    """What was not tried is filled by another reader."""
+    clock, faults, origin = FakeClock(), Faults(MemoryStore()), MemoryStore()
+    stack = WriteThrough(Timeout(faults, seconds=1.0, clock=clock), origin=origin, clock=clock)
+    users = [f"u-{number}" for number in range(20)]
+    await origin.upsert_latest_many([state(user_id=user) for user in users])
+    with faults.outage("hang", operations=["upsert_latest"]):
+        call = asyncio.create_task(stack.get_latest_many(users))
+        await settle()
+        await clock.advance(1.0)
+        assert call.done()
+        assert list(call.result()) == users
+    assert not stack._copies._turns.users
+    await clock.advance(QUARANTINE_SECONDS)
+    await stack.get_latest_many(users)
+    assert len(await faults.inner.get_latest_many(users)) == len(users)
+
+
+@pytest.mark.parametrize(
+    ("build", "raised"),
+    [
+        (lambda second: WriteThrough(second, origin=MemoryStore()), 0),
+        (lambda second: Ramp(MemoryStore(), alternative=second), 0),
+        (lambda second: Ramp(MemoryStore(), alternative=second, share=1.0), 20),
+    ],
+    ids=["write_through", "ramp", "ramp, in the share"],
+)
+async def test_a_second_store_that_hangs_is_waited_for_twice_at_most(
+    build: Any, raised: int
+) -> None:
+    """By the writers of one user together: the write stands, or fails, without it."""
+    clock, faults = FakeClock(), Faults(MemoryStore())
+    stack = build(Timeout(faults, seconds=1.0, clock=clock))
+    with faults.outage("hang"):
+        calls = [
+            asyncio.create_task(stack.upsert_latest(state(n / 100))) for n in range(20)
+        ]
+        await settle()
+        for _ in range(2):
+            await clock.advance(1.0)
+        assert all(call.done() for call in calls)
+    errors = [error for call in calls if (error := call.exception()) is not None]
+    assert len(errors) == raised
+    assert all(isinstance(e, UnavailableError) and e.outcome_unknown for e in errors)
+    assert await stack.get_latest("u-1") == state(0.19)
+    await stack.upsert_latest(NEW)
+    assert await stack.get_latest("u-1") == NEW
+
+
 async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:
     """The tier erased after the write began and holds a later one's state; the origin decides."""
     gate = asyncio.Event()
