@@ -33,9 +33,6 @@ _log = logging.getLogger("layered_store")
 _FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
 
-_OUTDATED_SECONDS: Final = 300.0
-"""What one process found out about the health counts so long beside another one's later check."""
-
 
 class _Handed:
     """What one stack has handed over so far."""
@@ -108,6 +105,13 @@ class MultiprocessExporter(Exporter):
             self._flush()
         _forget_dead_processes()
 
+    def last_check(self, stack: str) -> float:
+        times: list[float] = [super().last_check(stack)]
+        for family in AllProcesses("gauge_livemax_*.db").collect():
+            if family.name == CATALOGUE["health_checked"].name:
+                times += [each.value for each in family.samples if each.labels["stack"] == stack]
+        return max(times)
+
     def _flush(self) -> None:
         gauges: dict[Key, float] = {}
         for metrics in self.open_stacks():
@@ -125,11 +129,10 @@ class MultiprocessExporter(Exporter):
         """Add what a stack counted since the last time to the files; return its gauges."""
         handed = self._handed.setdefault(metrics, _Handed())
         gauges: dict[Key, float] = {}
-        outdated = _outdated(metrics)
         for key, value in self.figures(metrics):
             name, labels = key
             if CATALOGUE[name].kind == "gauge":
-                gauges[key] = CATALOGUE[name].at_rest if name == "health" and outdated else value
+                gauges[key] = value
                 continue
             known = handed.counters.get(key)
             if known is None or value > known:
@@ -183,26 +186,6 @@ class MultiprocessExporter(Exporter):
         with contextlib.suppress(Exception):  # the folder may be gone already
             self.flush()
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
-
-
-def _outdated(metrics: Metrics) -> bool:
-    """Tell whether another process's health check is so much newer that this one's counts no more.
-
-    Who was asked once, in an outage, and never again would else say for ever that it goes on.
-    """
-    levels = metrics.health_levels().values()
-    if all(level == CATALOGUE["health"].at_rest for level in levels):
-        return False  # it changes nothing, and no file has to be read
-    times = [each.value for each in metrics.samples() if each.metric == "health_checked"]
-    checked = max(times, default=float("inf"))  # it is being asked for the first time just now
-    if metrics.clock.time() - checked <= _OUTDATED_SECONDS:
-        return False
-    return any(
-        sample.value - checked > _OUTDATED_SECONDS and sample.labels["stack"] == metrics.name
-        for family in AllProcesses("gauge_livemax_*.db").collect()
-        if family.name == CATALOGUE["health_checked"].name
-        for sample in family.samples
-    )
 
 
 class AllProcesses:

@@ -22,6 +22,10 @@ __all__ = ["export", "exposition"]
 
 _log = logging.getLogger("layered_store")
 
+_HEALTHY: Final = CATALOGUE["health"].at_rest
+_OUTDATED_SECONDS: Final = 300.0
+"""What one stack found out about the health counts so long beside a later check of another one."""
+
 _BOUNDS: Final = (*(repr(bound) for bound in DURATION_BUCKETS), "+Inf")
 _exporters: weakref.WeakKeyDictionary[Any, Exporter] = weakref.WeakKeyDictionary()
 _lock: Final = threading.Lock()
@@ -209,8 +213,9 @@ class Exporter:
         stack = metrics.name
         for sample in metrics.samples():
             yield (sample.metric, (stack, *sample.labels)), sample.value
-        for layer, level in metrics.health_levels().items():
-            yield ("health", (stack, layer)), level
+        if not self._outdated(metrics):
+            for layer, level in metrics.health_levels().items():
+                yield ("health", (stack, layer)), level
         for layer, store in blocks_below(metrics):
             try:
                 samples = list(store.samples())
@@ -224,6 +229,23 @@ class Exporter:
                     continue
                 yield (name, (stack, layer, *labels)), value
 
+    def _outdated(self, metrics: Metrics) -> bool:
+        """Tell whether its health is bad news that a check of another stack of its name overrules.
+
+        Who was asked once, in an outage, and never again would else say for ever that it goes on.
+        """
+        if all(level == _HEALTHY for level in metrics.health_levels().values()):
+            return False
+        checked = _health_checked(metrics)
+        if metrics.clock.time() - checked <= _OUTDATED_SECONDS:
+            return False
+        return self.last_check(metrics.name) - checked > _OUTDATED_SECONDS
+
+    def last_check(self, stack: str) -> float:
+        """Return when the health was last checked by any of the stacks of a name."""
+        times = [_health_checked(each) for each in self.open_stacks() if each.name == stack]
+        return max(times, default=0.0)
+
     def _warn(self, layer: str, problem: str) -> None:
         if layer not in self._warned:
             self._warned.add(layer)
@@ -234,6 +256,11 @@ def _counts(metrics: Metrics, figures: Iterable[tuple[Key, float]]) -> _Counts:
     """Return what a stack has counted and timed so far, without its gauges."""
     counters = {key: value for key, value in figures if CATALOGUE[key[0]].kind == "counter"}
     return counters, {(metrics.name, operation): each for operation, each in metrics.durations()}
+
+
+def _health_checked(metrics: Metrics) -> float:
+    times = [each.value for each in metrics.samples() if each.metric == "health_checked"]
+    return max(times, default=0.0)
 
 
 def combined(key: Key, known: float | None, value: float) -> float:

@@ -56,6 +56,7 @@ from layered_store.metrics.prometheus import exposition
 from layered_store.metrics.timings import HitTimings
 from layered_store.stats import Sample
 from layered_store.testing.clock import FakeClock
+from layered_store.testing.faults import Faults
 from layered_store.testing.scripted import Gate, Scripted, Takes
 
 PROMISED = {
@@ -627,6 +628,29 @@ async def test_of_states_of_one_name_the_worst_one_shows(registry: CollectorRegi
         await stack.health_report()
     assert figures(registry, "layered_store_circuit_state") == {("s", "1.circuit_breaker"): 2}
     assert figures(registry, "layered_store_health_status")["s", "0.metrics"] == 0
+
+
+async def test_an_old_health_check_counts_no_more_beside_a_new_one_of_the_same_name(
+    registry: CollectorRegistry,
+) -> None:
+    """A stack that was asked once, in an outage, does not say for ever that it goes on."""
+    clock, faults = FakeClock(), Faults(MemoryStore())
+    old = Metrics(faults, name="s", registry=registry, clock=clock)
+    new = Metrics(Faults(MemoryStore()), name="s", registry=registry, clock=clock)
+    faults.outage()
+
+    def shown() -> float:
+        return figures(registry, "layered_store_health_status")["s", "0.metrics"]
+
+    await old.health_check()
+    await new.health_check()
+    assert shown() == 0  # the worst one
+    await clock.advance(301)
+    assert shown() == 0  # nobody knows better
+    await new.health_check()
+    assert shown() == 2
+    await old.health_check()
+    assert shown() == 0
 
 
 async def test_no_counter_falls_when_one_of_a_name_is_closed(registry: CollectorRegistry) -> None:
