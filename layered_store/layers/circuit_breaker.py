@@ -211,7 +211,8 @@ class Circuit:
             if (
                 failed
                 and window.calls >= self._minimum_calls
-                and window.failures >= self._failure_share * window.calls
+                # Divided, since 0.07 * 100 is a little more than 7.
+                and window.failures / window.calls >= self._failure_share
             ):
                 self._open()
 

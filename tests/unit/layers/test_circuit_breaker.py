@@ -100,6 +100,18 @@ async def test_it_opens_at_the_failure_share() -> None:
     assert breaker.state is OPEN
 
 
+@pytest.mark.parametrize(("share", "calls", "failures"), [(0.07, 100, 7), (0.28, 25, 7)])
+async def test_it_opens_at_any_share_exactly(share: float, calls: int, failures: int) -> None:
+    """No rounding of the share makes it wait for one failure more."""
+    inner = Scripted(*[None] * (calls - failures), *[down() for _ in range(failures)])
+    options: dict[str, Any] = {"failure_share": share, "minimum_calls": calls}
+    breaker = CircuitBreaker(inner, clock=FakeClock(), **options)
+    await call(breaker, calls - 1)
+    assert breaker.state is CLOSED
+    await call(breaker)
+    assert breaker.state is OPEN
+
+
 async def test_it_does_not_open_below_the_minimum() -> None:
     """Too few calls say nothing, even if all failed."""
     inner = Scripted(*[down() for _ in range(5)])
