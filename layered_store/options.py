@@ -65,9 +65,8 @@ def check_seconds(
             return result
     bound = "above 0" if positive else "of at least 0"
     extra = ", or None for no limit" if optional else ""
-    raise _refuse(
-        f"must be a finite number of seconds (or a timedelta) {bound}{extra}", option, owner, value
-    )
+    wanted = f"must be a finite number of seconds (or a timedelta) {bound}{extra}"
+    raise _refuse(wanted, option, owner, seconds)
 
 
 @overload

@@ -251,6 +251,13 @@ def test_unknown_options_are_refused_by_python() -> None:
     assert Scripted()
 
 
+@pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-2)])
+def test_a_refused_timedelta_is_told_in_seconds(value: timedelta) -> None:
+    """The error says what was wrong with it, and not that it must be what it is."""
+    with pytest.raises(ConfigError, match=f"above 0, not {value.total_seconds():g}"):
+        build("timeout", seconds=value)
+
+
 @pytest.mark.parametrize("value", [timedelta(seconds=2), 2, 2.0])
 def test_durations(value: Any) -> None:
     """Seconds or a timedelta, everywhere."""
