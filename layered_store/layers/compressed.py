@@ -25,7 +25,8 @@ _FORM: Final = 1
 """First byte of a sealed state that was compressed; ``Encrypted`` has another."""
 
 _LONGEST: Final = 64 * 2**20
-"""Most bytes that a record may unfold to: a damaged one must not fill the memory."""
+"""Most bytes that are compressed, and that a record may unfold to: a damaged one must not fill the
+memory."""
 
 
 @dataclass(eq=False, repr=False)
@@ -73,7 +74,7 @@ class Compressed(TranslatingLayer):
 
     def down(self, snapshot: StateSnapshot) -> StateSnapshot:
         plain = self._codec.encode(snapshot)
-        if len(plain) < self.threshold:
+        if not self.threshold <= len(plain) <= _LONGEST:
             return snapshot
         packed = zlib.compress(plain, self.level)
         self._before += len(plain)

@@ -127,12 +127,25 @@ async def test_a_damaged_record_is_an_error_of_that_user(damage: Any) -> None:
 
 async def test_a_bomb_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that unfolds to more than the limit is refused without unfolding it."""
-    monkeypatch.setattr(compressed, "_LONGEST", 1000)
     inner = MemoryStore()
     store = Compressed(inner)
     await store.upsert_latest(state())
+    monkeypatch.setattr(compressed, "_LONGEST", 1000)
     with pytest.raises(CorruptDataError, match="too long"):
         await store.get_latest("user-1")
+
+
+@pytest.mark.parametrize(("room", "kind"), [(0, SealedSnapshot), (-1, StateSnapshot)])
+async def test_what_would_be_too_long_to_unfold_is_stored_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, room: int, kind: type[StateSnapshot]
+) -> None:
+    """No state is taken that could not be read back."""
+    monkeypatch.setattr(compressed, "_LONGEST", len(CODEC.encode(state())) + room)
+    inner = MemoryStore()
+    store = Compressed(inner)
+    await store.upsert_latest(state())
+    assert type(await inner.get_latest("user-1")) is kind
+    assert await store.get_latest("user-1") == state()
 
 
 @pytest.mark.parametrize(
