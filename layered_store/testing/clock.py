@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -93,12 +94,13 @@ class FakeClock:
             seconds: how far, also as a timedelta; 0 only lets tasks settle.
 
         Raises:
-            ValueError: ``seconds`` is negative or no number: time does not go back.
+            ValueError: ``seconds`` is negative, infinite or no number: time does not go back, and
+                nothing comes after its end.
         """
         if isinstance(seconds, timedelta):
             seconds = seconds.total_seconds()
-        if not isinstance(seconds, int | float) or not seconds >= 0:
-            raise ValueError("seconds must be a number of at least 0; time does not go back")
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise ValueError("seconds must be a finite number of at least 0; time does not go back")
         await settle()
         end = self._now + seconds
         while self._timers and self._timers[0][0] <= end:

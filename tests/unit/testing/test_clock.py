@@ -119,11 +119,11 @@ async def test_a_busy_task_does_not_hold_time() -> None:
     task.cancel()
 
 
-@pytest.mark.parametrize("seconds", [-1, math.nan])
+@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf])
 async def test_time_does_not_go_back(seconds: float) -> None:
-    """A negative step is a mistake of the test, and so is what is no number."""
+    """A negative step is a mistake of the test, and so is what is no number, or without end."""
     for odd in ("5s", None, float("nan")):
-        with pytest.raises(ValueError, match="must be a number of at least 0"):
+        with pytest.raises(ValueError, match="must be a finite number of at least 0"):
             await FakeClock().advance(odd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go back"):
         await FakeClock().advance(seconds)
