@@ -31,6 +31,7 @@ __all__ = [
     "mask_url",
     "options",
     "replace",
+    "tier_name",
     "walk",
 ]
 
@@ -84,6 +85,17 @@ def walk(stack: StateStore) -> Iterator[Place]:
             if not any(child is each for each in (*above, store))
         ]
         pending.extend(reversed(below))
+
+
+def tier_name(store: StateStore) -> str:
+    """Return what a tier is called: by its backend, whatever layers stand around that.
+
+    One that is made of several stores, such as a ``WriteThrough``, is called by its own name.
+    """
+    for place in walk(store):
+        if len(children_of(place.store)) != 1:
+            return place.store.name
+    return store.name
 
 
 def find(stack: StateStore, cls: type[T]) -> list[T]:

@@ -19,6 +19,7 @@ from layered_store.coherence.outcomes import (
 )
 from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
+from layered_store.stack import tier_name
 from layered_store.turns import Turn, Turns, timed_out
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class LocalCopies:
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached;"
                 " repeat the delete",
-                pending=(self._tier.name,),
+                pending=(tier_name(self._tier),),
                 operation=Op.DELETE,
                 layer="WriteThrough",
                 user_id=user_id,

@@ -35,6 +35,7 @@ from layered_store.interface import (
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.running import UnderWay
+from layered_store.stack import tier_name
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Fallback(Layer):
             except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
                 errors.append(exc)
                 nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
-                pending.extend(nested or (store.name,))
+                pending.extend(nested or (tier_name(store),))
         if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
             raise errors[0]  # nothing was erased anywhere, and repeating it would not help
         if errors:

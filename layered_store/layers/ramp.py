@@ -45,7 +45,7 @@ from layered_store.layer import Layer
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.running import UnderWay
 from layered_store.sharing import place_of
-from layered_store.stack import masked, staleness, walk
+from layered_store.stack import masked, staleness, tier_name, walk
 from layered_store.stats import Sample
 from layered_store.turns import Turn, Turns
 
@@ -461,7 +461,7 @@ class Ramp(Layer):
                     # Whatever it was, the other must erase.
                     errors.append(exc)
                     nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
-                    pending.extend(nested or (store.name,))
+                    pending.extend(nested or (tier_name(store),))
             if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
                 raise errors[0]  # nothing was erased anywhere, and repeating it would not help
             if errors:

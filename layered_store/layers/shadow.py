@@ -38,6 +38,7 @@ from layered_store.options import (
     check_store,
 )
 from layered_store.sharing import place_of
+from layered_store.stack import tier_name
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -379,7 +380,7 @@ class Shadow(Layer):
                     "not every store has the user erased; repeat the delete",
                     pending=[
                         *(first.pending if first is not None else ()),
-                        *(_pending(second, self.candidate.name) if second is not None else ()),
+                        *(_pending(second, self.candidate) if second is not None else ()),
                     ],
                     layer=self.name,
                     user_id=user_id,
@@ -593,6 +594,6 @@ class _Mirroring(View):
 _MirroringAuthority: Any = view_of(Authority, _Mirroring)
 
 
-def _pending(error: Exception, name: str) -> tuple[str, ...]:
+def _pending(error: Exception, store: StateStore) -> tuple[str, ...]:
     nested = error.pending if isinstance(error, ErasureIncompleteError) else ()
-    return nested or (name,)
+    return nested or (tier_name(store),)

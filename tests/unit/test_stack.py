@@ -14,10 +14,12 @@ from layered_store import (
     Fallback,
     Layer,
     MemoryStore,
+    Retry,
     SQLStore,
     StateSnapshot,
     StateStore,
     SyncStore,
+    Timeout,
     describe,
     find,
     lint,
@@ -30,6 +32,7 @@ from layered_store.coherence.contract import Authority
 from layered_store.errors import ValidationError
 from layered_store.layer import AroundLayer
 from layered_store.sealed import SealedSnapshot
+from layered_store.stack import tier_name
 from layered_store.testing import FakeClock, on_clock
 
 
@@ -204,6 +207,16 @@ class Remote(Plain):
     dsn: str = field(default="", kw_only=True)
     tokens: int = field(default=0, kw_only=True)
     monkey: str = field(default="", kw_only=True)
+
+
+def test_a_tier_is_called_by_its_backend() -> None:
+    """Whatever layers stand around it; what is made of several stores has a name of its own."""
+    assert tier_name(Plain()) == "Plain"
+    assert tier_name(Retry(Around(Timeout(Plain(), seconds=1)))) == "Plain"
+    assert tier_name(Cached(MemoryStore(), fallback=Plain())) == "WriteThrough"
+    alone = Around(Plain())
+    alone.inner = alone
+    assert tier_name(alone) == "Around"
 
 
 def test_secrets_of_a_third_party_are_masked() -> None:

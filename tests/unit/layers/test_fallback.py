@@ -22,7 +22,9 @@ from layered_store.errors import (
 from layered_store.health import HealthStatus
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
+from layered_store.layers.circuit_breaker import CircuitBreaker
 from layered_store.layers.fallback import Fallback
+from layered_store.layers.retry import Retry
 from layered_store.layers.timeout import Timeout
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Sample
@@ -204,6 +206,15 @@ async def test_an_erasure_that_is_not_finished_says_where(
     assert caught.value.user_id == "u-1"
     assert "u-1" not in str(caught.value)
     assert inner.calls == secondary.calls == [Op.DELETE]
+
+
+async def test_what_is_pending_is_named_by_its_store_and_not_by_the_layers_around_that() -> None:
+    """In the stack that its page calls right, ``Retry`` would tell nobody where to look."""
+    inner = Retry(CircuitBreaker(Left(down())), attempts=1)
+    fallback = Fallback(inner, secondary=Timeout(Right(down()), seconds=1))
+    with pytest.raises(ErasureIncompleteError) as caught:
+        await fallback.delete("u-1")
+    assert caught.value.pending == ("Left", "Right")
 
 
 @pytest.mark.parametrize("kind", [UnsupportedError, ClosedError])

@@ -680,7 +680,7 @@ async def test_whatever_a_tier_from_elsewhere_raises_the_origin_serves(error: Ex
                 raise error
 
     clock, tier, origin = FakeClock(), Elsewhere(), MemoryStore()
-    stack = WriteThrough(tier, origin=origin, clock=clock)
+    stack = WriteThrough(Timeout(tier, seconds=1), origin=origin, clock=clock)
     await stack.upsert_latest(OLD)
     tier.up = False
     await stack.upsert_latest(NEW)
