@@ -224,6 +224,12 @@ def ability_of(store: StateStore, kind: type[C]) -> C | None:
     return store.capability(kind) if issubclass(type(store), StateStore) else None
 
 
+def name_of_store(store: StateStore) -> str:
+    """Return what a store is called; the class of a mock, whose name is a mock too."""
+    told: object = store.name
+    return told if isinstance(told, str) else type(store).__name__
+
+
 def snapshot_type_of(store: StateStore) -> type[StateSnapshot]:
     """Return the class of the snapshots a store keeps; the plain one when it tells none."""
     told: object = store.snapshot_type
@@ -272,7 +278,7 @@ async def report_of(store: StateStore) -> HealthReport:
         message = f"no answer within {PROBE_SECONDS:g} s"
     except Exception as exc:  # noqa: BLE001  its text may hold anything, so only its kind is told
         message = type(exc).__name__
-    return HealthReport(store.name, HealthStatus.UNHEALTHY, 0.0, message)
+    return HealthReport(name_of_store(store), HealthStatus.UNHEALTHY, 0.0, message)
 
 
 def check_limit(limit: object, block: object = None) -> int:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from unittest.mock import AsyncMock
+from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from stacks import DEEP, LAYERS, metrics
 
 from layered_store import (
     Cached,
+    ErasureIncompleteError,
+    Fallback,
+    MemoryStore,
     Metrics,
+    Ramp,
     RedisStore,
     Retry,
+    Shadow,
     SQLStore,
     StateSnapshot,
     Timeout,
+    UnavailableError,
     WriteThrough,
+    describe,
     lint,
 )
 from layered_store.interface import StateStore
@@ -49,6 +57,23 @@ async def test_a_mock_of_the_interface_serves_as_a_store(name: str) -> None:
     assert mock.delete.await_count == 1
     lint(stack)
     await stack.aclose()
+
+
+@pytest.mark.parametrize("mock", [AsyncMock(spec=StateStore), Mock(spec=StateStore)])
+async def test_what_a_mock_could_not_do_is_told_as_of_any_store(mock: Any) -> None:
+    """Its name is a mock too: by its class it stands in errors and health reports."""
+    mock.delete = AsyncMock(side_effect=UnavailableError("down"))
+    for stack in (
+        WriteThrough(mock, origin=MemoryStore()),
+        Fallback(MemoryStore(), secondary=mock),
+        Shadow(MemoryStore(), candidate=mock),
+        Ramp(MemoryStore(), alternative=mock),
+    ):
+        with pytest.raises(ErasureIncompleteError) as caught:
+            await stack.delete("u-1")
+        assert caught.value.pending == (type(mock).__name__,)
+        assert type(mock).__name__ in (await stack.health_report()).to_json()
+        assert type(mock).__name__ in str(describe(stack))
 
 
 async def test_over_a_real_tier(redis_url: str) -> None:
