@@ -72,8 +72,11 @@ class _Window:
     def add(self, now: float, hits: int, *, failed: bool) -> None:
         """Count one call, and hits that were answered since the last one."""
         part = int(now // self._width)
-        steps = 0 if self._newest is None else part - self._newest
-        self._newest = part
+        if self._newest is None:
+            self._newest = part
+        # A call of another thread that read the clock later may have been counted before.
+        steps = max(0, part - self._newest)
+        self._newest += steps
         if steps:
             kept = min(steps, _BUCKETS)
             self._calls.extend([0.0] * kept)

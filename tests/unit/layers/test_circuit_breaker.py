@@ -173,6 +173,19 @@ def test_hits_are_spread_over_the_time_since_the_last_call() -> None:
     assert (window.calls, window.failures) == (7, 0)
 
 
+def test_a_moment_before_the_last_one_counts_with_that() -> None:
+    """As when calls of two threads are counted in another order than they read the clock."""
+    window = _Window(10.0)
+    window.add(5.0, 0, failed=True)
+    window.add(4.0, 3, failed=True)
+    window.add(2.0, 2, failed=False)
+    assert (window.calls, window.failures) == (8, 2)
+    window.add(14.5, 0, failed=False)
+    assert (window.calls, window.failures) == (9, 2)
+    window.add(15.0, 0, failed=False)
+    assert (window.calls, window.failures) == (2, 0)
+
+
 async def test_a_long_silence_empties_the_window() -> None:
     """After any time without calls nothing of before is left."""
     clock = FakeClock()
