@@ -315,7 +315,8 @@ class Shadow(Layer):
             # With the write's own beginning, so that an erasure after it wins here too.
             with call_continues(call):
                 await self.candidate.upsert_latest(snapshot)
-            return "ok"
+            # An erasure reaches inner first: a write in between stands there, and was refused here.
+            return await self._copy(snapshot.user_id) if call.superseded else "ok"
 
         return follow
 

@@ -20,6 +20,7 @@ from layered_store import (
     StateStore,
     UnavailableError,
     ValidationError,
+    WriteThrough,
 )
 from layered_store.call import current_call
 from layered_store.coherence.contract import Authority
@@ -208,13 +209,38 @@ async def test_both_states_of_a_user_in_one_batch_reach_the_candidates_history()
 
 async def test_an_erasure_at_the_candidate_wins_over_a_write_that_began_before() -> None:
     """Another process erased while the mirrored write waited; it must not bring the user back."""
-    candidate = MemoryStore()
-    shadow = Shadow(MemoryStore(), candidate=candidate)
+    inner, candidate = MemoryStore(), MemoryStore()
+    shadow = Shadow(inner, candidate=candidate)
     await shadow.upsert_latest(OLD)
+    await inner.delete("u-1")
     await candidate.delete("u-1")
     await settle()
     assert mirrored(shadow) == {"ok": 1}
     assert await candidate.get_latest("u-1") is None
+
+
+async def test_a_write_between_the_two_parts_of_an_erasure_reaches_the_candidate() -> None:
+    """It began after ``inner`` had erased, before the candidate had, and was stored after both."""
+
+    class Slow(MemoryStore):
+        async def delete(self, user_id: str) -> None:
+            await gate.wait()
+            await super().delete(user_id)
+
+    gate = asyncio.Event()
+    inner, candidate = MemoryStore(), Slow()
+    shadow = Shadow(inner, candidate=candidate)
+    stack = WriteThrough(MemoryStore(), origin=shadow)
+    erasing = asyncio.create_task(stack.delete("u-1"))
+    await settle()
+    writing = asyncio.create_task(stack.upsert_latest(NEW))  # waits for its turn
+    await settle()
+    gate.set()
+    await asyncio.gather(erasing, writing)
+    await settle()
+    assert await inner.get_latest("u-1") == NEW
+    assert await candidate.get_latest("u-1") == NEW
+    assert mirrored(shadow) == {"ok": 1}
 
 
 async def test_an_erasure_at_the_candidate_wins_over_a_copy_that_was_looked_up_before() -> None:
