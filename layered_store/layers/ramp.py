@@ -42,6 +42,7 @@ from layered_store.interface import (
     states_by_user,
 )
 from layered_store.layer import Layer
+from layered_store.layers.translating import TranslatingLayer
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.running import UnderWay
 from layered_store.sharing import place_of
@@ -591,8 +592,18 @@ class Ramp(Layer):
             raise self._refuse_layer("must be a function, or a table such as {'use': 'cached'}")
         if not isinstance(built, StateStore) or built is self.inner:
             raise self._refuse_layer("must give a store around the one that it is given")
-        if all(place.store is not self.inner for place in walk(built)):
+        places = list(walk(built))
+        ends = [place.path for place in places if place.store is self.inner]
+        if not ends:
             raise self._refuse_layer("must be put around the store that it is given, not another")
+        for place in places:
+            above = f"{place.path}." if place.path else ""
+            on_the_way = place.store is not self.inner and any(p.startswith(above) for p in ends)
+            if on_the_way and isinstance(place.store, TranslatingLayer):
+                raise self._refuse_layer(
+                    f"must keep states as they are: whoever leaves the share reads what"
+                    f" {place.store.name} stored without it; give alternative= another store"
+                )
         return built
 
     def _refuse_layer(self, message: str) -> ConfigError:

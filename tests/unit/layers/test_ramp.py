@@ -11,14 +11,17 @@ import pytest
 from layered_store import (
     Cached,
     ClosedError,
+    Compressed,
     ConfigError,
     ErasureIncompleteError,
     HealthReport,
     HealthStatus,
     MemoryStore,
+    Prefixed,
     Ramp,
     RejectedError,
     Retry,
+    Shadow,
     StateSnapshot,
     StoreError,
     StoreTimeoutError,
@@ -40,6 +43,7 @@ from layered_store.testing import check_layer, check_store
 from layered_store.testing.clock import FakeClock, settle
 from layered_store.testing.explore import LoopClock, explore
 
+RETRY = {"use": "retry"}
 USERS = [f"u-{n}" for n in range(200)]
 LOW = min(USERS, key=place_of)
 """A user in every share that is not tiny."""
@@ -362,6 +366,29 @@ def test_what_is_no_layer_around_the_store_is_refused(layer: Any) -> None:
     assert (caught.value.option, caught.value.layer) == ("layer", "Ramp")
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"use": "compressed"},
+        {"use": "encrypted", "keys": ["A" * 43 + "="], "accept_plain": True},
+        {"use": "ramp", "layer": {"use": "prefixed", "prefix": "p"}},
+        lambda inner: Cached(Retry(Compressed(inner))),
+    ],
+)
+def test_a_layer_that_keeps_states_in_another_form_is_refused(layer: Any) -> None:
+    """Who leaves the share would be given what it stored: a sealed state, or nothing."""
+    with pytest.raises(ConfigError, match=r"layer: must keep states as they are"):
+        Ramp(MemoryStore(), layer=layer)
+
+
+def test_a_layer_may_lead_elsewhere_in_another_form() -> None:
+    """Off the way to inner, and below both ways, states may be kept in any."""
+    Ramp(
+        Compressed(MemoryStore()),
+        layer=lambda inner: Shadow(inner, candidate=Prefixed(MemoryStore(), prefix="p")),
+    )
+
+
 def test_a_table_with_a_mistake_says_where() -> None:
     """As in a config file."""
     with pytest.raises(ConfigError, match=r"^layer\.ttll: .*ttl"):
@@ -388,14 +415,14 @@ def test_a_table_with_a_mistake_says_where() -> None:
             {"use": "retry", "attempts": 5},
         ),
         (
-            {"use": "prefixed", "prefix": "${TEXT}"},
-            "Prefixed(MemoryStore(), prefix='a${HOME}')",
-            {"use": "prefixed", "prefix": "a$${HOME}"},
+            {"use": "shadow", "candidate": {"use": "memory"}, "salt": "${TEXT}"},
+            "Shadow(MemoryStore(), candidate=MemoryStore(), salt='a${HOME}')",
+            {"use": "shadow", "candidate": {"use": "memory"}, "salt": "a$${HOME}"},
         ),
         (
-            {"use": "prefixed", "prefix": "$${HOME}"},
-            "Prefixed(MemoryStore(), prefix='${HOME}')",
-            {"use": "prefixed", "prefix": "$${HOME}"},
+            {"use": "shadow", "candidate": {"use": "memory"}, "salt": "$${HOME}"},
+            "Shadow(MemoryStore(), candidate=MemoryStore(), salt='${HOME}')",
+            {"use": "shadow", "candidate": {"use": "memory"}, "salt": "$${HOME}"},
         ),
         (
             {
@@ -417,9 +444,9 @@ def test_a_table_with_a_mistake_says_where() -> None:
             },
         ),
         (
-            {"use": "ramp", "layer": {"use": "prefixed", "prefix": "${TEXT}"}},
+            {"use": "ramp", "layer": {"use": "ramp", "salt": "${TEXT}", "layer": RETRY}},
             "Ramp(MemoryStore(), layer=<dict>)",
-            {"use": "ramp", "layer": {"use": "prefixed", "prefix": "a$${HOME}"}},
+            {"use": "ramp", "layer": {"use": "ramp", "salt": "a$${HOME}", "layer": RETRY}},
         ),
     ],
 )
@@ -1262,7 +1289,8 @@ def test_it_comes_from_a_config_file_and_can_be_swapped() -> None:
 def test_a_function_and_secrets_of_a_table_are_not_shown() -> None:
     """What a layer's own config hides is hidden here too."""
     key = "A" * 43 + "="
-    ramp = Ramp(MemoryStore(), layer={"use": "encrypted", "keys": [key]})
+    hidden = {"use": "memory", "layers": [{"use": "encrypted", "keys": [key]}]}
+    ramp = Ramp(MemoryStore(), layer={"use": "fallback", "secondary": hidden})
     shown = repr(ramp) + str(describe(ramp)) + repr(describe(ramp)) + str(to_config(ramp))
     assert key not in shown
     assert "***" in shown
