@@ -111,7 +111,8 @@ class FakeClock:
             callback, timer.callback = timer.callback, None
             callback()
             await settle()
-        self._now = end
+        # Another task may have moved it further meanwhile.
+        self._now = max(self._now, end)
         await settle()
 
     def set(self, now: float) -> None:

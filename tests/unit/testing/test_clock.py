@@ -127,3 +127,11 @@ async def test_time_does_not_go_back(seconds: float) -> None:
             await FakeClock().advance(odd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go back"):
         await FakeClock().advance(seconds)
+
+
+async def test_a_step_never_takes_back_what_others_moved_meanwhile() -> None:
+    """Whoever moves time further wins: another task, or what fell due."""
+    clock = FakeClock(start=0)
+    clock.call_later(1, lambda: clock.set(50))
+    await clock.advance(2)
+    assert clock.monotonic() == 50
