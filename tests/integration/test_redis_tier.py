@@ -13,6 +13,7 @@ from layered_store.coherence.contract import CacheTier, Change, Ticket, Versione
 from layered_store.coherence.redis_tier import RedisTier
 from layered_store.coherence.redis_tier.connection import Connection, ServerRun
 from layered_store.errors import UnavailableError
+from layered_store.identity import digest_function
 from layered_store.stores.redis.record import FILLED, STATE, TOKEN, TOMBSTONE, pack, unpack
 from layered_store.testing.clock import settle
 
@@ -68,8 +69,10 @@ async def test_a_stale_copy_is_one_that_was_trusted_and_is_no_tombstone(setting:
 
 
 async def test_what_is_no_copy_is_a_miss_of_a_trusted_tier(setting: Setting) -> None:
-    """A damaged copy is counted; one of another generation, or with write ids, is none."""
-    await setting.stack.upsert_latest(state())
+    """A damaged one, or another user's, is counted and goes; one of another generation stays."""
+    await setting.stack.upsert_latest_many([state("u-1"), state("u-2"), state("u-3")])
+    await setting.stack.delete("u-2")
+    others = [await setting.store.command("GET", setting.key(name)) for name in ("u-2", "u-3")]
     held = unpack(await setting.store.command("GET", setting.key("u-1")))
     assert held is not None
     for value, corrupt in (
@@ -80,14 +83,53 @@ async def test_what_is_no_copy_is_a_miss_of_a_trusted_tier(setting: Setting) -> 
             pack(
                 STATE, held.version, held.body, generation=held.generation, write_ids=[b"i" * 16]
             ),
-            0,
+            1,
         ),
+        (pack(TOMBSTONE, held.version, generation=held.generation), 1),
+        *((other, 1) for other in others),
     ):
         await setting.store.command("SET", setting.key("u-1"), value)
         before = setting.store.corrupt_records
         read = await setting.tier.read("u-1")
         assert read.trusted and read.found is None
         assert setting.store.corrupt_records == before + corrupt
+        left = await setting.store.command("GET", setting.key("u-1"))
+        assert left == (None if corrupt else value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "another user's", "another user's erasure"])
+async def test_what_a_reader_cannot_use_is_overwritten(damage: str, setting: Setting) -> None:
+    """Also under a header that is whole: it would keep every reader from storing a copy."""
+    stack, store = setting.stack, setting.store
+    await stack.upsert_latest_many([state("u-1"), state("u-2", 0.25), state("u-3")])
+    await stack.delete("u-3")
+    copy = await store.command("GET", setting.key("u-1"))
+    value = {
+        "cut": copy[:-3],
+        "another user's": await store.command("GET", setting.key("u-2")),
+        "another user's erasure": await store.command("GET", setting.key("u-3")),
+    }[damage]
+    assert await stack.get_latest("u-1") == state("u-1")
+    await store.command("SET", setting.key("u-1"), value)
+    hits = store.reads.hit
+    assert await stack.get_latest("u-1") == state("u-1")
+    assert store.reads.hit == hits
+    assert await stack.get_latest("u-1") == state("u-1")
+    assert store.reads.hit == hits + 1
+    assert store.corrupt_records == 1
+
+
+async def test_a_copy_written_while_a_damaged_one_is_removed_stays(setting: Setting) -> None:
+    """Only what was found damaged goes."""
+    await setting.stack.upsert_latest(state())
+    key, run = setting.key("u-1"), setting.tier._scripts.run
+    copy = await setting.store.command("GET", key)
+    bucket = setting.tier._place("u-1")[1]
+    assert await run(bucket, "CLEAR", (key,), b"damaged") == 0
+    assert await setting.store.command("GET", key) == copy
+    await setting.store.command("DEL", key)
+    await setting.store.command("LPUSH", key, "x")
+    assert await run(bucket, "CLEAR", (key,), b"damaged") == 0
 
 
 async def test_reads_that_had_begun_when_the_store_is_closed_are_told(setting: Setting) -> None:
@@ -295,6 +337,7 @@ async def bare(redis_url: str) -> AsyncIterator[Bare]:
         yield made
 
 
+DIGEST = digest_function(b"")("u-1")
 OTHER = b"\x01" + b"o" * 15
 """A generation that is not the tier's."""
 
@@ -304,7 +347,7 @@ def copies(generation: bytes, version: int = 5, body: bytes = b"x") -> dict[str,
     return {
         "state": pack(STATE, version, body, generation=generation),
         "filled": pack(FILLED, version, body, generation=generation),
-        "tombstone": pack(TOMBSTONE, version, generation=generation),
+        "tombstone": pack(TOMBSTONE, version, DIGEST, generation=generation),
         "token": pack(TOKEN, 0, generation=b"t" * 16),
         "nonsense": b"nonsense",
         "nothing": None,
@@ -356,7 +399,7 @@ async def test_a_put_moves_a_copy_up_and_brings_none_where_none_was(
     """Only with a ticket of the tier's generation, or with the token that stands there."""
     generation = await bare.trust()
     written = Versioned(5, None if erased else state())
-    new = bare.tier._value(STATE, written, generation)
+    new = bare.tier._value(STATE, bare.digest, written, generation)
     ticket, foreign = Ticket(b"", generation), Ticket(b"", OTHER)
     for version in (4, 5, 6):
         for name, value in copies(generation, version, new[29:]).items():
@@ -508,7 +551,7 @@ async def test_a_fill_needs_the_token_that_stands_there(bare: Bare) -> None:
     await bare.trust()
     await bare.tier.fill("u-1", record, ticket)
     filled = await bare.held()
-    assert filled == bare.tier._value(FILLED, record, generation)
+    assert filled == bare.tier._value(FILLED, bare.digest, record, generation)
     await bare.tier.fill("u-1", Versioned(4, state(value=0.1)), ticket)
     assert await bare.held() == filled
 

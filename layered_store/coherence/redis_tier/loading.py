@@ -30,6 +30,7 @@ _SHARDED_SINCE: Final = 7
 """Since this Redis a cluster has channels that belong to a slot."""
 
 _REPLIES: Final[dict[str, type | tuple[type, ...]]] = {
+    "CLEAR": int,
     "TICKET": list,
     "FILL": int,
     "PUT": int,

@@ -32,6 +32,7 @@ from layered_store.coherence.contract import TRUST_SECONDS
 __all__ = [
     "BEGIN",
     "BURY",
+    "CLEAR",
     "FILL",
     "HOLDERS",
     "PING",
@@ -141,6 +142,12 @@ end
 
 READ: Final = "return redis.call('MGET', unpack(KEYS))"
 """Keys: guard, records. So it is one step: what was trusted stood there at that moment."""
+
+CLEAR: Final = """
+if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+"""Keys: record. Arguments: what stood there and is none. As if it had been evicted."""
 
 TICKET: Final = (
     _LIBRARY
@@ -352,6 +359,7 @@ return redis.call('PTTL', KEYS[2])
 
 SCRIPTS: Final = {
     "READ": READ,
+    "CLEAR": CLEAR,
     "TICKET": TICKET,
     "FILL": FILL,
     "PUT": PUT,

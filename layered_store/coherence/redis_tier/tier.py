@@ -103,7 +103,11 @@ class RedisTier(CacheTier):
                 raise reply.fresh()  # each of those who read together has an error of its own
             if isinstance(reply, Exception):
                 raise self._scripts.refused(loaded, reply) from cause_of(reply)
-            read = self._read(user_id, loaded.server, *reply)
+            read = self._read(user_id, digest, loaded.server, *reply)
+            if read is None:
+                self._store.note_corrupt()
+                await self._scripts.run(bucket, "CLEAR", (self._store.key(digest),), reply[1])
+                read = TierRead(trusted=True)
         except Exception as exc:
             reads.failed(exc)
             raise
@@ -120,8 +124,14 @@ class RedisTier(CacheTier):
         reads = await together(self.read(user_id) for user_id in user_ids)
         return dict(zip(user_ids, reads, strict=True))
 
-    def _read(self, user_id: str, server: bytes, guard: Any, value: Any) -> TierRead:
-        """Return what a guard and a value under a record's key mean."""
+    def _read(
+        self, user_id: str, digest: bytes, server: bytes, guard: Any, value: Any
+    ) -> TierRead | None:
+        """Return what a guard and a value under a record's key mean.
+
+        None: under a guard that holds, the value is no record of this user. It is to go, since
+        it would keep every reader from storing one.
+        """
         if guard is None or guard[16:] != server:
             return TierRead()
         if (
@@ -134,14 +144,17 @@ class RedisTier(CacheTier):
             try:
                 snapshot = self._store.codec.decode(value[_NO_IDS:], user_id)
             except CodecError:
-                self._store.note_corrupt()
-                return TierRead(trusted=True)
+                return None
             return TierRead(Versioned(version, snapshot), trusted=True)
-        record = unpack(value)
-        if record is None and value is not None:
-            self._store.note_corrupt()
-        if record is None or record.generation != guard[:16] or record.kind != TOMBSTONE:
+        if value is None:
             return TierRead(trusted=True)
+        record = unpack(value)
+        if record is None:
+            return None
+        if record.kind == TOKEN or record.generation != guard[:16]:
+            return TierRead(trusted=True)
+        if record.kind != TOMBSTONE or record.body != digest:
+            return None
         return TierRead(Versioned(record.version, None), trusted=True)
 
     async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
@@ -171,7 +184,7 @@ class RedisTier(CacheTier):
             return
         digest, bucket = self._place(user_id)
         keys = (self._store.key(digest), bucket.guard)
-        value = self._value(FILLED, record, generation)
+        value = self._value(FILLED, digest, record, generation)
         await self._scripts.run(bucket, "FILL", keys, token, generation, value, self._life)
 
     # Writing and erasing
@@ -187,7 +200,7 @@ class RedisTier(CacheTier):
             record.version,
             token,
             generation,
-            self._value(STATE, record, generation),
+            self._value(STATE, digest, record, generation),
             self._life,
             bucket.channel,
             int(record.snapshot is None),
@@ -196,7 +209,7 @@ class RedisTier(CacheTier):
 
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
         digest, bucket = self._place(user_id)
-        tombstone = pack(TOMBSTONE, version)
+        tombstone = pack(TOMBSTONE, version, digest)
         reply = await self._scripts.run(
             bucket,
             "BURY",
@@ -245,9 +258,11 @@ class RedisTier(CacheTier):
         digest = self._store.digest(user_id)
         return digest, self._buckets[self._store.bucket_of(digest)]
 
-    def _value(self, kind: bytes, record: Versioned, generation: bytes) -> bytes:
+    def _value(
+        self, kind: bytes, digest: bytes, record: Versioned, generation: bytes
+    ) -> bytes:
         if record.snapshot is None:
-            return pack(TOMBSTONE, record.version, generation=generation)
+            return pack(TOMBSTONE, record.version, digest, generation=generation)
         body = self._store.codec.encode(record.snapshot)
         return pack(kind, record.version, body, generation=generation)
 

@@ -8,8 +8,9 @@
     bytes 12-27  generation of a shared cache tier. When the store is used on its own: of a state
                  that followed an erasure, the version and the time of that one; else zeros
     byte  28     number of write ids that follow, newest first, 16 bytes each
-    then         the snapshot in the form of :mod:`layered_store.codec`; for a tombstone of a store
-                 that is used on its own, the time of the erasure (8 bytes, microseconds)
+    then         the snapshot in the form of :mod:`layered_store.codec`; for a tombstone of a shared
+                 cache tier, the digest of its user; for one of a store that is used on its own,
+                 the time of the erasure (8 bytes, microseconds)
 
 A record of an unknown form, a truncated one or anything else is recognised and never misread.
 """
@@ -59,7 +60,7 @@ class Record(NamedTuple):
         version: of the user's state, growing with every write.
         generation: of the cache tier that the record belongs to; outside of one see above.
         write_ids: of the latest writes, newest first, so that a repeat is recognised.
-        body: the encoded snapshot; of a tombstone, nothing or the time of the erasure.
+        body: the encoded snapshot; of a tombstone, see above.
     """
 
     kind: bytes
@@ -106,7 +107,7 @@ def unpack(data: object) -> Record | None:
         return None
     generation = data[12:28]
     if len(data) == HEADER_BYTES:
-        # Tombstones and tokens of a cache tier end here; a state never does.
+        # Tokens of a cache tier end here; a state never does.
         return Record(kind, version, generation, (), b"") if kind in b"DT" else None
     count = data[HEADER_BYTES]
     start = HEADER_BYTES + 1

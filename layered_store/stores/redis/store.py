@@ -361,6 +361,8 @@ class RedisStore(StateStore, Enumerable):
         note = "" if answers else "not trusted before the next repair pass"
         if record.kind == TOKEN:
             return Peek(Held.ABSENT, time_left=time_left, note="a reader is about to fill it")
+        if record.kind == TOMBSTONE and record.shared and record.body != digest:
+            return Peek(Held.ABSENT, time_left=time_left, note="of another user's erasure")
         if record.kind == TOMBSTONE:
             return Peek(Held.ERASED, None, time_left, record.version, answers, note)
         try:
