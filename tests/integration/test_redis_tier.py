@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -352,6 +352,47 @@ def copies(generation: bytes, version: int = 5, body: bytes = b"x") -> dict[str,
         "nonsense": b"nonsense",
         "nothing": None,
     }
+
+
+CALLS: dict[str, Callable[[RedisTier], Awaitable[Any]]] = {
+    "ticket": lambda tier: tier.ticket("u-1"),
+    "bury": lambda tier: tier.bury("u-1", 7, "me"),
+    "holders": lambda tier: tier.holders("u-1", "me"),
+    "begin": lambda tier: tier.begin("me", "head"),
+    "repair": lambda tier: tier.repair([Change(DIGEST, 7, erased=False)]),
+    "stale": lambda tier: tier.read_stale("u-1", 60),
+    "put": lambda tier: tier.put("u-1", Versioned(5, state()), None),
+}
+
+
+STRANGE: dict[str, list[Any]] = {
+    "ticket": [[b"a"], [b"a", None], b"OK"],
+    "bury": [[b"a guard", b"2", []], [b"1", b"a copy", []]],
+    "holders": [[b"1", b"2"], [b"1", b"2", [b"a"]], [b"1", 2, []], [b"1", b"2", [b"a", 3]]],
+    "begin": [[b"x", b"a", b"end", 1], [b"1", b"a", b"end", b"x"], [b"1", b"2", []]],
+    "repair": [[b"1"], [[]], 1],
+    "stale": [7, []],
+    "put": [b"OK", [], None],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reply"), [(name, reply) for name, replies in STRANGE.items() for reply in replies]
+)
+async def test_a_reply_to_another_question_is_an_outage(
+    name: str, reply: Any, bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same form too: a proxy that adds a reply shifts all that come behind it."""
+    await bare.trust()
+
+    def begin(*_: Any) -> asyncio.Future[Any]:
+        answered = asyncio.get_running_loop().create_future()
+        answered.set_result(reply)
+        return answered
+
+    monkeypatch.setattr(bare.store, "begin", begin)
+    with pytest.raises(UnavailableError, match="does not answer as Redis"):
+        await CALLS[name](bare.tier)
 
 
 async def test_a_ticket_leaves_what_may_be_believed(bare: Bare) -> None:

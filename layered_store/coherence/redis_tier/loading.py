@@ -14,7 +14,7 @@ from layered_store.stores.redis.failures import ConnectionLostError, GarbageErro
 from layered_store.stores.redis.scripts import RedisScript
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from layered_store.coherence.redis_tier.buckets import Bucket
     from layered_store.coherence.redis_tier.connection import ServerRun
@@ -29,21 +29,58 @@ _FORGETS_SINCE: Final = 7
 _SHARDED_SINCE: Final = 7
 """Since this Redis a cluster has channels that belong to a slot."""
 
-_REPLIES: Final[dict[str, type | tuple[type, ...]]] = {
-    "CLEAR": int,
-    "TICKET": list,
-    "FILL": int,
-    "PUT": int,
-    "BURY": list,
-    "HOLDERS": list,
-    "BEGIN": list,
-    "RENEW": int,
-    "REPAIR": list,
-    "STAMP": int,
-    "STALE": (bytes, type(None)),
-    "PING": int,
+
+def _is_number(reply: Any) -> bool:
+    return type(reply) is int
+
+
+def _are_numbers(reply: Any) -> bool:
+    return type(reply) is list and all(map(_is_number, reply))
+
+
+def _is_value(reply: Any) -> bool:
+    return reply is None or type(reply) is bytes
+
+
+def _is_ticket(reply: Any) -> bool:
+    match reply:
+        case [] | [bytes(), bytes()]:
+            return True
+    return False
+
+
+def _is_pass(reply: Any) -> bool:
+    match reply:
+        case []:
+            return True
+        case [bytes() as now, bytes(), bytes(), int()]:
+            return now.isdigit()
+    return False
+
+
+def _is_register(reply: Any) -> bool:
+    match reply:
+        case [bytes() as now, bytes() as born, list() as leases]:
+            whole = len(leases) % 2 == 0 and all(type(part) is bytes for part in leases)
+            return whole and now.isdigit() and born.isdigit()
+    return False
+
+
+_REPLIES: Final[dict[str, Callable[[Any], bool]]] = {
+    "CLEAR": _is_number,
+    "TICKET": _is_ticket,
+    "FILL": _is_number,
+    "PUT": _is_number,
+    "BURY": _is_register,
+    "HOLDERS": _is_register,
+    "BEGIN": _is_pass,
+    "RENEW": _is_number,
+    "REPAIR": _are_numbers,
+    "STAMP": _is_number,
+    "STALE": _is_value,
+    "PING": _is_number,
 }
-"""What the scripts reply, by name."""
+"""By name, whether this can be what a script replied."""
 
 _WRITES: Final = frozenset({"PUT", "BURY"})
 """Scripts of which it matters to the caller whether they took effect."""
@@ -89,7 +126,7 @@ class Scripts:
         """Run a script and return its reply."""
         loaded = self.loaded.get(bucket) or await self.load(bucket)
         reply = await self._store.begin(("EVALSHA", loaded.sha[name], len(keys), *keys, *args))
-        if isinstance(reply, _REPLIES[name]):
+        if _REPLIES[name](reply):
             return reply
         if not isinstance(reply, Exception):
             reply = GarbageError()  # no Redis says that to this question

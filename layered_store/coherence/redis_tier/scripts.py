@@ -120,7 +120,7 @@ local function register(key, t)
   local known = fields(key, 'run', 'born', 'last')
   local gap = t - (tonumber(known[3] or t) or t)
   local set = (gap < 0 or gap > 1000) and redis.call('HLEN', key) > 3
-  if known[1] ~= server or set or not tonumber(known[2] or '') then
+  if known[1] ~= server or set or not string.find(known[2] or '', '^%d+$') then
     redis.call('DEL', key)
     redis.call('HSET', key, 'run', server, 'born', text(t))
   end
