@@ -19,14 +19,13 @@ from layered_store import (
     SQLStore,
     StateSnapshot,
     StateStore,
-    UnavailableError,
     WriteThrough,
     find,
 )
 from layered_store.coherence.contract import Authority
 from layered_store.copying import Copy
 from layered_store.enumerable import enumerable_of, pages
-from layered_store.testing import check_store
+from layered_store.testing import Faults, check_store
 
 KEY, OTHER = (bytes([n]) * 32 for n in (1, 2))
 MARK = "zebra_marked_axis"
@@ -188,10 +187,10 @@ async def test_a_copy_that_no_key_reads_is_a_miss_and_a_record_is_an_error(
 
 @pytest.mark.parametrize("kind", ["hashed", "all"])
 async def test_a_stale_copy_answers_through_it(
-    kind: str, redis_url: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, redis_url: str, sqlite_url: str
 ) -> None:
     """With the system of record away, a copy that was trusted answers within stale_if_error."""
-    database = SQLStore(sqlite_url)
+    database = Faults(SQLStore(sqlite_url))
     stack = Cached(
         around(RedisStore(redis_url), kind),
         fallback=around(database, kind),
@@ -201,14 +200,13 @@ async def test_a_stale_copy_answers_through_it(
     async with stack:
         await stack.upsert_latest(state())
         assert await stack.get_latest(USER) == state()
-
-        async def fail(*_: object, **__: object) -> None:
-            raise UnavailableError("away")
-
-        monkeypatch.setattr(database, "_run", fail)
-        for _ in range(30):  # for longer than the tier is trusted without a repair
-            await asyncio.sleep(0.1)
-            assert await stack.get_latest(USER) == state()
+        with database.outage():
+            for _ in range(30):  # for longer than the tier is trusted without a repair
+                await asyncio.sleep(0.1)
+                stack.distrust()  # else the copy in this process would answer
+                assert await stack.get_latest(USER) == state()
+        (tiers,) = find(stack, WriteThrough)
+        assert {sample.labels: sample.value for sample in tiers.samples()}["stale",] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
