@@ -80,7 +80,7 @@ async def main():
         await session.begin()
         await transactions._lock(session, [store.digest("u")], transactions.Began())
         os.kill(os.getpid(), signal.SIGSTOP)
-    await store._access.run("test", work, writes=True)
+    await store._access.run("test", work)
 asyncio.run(main())
 """
 

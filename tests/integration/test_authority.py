@@ -56,7 +56,7 @@ class Bench:
         async def work(session: Any) -> None:
             await session.run(statement, [values])
 
-        await store._run("test", work, writes=True)
+        await store._access.run("test", work)
 
 
 @pytest.fixture(params=KINDS)
@@ -444,7 +444,7 @@ async def test_tables_that_came_with_a_dump_are_numbered_anew(
         f"UPDATE {store.latest_table} SET position = position + 1000000000"
         f" WHERE user_id IS DISTINCT FROM 'u1'"
     )
-    await store._run("test", lambda session: session.command(restored), writes=True)
+    await store._access.run("test", lambda session: session.command(restored))
     cursor = await store.head()
     await store.write(state("u1", 0.9))
     seen: dict[bytes, Any] = {}
@@ -597,7 +597,7 @@ async def test_erasure_leaves_no_trace(bench: Bench) -> None:
         for table in store.metadata.tables.values():
             rows.extend(await session.rows(table.select(), {}))
 
-    await store._run("test", work)
+    await store._access.run("test", work)
     assert "u-secret" not in repr(rows)
 
 

@@ -188,12 +188,12 @@ async def test_a_full_disk_is_unavailable_and_heals(tmp_path: Path) -> None:
         async def limit(session: Session, pages: int) -> None:
             await session.command(f"PRAGMA max_page_count={pages}")
 
-        await store._run("test", lambda session: limit(session, 1))
+        await store._access.run("test", lambda session: limit(session, 1))
         batch = [state(f"user-{n}") for n in range(400)]
         with pytest.raises(UnavailableError, match="room") as caught:
             await store.upsert_latest_many(batch)
         assert caught.value.operation == "upsert_latest_many"
-        await store._run("test", lambda session: limit(session, 1_000_000))
+        await store._access.run("test", lambda session: limit(session, 1_000_000))
         assert await store.get_latest("user-399") is None
         await store.upsert_latest_many(batch)
         assert len(await store.get_latest_many(s.user_id for s in batch)) == 400
@@ -329,7 +329,7 @@ async def test_a_statement_that_commits_by_itself_is_unknown_once_sent(
         assert error.outcome_unknown
     monkeypatch.undo()
     table = store.history_table
-    await store._run("test", lambda session: session.command(f"DROP TABLE {table}"))
+    await store._access.run("test", lambda session: session.command(f"DROP TABLE {table}"))
     with pytest.raises(StoreError, match="create_tables") as caught:
         await store.upsert_latest(state())
     assert not caught.value.outcome_unknown
@@ -348,7 +348,7 @@ async def test_a_commit_that_sqlite_refuses_is_unknown_and_rolled_back(tmp_path:
 
         session.connection.set_authorizer(allowed)
 
-    await store._run("test", forbid)
+    await store._access.run("test", forbid)
     with pytest.raises(StoreError) as caught:
         await store.upsert_latest(state("u", 0.2))
     assert caught.value.outcome_unknown

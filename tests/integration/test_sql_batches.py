@@ -163,7 +163,7 @@ async def test_a_write_that_began_with_an_erasure_elsewhere(
         for number in range(20):
             await one.upsert_latest(state("ann", number))
             await other.delete("ann")
-            moment = await one._run("test", erased_ago)
+            moment = await one._access.run("test", erased_ago)
             call = Call(uuid.uuid4().bytes, moment + offset)
             with call_continues(call):
                 await one.upsert_latest(state("ann", 5))
@@ -263,7 +263,7 @@ async def test_connections_that_are_killed_lose_and_double_nothing(postgres_url:
             f" WHERE pid <> pg_backend_pid() AND query LIKE '%{store.latest_table}%'"
         )
         while not ending:
-            await other._run("test", lambda session: session.command(command))
+            await other._access.run("test", lambda session: session.command(command))
             await asyncio.sleep(0.02)
 
     killer = asyncio.create_task(kill())
@@ -305,7 +305,7 @@ async def test_a_row_that_cannot_be_read_fails_its_reader_alone(url: str) -> Non
         table = table_of_states(store)
         damage = table.update().where(table.c.digest == store.digest("bob"))
         statement = damage.values(payload=b"\x01\xc1damage")
-        await store._run("test", lambda session: session.run(statement, [{}]), writes=True)
+        await store._access.run("test", lambda session: session.run(statement, [{}]))
         results = await asyncio.gather(*map(store.get_latest, USERS), return_exceptions=True)
         kinds = [type(result).__name__ for result in results]
         assert kinds == ["StateSnapshot", "CorruptDataError", "StateSnapshot", "StateSnapshot"]

@@ -415,10 +415,8 @@ class Access:
 
     # Single operations
 
-    async def run(
-        self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
-    ) -> T:
-        """Do ``work`` on a connection within the time limit.
+    async def run(self, op: str, work: Callable[[Session], Awaitable[T]]) -> T:
+        """Do ``work``, no write of a caller, on a connection within the time limit.
 
         It runs in a task of its own, so that the caller can leave at once: throwing away a
         connection that hangs takes the drivers seconds.
@@ -426,7 +424,7 @@ class Access:
         home = self.home(op)
         session = self._session()
         task = home.loop.create_task(
-            self._attempt(home, session, partial(self._operate, session, work), writes=writes)
+            self._attempt(home, session, partial(self._operate, session, work))
         )
         home.running.add(task)
         task.add_done_callback(lambda done: _finished(home, done))
@@ -437,15 +435,12 @@ class Access:
         except TimeoutError:
             if not self._cannot_stop:
                 home.desks.distrust(begun)
-            unknown = self._abandon(home, task, session, writes=writes)
+            self._abandon(home, task)
             raise StoreTimeoutError(
-                f"no answer within {self._timeout:g} s",
-                operation=op,
-                layer=self._name,
-                outcome_unknown=unknown,
+                f"no answer within {self._timeout:g} s", operation=op, layer=self._name
             ) from None
         except asyncio.CancelledError:
-            self._abandon(home, task, session, writes=writes)
+            self._abandon(home, task)
             raise
         try:
             return task.result()
@@ -453,16 +448,12 @@ class Access:
             exc.operation = op
             raise
 
-    def _abandon(
-        self, home: engines.Home, task: asyncio.Task[Any], session: Session, *, writes: bool
-    ) -> bool:
-        """Leave a task behind; return whether what it writes may still be committed."""
-        if self._cannot_stop:
-            # Not cancelled: its thread goes on whatever we do, and SQLAlchemy would throw the
-            # connection away, which for a database in memory is the database.
-            return writes
-        home.desks.stop(task)
-        return writes and session.sent
+    def _abandon(self, home: engines.Home, task: asyncio.Task[Any]) -> None:
+        """Leave a task behind."""
+        # Not cancelled on SQLite: its thread goes on whatever we do, and SQLAlchemy would throw the
+        # connection away, which for a database in memory is the database.
+        if not self._cannot_stop:
+            home.desks.stop(task)
 
     def _session(self) -> Session:
         if self._lite is not None:

@@ -41,7 +41,7 @@ from layered_store.stores.of_record import StoreOfRecord, outdone
 from layered_store.stores.sql.changelog import ChangeLog
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -256,7 +256,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.history, session.timed(values))
 
-        kept = await self._run(Op.GET_HISTORY, work)
+        kept = await self._access.run(Op.GET_HISTORY, work)
         return [self._decode(user_id, row.payload, Op.GET_HISTORY) for row in kept]
 
     async def open(self) -> None:
@@ -265,7 +265,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         async def work(session: Session) -> None:
             await session.rows(self._statements.horizon, session.timed({}))
 
-        await self._run("open", work)
+        await self._access.run("open", work)
 
     async def peek(self, user_id: str) -> Peek:
         """Tell what the row of a user holds."""
@@ -299,7 +299,7 @@ class SQLStore(StoreOfRecord, Enumerable):
             # A real read of the real table: a server may answer and the table be gone.
             await session.rows(self._statements.read, {"at_digest": bytes(16)})
 
-        await self._run("health_check", work)
+        await self._access.run("health_check", work)
         return True
 
     def samples(self) -> Iterable[Sample]:
@@ -426,7 +426,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.debts, values)
 
-        found = await self._run("debts", work)
+        found = await self._access.run("debts", work)
         return tuple(json.loads(found[0].debts or "[]")) if found else ()
 
     async def owing(self, tier: str, limit: int) -> Sequence[Change]:
@@ -437,7 +437,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.owing, values)
 
-        rows = await self._run("owing", work)
+        rows = await self._access.run("owing", work)
         return [Change(bytes(row.digest), row.version, erased=True, owed=True) for row in rows]
 
     async def head(self) -> str:
@@ -465,7 +465,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         async def work(session: Session) -> Sequence[Any]:
             return await session.rows(self._statements.users, values)
 
-        rows = await self._run("users", work)
+        rows = await self._access.run("users", work)
         end = bytes(rows[-1].digest).hex() if len(rows) == limit else None
         return UserPage([row.user_id for row in rows], end)
 
@@ -520,11 +520,6 @@ class SQLStore(StoreOfRecord, Enumerable):
                 batcher.left()
                 raise
         return results
-
-    async def _run(
-        self, op: str, work: Callable[[Session], Awaitable[T]], *, writes: bool = False
-    ) -> T:
-        return await self._access.run(op, work, writes=writes)
 
     # Rows and snapshots.
 
