@@ -198,11 +198,6 @@ class Desks:
         with suppress(Exception):
             await connection.close()
 
-    async def aclose(self) -> None:
-        """End all that are idle; those in use end when their operation does."""
-        self.end()
-        await self.release()
-
     def end(self) -> None:
         """From here on a connection ends when its operation does."""
         self._closed = True

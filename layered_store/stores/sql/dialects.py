@@ -146,7 +146,7 @@ class Statements:
             else literal_column(XID, BigInteger)
         )
 
-        self.place = self._placeholder(latest, now_us)
+        self.place = self._placeholder(latest)
         self.position = select(counter.c.position).where(counter.c.id == COUNTER_ROW)
         self.start_counter = self._ignoring(counter, "id").values(id=COUNTER_ROW, position=1)
         self.start_version = self._ignoring(counter, "id").values(
@@ -159,9 +159,7 @@ class Statements:
         )
         self.numbers = select(counter.c.id, counter.c.position)
         self.append = insert(history)
-        self.debts = select(latest.c.debts, latest.c.erased_version).where(
-            latest.c.digest == digest
-        )
+        self.debts = select(latest.c.debts).where(latest.c.digest == digest)
         self.owe = (
             update(latest).where(latest.c.digest == digest).values(debts=bindparam("to_debts"))
         )
@@ -358,7 +356,7 @@ class Statements:
         dialect: Any = sqlite if self.family == "sqlite" else postgresql
         return dialect.insert(table).on_conflict_do_nothing()
 
-    def _placeholder(self, latest: Any, now_us: Any) -> Any:  # noqa: ARG002
+    def _placeholder(self, latest: Any) -> Any:
         """Return the insert that gives a new user a row to lock.
 
         Nobody sees it: the transaction fills it before it commits. Versions begin at the

@@ -75,9 +75,9 @@ class Home:
         writes: the writes and erasures that wait or are under way.
         histories: the reads of histories; None where they do not share a round trip.
         writing: the right to write; one writer at a time on SQLite.
+        opening: held while tables are looked for, or the engine is replaced.
         ready: whether the tables are known to exist.
         closer: closes an engine of our own when the loop ends and nobody called ``aclose``.
-        opening: held while they are looked for.
         running: operations under way, also those whose caller is gone.
     """
 
@@ -155,7 +155,7 @@ def in_memory(url: URL) -> bool:
     return name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
 
 
-def build_engine(url: URL, *, size: int, wait: float, prepares: bool = True) -> AsyncEngine:
+def build_engine(url: URL, *, size: int, wait: float, prepares: bool) -> AsyncEngine:
     """Return an engine of our own for one event loop.
 
     Args:

@@ -42,7 +42,7 @@ async def test_who_is_cancelled_when_its_turn_came_passes_it_on(engine: AsyncEng
     assert desks.busy == 1
     await desks.give(desk)
     assert desks.busy == 0
-    await desks.aclose()
+    await desks.release()
     assert out(engine) == 0
 
 
@@ -68,7 +68,7 @@ async def test_a_connection_that_cannot_be_used_leaves_its_place_and_goes_back(
         desk = await second
     assert (desks.busy, out(engine)) == (1, 1)
     await desks.give(desk)
-    await desks.aclose()
+    await desks.release()
     assert out(engine) == 0
 
 
@@ -86,7 +86,7 @@ async def test_only_what_can_be_used_again_stays_at_hand(how: str, engine: Async
     other = await desks.take()
     assert other is not desk
     await desks.give(other)
-    await desks.aclose()
+    await desks.release()
     assert out(engine) == 0
 
 
@@ -107,7 +107,7 @@ async def test_what_is_in_use_when_the_server_is_lost_is_not_used_again(
     await desks.give(anew)
     assert await desks.take() is anew
     await desks.give(anew)
-    await desks.aclose()
+    await desks.release()
 
 
 async def test_a_connection_in_use_at_the_end_is_closed_when_its_operation_ends(
@@ -117,7 +117,8 @@ async def test_a_connection_in_use_at_the_end_is_closed_when_its_operation_ends(
     desks = Desks(engine, 2, keep=True)
     desk, idle = await desks.take(), await desks.take()
     await desks.give(idle)
-    await desks.aclose()
+    desks.end()
+    await desks.release()
     await engine.dispose()
     assert not desk.connection.closed
     await desks.give(desk)
