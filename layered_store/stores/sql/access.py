@@ -14,7 +14,7 @@ from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
 from layered_store.running import Ending, running_loop
 from layered_store.stores.sql import engines, lite, postgres, transactions, versions
-from layered_store.stores.sql.batching import Batch, Reads, Writes, one_by_one
+from layered_store.stores.sql.batching import Batch, Batcher, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
 from layered_store.stores.sql.dialects import NOW_US, XID, Statements
 from layered_store.stores.sql.failures import concerns_one, read_only, statement_lost, translate
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Access"]
 
+B = TypeVar("B", bound=Batcher)
 T = TypeVar("T")
 
 _READS_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
@@ -149,23 +150,21 @@ class Access:
         stoppable = not self._cannot_stop
         desks = Desks(engine, size, keep=self._given is None, clock=self._clock)
         home = engines.Home(loop, engine, desks)
-        expired = desks.distrust if stoppable else None
-        home.reads = Reads(
-            partial(self._read_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_READS_OUT[self._family], stoppable=stoppable, stop=desks.stop, expired=expired,
-        )  # fmt: skip
-        home.writes = Writes(
-            partial(self._write_batch, home), self._concerns_one, self._clock, self._timeout,
-            out=_WRITES_OUT[self._family], stoppable=stoppable, stop=desks.stop, expired=expired,
-        )  # fmt: skip
+
+        def batcher(kind: type[B], run: Callable[..., Awaitable[Sequence[Any]]], out: int) -> B:
+            return kind(
+                partial(run, home), self._concerns_one, self._clock, self._timeout,
+                out=out, stoppable=stoppable, stop=desks.stop,
+                expired=desks.distrust if stoppable else None,
+            )  # fmt: skip
+
+        reads, writes = _READS_OUT[self._family], _WRITES_OUT[self._family]
+        home.reads = batcher(Reads, self._read_batch, reads)
+        home.writes = batcher(Writes, self._write_batch, writes)
         # asyncpg's statement stores one write per user.
         home.writes.one_each = self._asyncpg is not None
         if self._lite is not None or self._asyncpg is not None:
-            home.histories = Reads(
-                partial(self._history_batch, home), self._concerns_one, self._clock,
-                self._timeout, out=_READS_OUT[self._family], stoppable=stoppable, stop=desks.stop,
-                expired=expired,
-            )  # fmt: skip
+            home.histories = batcher(Reads, self._history_batch, reads)
         return home
 
     def _build(self) -> AsyncEngine:
@@ -212,18 +211,14 @@ class Access:
     async def _close(self, home: engines.Home) -> None:
         try:
             async with self._clock.timeout(self._timeout):
-                await home.reads.drain()
-                await home.writes.drain()
-                if home.histories is not None:
-                    await home.histories.drain()
+                for batcher in home.batchers():
+                    await batcher.drain()
                 while home.running:
                     await asyncio.wait(set(home.running))
         except TimeoutError:
             pass
-        home.reads.close()
-        home.writes.close()
-        if home.histories is not None:
-            home.histories.close()
+        for batcher in home.batchers():
+            batcher.close()
         home.desks.end()
         if not self._cannot_stop:
             await self._cut_off(home)

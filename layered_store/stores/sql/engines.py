@@ -24,7 +24,7 @@ from layered_store.stores.sql.url_options import check_options, typed_options
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from layered_store.stores.sql.batching import Reads, Writes
+    from layered_store.stores.sql.batching import Batcher, Reads, Writes
     from layered_store.stores.sql.desks import Desks
 
 __all__ = [
@@ -93,10 +93,13 @@ class Home:
     closer: AsyncGenerator[None, None] | None = None
     running: set[asyncio.Task[Any]] = field(default_factory=set)
 
+    def batchers(self) -> list[Batcher]:
+        """Return all that send calls together."""
+        return [self.reads, self.writes, *([self.histories] if self.histories else [])]
+
     def tasks(self) -> set[asyncio.Task[Any]]:
         """Return what is under way."""
-        batchers = (self.reads, self.writes, self.histories)
-        out = [batch.task for each in batchers if each is not None for batch in each.out]
+        out = [batch.task for each in self.batchers() for batch in each.out]
         return {*self.running, *(task for task in out if task is not None)}
 
 
