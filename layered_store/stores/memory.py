@@ -15,10 +15,9 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS, too_late
 from layered_store.enumerable import Enumerable, UserPage
-from layered_store.errors import ClosedError
 from layered_store.explaining import Held, Peek
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import Op, check_limit, check_snapshot
+from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
 from layered_store.options import check_a, check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
@@ -74,7 +73,6 @@ class MemoryStore(StoreOfRecord, Enumerable):
         self._forgotten = _Forgotten()
         self._lock = threading.Lock()
         self._reads = Reads()
-        self._closed = False
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST, self)
@@ -145,8 +143,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         return record
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
-        for snapshot in snapshots:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY, self)
+        check_snapshots(snapshots, self.snapshot_type, self)
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         with self._lock:
@@ -305,12 +302,6 @@ class MemoryStore(StoreOfRecord, Enumerable):
                 max(before.order, row.erased_order),
                 max(before.version, row.version),
                 max(before.position, self._log.pop(user_id, 0)),
-            )
-
-    def _check_open(self, operation: str) -> None:
-        if self._closed:
-            raise ClosedError(
-                "this store was closed; build a new one", operation=operation, layer=self.name
             )
 
 

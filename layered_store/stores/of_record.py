@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layered_store.coherence.contract import Authority
+from layered_store.errors import ClosedError
 from layered_store.interface import Op, StateStore, check_user_ids, listed
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ class StoreOfRecord(StateStore, Authority):
 
     A lone read is left to the backend, since most calls come by there.
     """
+
+    _closed: bool = False
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise ClosedError(
+                "this store was closed; build a new one", operation=operation, layer=self.name
+            )
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
         await self.write(snapshot)

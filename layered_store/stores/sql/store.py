@@ -15,7 +15,6 @@ from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import (
-    ClosedError,
     ConfigError,
     CorruptDataError,
     StoreError,
@@ -24,7 +23,7 @@ from layered_store.errors import (
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthStatus, SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
-from layered_store.interface import Op, check_limit, check_snapshot
+from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
 from layered_store.options import (
     Seconds,
     check_a,
@@ -160,7 +159,6 @@ class SQLStore(StoreOfRecord, Enumerable):
         self._probe = SharedProbe(self.name, self._probe_limit, self.clock)
         self._corrupt = 0
         self._reads = Reads()
-        self._closed = False
 
     def _connect_to(self, max_age_us: int | None) -> Access:
         # Imported here, so that importing the package imports no SQLAlchemy.
@@ -372,8 +370,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         return record
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
-        for snapshot in snapshots:
-            check_snapshot(snapshot, self.snapshot_type, Op.UPSERT_LATEST_MANY, self)
+        check_snapshots(snapshots, self.snapshot_type, self)
         self._check_open(Op.UPSERT_LATEST_MANY)
         call = current_call(self.clock)
         fresh = call.first_attempt()
@@ -572,12 +569,6 @@ class SQLStore(StoreOfRecord, Enumerable):
     def _corruption(self, message: str, user_id: str, op: Op) -> CorruptDataError:
         self._corrupt += 1
         return CorruptDataError(message, operation=op, layer=self.name, user_id=user_id)
-
-    def _check_open(self, operation: str) -> None:
-        if self._closed:
-            raise ClosedError(
-                "this store was closed; build a new one", operation=operation, layer=self.name
-            )
 
 
 def _to_bytes(payload: Any) -> bytes:
