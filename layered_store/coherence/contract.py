@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 import msgspec
@@ -191,13 +192,10 @@ class Capability(ABC):  # noqa: B024  its parts are
     @classmethod
     def around(cls, layer: AroundLayer, target: Any) -> Self:
         """Return ``target`` seen through ``layer``."""
-        wrapped = _wrapped_class(cls)
-        return wrapped(layer, target)  # type: ignore[no-any-return]
+        return _wrapped_class(cls)(layer, target)  # type: ignore[no-any-return]
 
 
-_wrapped: dict[type, Any] = {}
-
-
+@cache
 def _wrapped_class(kind: type[Capability]) -> Any:
     """Return a subclass of ``kind`` whose methods go through a layer, built once per kind."""
 
@@ -205,9 +203,7 @@ def _wrapped_class(kind: type[Capability]) -> Any:
         op = kind.operations.get(name)
         return as_it_is(name) if op is None else through(name, op)
 
-    if kind not in _wrapped:
-        _wrapped[kind] = viewed(kind, member)
-    return _wrapped[kind]
+    return viewed(kind, member)
 
 
 class Authority(Capability):

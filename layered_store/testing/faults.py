@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
@@ -403,16 +404,12 @@ def _end(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-_classes: dict[type, Any] = {}
-
-
+@cache
 def _faulty(kind: type[Capability]) -> Any:
     """Return a subclass of a capability whose methods meet the faults, built once per kind.
 
     Methods that stand for an operation meet all of them, others only outages.
     """
-    if kind in _classes:
-        return _classes[kind]
 
     def upkeep(method: str) -> Any:
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -438,8 +435,7 @@ def _faulty(kind: type[Capability]) -> Any:
             return upkeep(method)
         return subscription(method) if method == "listen" else as_it_is(method)
 
-    _classes[kind] = viewed(kind, member)
-    return _classes[kind]
+    return viewed(kind, member)
 
 
 async def _delivered(layer: Faults, notices: AsyncIterator[Notice]) -> AsyncIterator[Notice]:
