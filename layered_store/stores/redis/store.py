@@ -32,7 +32,7 @@ from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.errors import ClosedError, ConfigError, StoreError, UnsupportedError
 from layered_store.explaining import Held, Peek
-from layered_store.health import HealthReport, HealthStatus, SharedProbe
+from layered_store.health import HealthReport, SharedProbe
 from layered_store.identity import check_user_id, digest_function
 from layered_store.interface import (
     Op,
@@ -372,9 +372,6 @@ class RedisStore(StateStore, Enumerable):
         return Peek(
             Held.STATE, state.updated_at_unix_ms, time_left, record.version, answers, note
         )
-
-    async def health_check(self) -> bool:
-        return (await self.health_report()).status is not HealthStatus.UNHEALTHY
 
     async def health_report(self) -> HealthReport:
         return await self._probe.run(self._ping)

@@ -21,7 +21,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.explaining import Held, Peek
-from layered_store.health import HealthStatus, SharedProbe
+from layered_store.health import SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
 from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
 from layered_store.options import (
@@ -283,9 +283,6 @@ class SQLStore(StoreOfRecord, Enumerable):
         except CodecError as exc:
             return Peek(Held.UNKNOWN, version=version, answers=False, note=exc.message)
         return Peek(Held.STATE, state.updated_at_unix_ms, version=version)
-
-    async def health_check(self) -> bool:
-        return (await self.health_report()).status is not HealthStatus.UNHEALTHY
 
     async def health_report(self) -> HealthReport:
         return await self._probe.run(self._ask)
