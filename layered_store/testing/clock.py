@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from layered_store.options import Seconds
-
-from contextlib import asynccontextmanager
 
 __all__ = ["FakeClock"]
 

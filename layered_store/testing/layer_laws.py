@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Authority
@@ -34,6 +35,7 @@ from layered_store.testing.report import (
     build,
     expect,
     left_since,
+    title_of,
 )
 from layered_store.testing.store_checks import check_store
 
@@ -89,14 +91,14 @@ async def check_layer(
     ]
     read_only = "writes" not in as_store.abilities
     for law in (*_READ_LAWS, *_LAWS):
-        title = (law.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        title = title_of(law)
         if read_only and law in _LAWS:
             results.append(Result(title, "skipped", "it refuses writes"))
         else:
             results.append(await _both(title, law, factory, patience, read_only=read_only))
-    title = (_check_subclass.__doc__ or "").rstrip(".")
     if not read_only:
-        results.append(await patience.check(title, lambda: _check_subclass(factory)))
+        title = title_of(_check_subclass)
+        results.append(await patience.check(title, partial(_check_subclass, factory)))
     return Report(as_store.subject, as_store.abilities, tuple(results))
 
 
@@ -137,7 +139,7 @@ async def _both(
         before = asyncio.all_tasks()
         layer, twin = await build(factory, inner), await build(factory, inner)
         bench = Bench(layer, inner, inner if read_only else twin)
-        result = await patience.check(title, lambda bench=bench: law(bench))  # type: ignore[misc]
+        result = await patience.check(title, partial(law, bench))
         inner.law.behave()
         closed = await patience.check("", layer.aclose)
         await patience.check("", twin.aclose)

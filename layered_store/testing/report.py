@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from layered_store.errors import StoreError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
@@ -22,6 +24,7 @@ __all__ = [
     "error_texts",
     "expect",
     "left_since",
+    "title_of",
     "watched_logs",
 ]
 
@@ -149,7 +152,7 @@ async def _run(name: str, check: Callable[[], Awaitable[None]], limit: float) ->
     except Broken as exc:
         return Result(name, "failed", str(exc))
     except TimeoutError as exc:
-        if isinstance(exc, _own_errors()):
+        if isinstance(exc, StoreError):
             return Result(name, "failed", f"raised {type(exc).__name__}: {exc}")
         return Result(name, "failed", f"{_NO_END} {limit:g} s")
     except Exception as exc:  # noqa: BLE001  a broken store may raise anything
@@ -193,13 +196,13 @@ def error_texts(exc: BaseException) -> list[str]:
     return texts
 
 
+def title_of(check: Callable[..., Any]) -> str:
+    """Return the rule that a check is about: the first line of its docstring."""
+    return (check.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
 async def build(factory: Callable[..., Any], *args: Any) -> Any:
     """Call a factory, which may be a coroutine function."""
     made = factory(*args)
     return await made if inspect.isawaitable(made) else made
 
-
-def _own_errors() -> type[BaseException]:
-    from layered_store.errors import StoreError  # noqa: PLC0415
-
-    return StoreError

@@ -31,6 +31,7 @@ from layered_store.testing.report import (
     build,
     error_texts,
     expect,
+    title_of,
     watched_logs,
 )
 from layered_store.testing.store_life import LIFE_CHECKS
@@ -84,9 +85,9 @@ async def check_store(
         abilities = tuple(suite.abilities)
         for check in _CHECKS:
             if suite.writes or check in _READ_CHECKS:
-                result = await patience.check(_title(check), _bound(check, suite))
+                result = await patience.check(title_of(check), partial(check, suite))
             else:
-                result = Result(_title(check), "skipped", "it refuses writes")
+                result = Result(title_of(check), "skipped", "it refuses writes")
             results.append(result)
         await patience.check("", suite.clean_up)
     finally:
@@ -95,7 +96,7 @@ async def check_store(
         store = await _built(factory)
         second = await _built(factory)
         try:
-            results.append(await patience.check(_title(lived), _pair(lived, store, second)))
+            results.append(await patience.check(title_of(lived), partial(lived, store, second)))
         finally:
             await patience.check("", store.aclose)
             await patience.check("", second.aclose)
@@ -112,18 +113,6 @@ async def _built(factory: Callable[[], Any]) -> StateStore:
     if not isinstance(store, StateStore):
         raise TypeError(f"the factory must return a StateStore, not {type(store).__name__}")
     return store
-
-
-def _title(check: Callable[..., Any]) -> str:
-    return (check.__doc__ or "").strip().split("\n")[0].rstrip(".")
-
-
-def _bound(check: Callable[[Suite], Awaitable[None]], suite: Suite) -> Any:
-    return lambda: check(suite)
-
-
-def _pair(check: Callable[..., Awaitable[None]], one: StateStore, two: StateStore) -> Any:
-    return lambda: check(one, two)
 
 
 async def _refused(call: Awaitable[Any], what: str) -> None:

@@ -62,9 +62,8 @@ async def _refuses_closed(store: StateStore, name: str, *arguments: object) -> N
             return
         raise
     except Exception as exc:
-        what = f"did not end within {SOON_SECONDS:g} s" if _is_timeout(exc) else None
-        what = what or f"raised {type(exc).__name__}"
-        raise Broken(f"{name}() after aclose() {what}; raise ClosedError") from exc
+        message = f"{name}() after aclose() {_what_it_did(exc)}; raise ClosedError"
+        raise Broken(message) from exc
     if _closes_something(store) and (name != "get_history" or got):
         raise Broken(f"{name}() after aclose() did not raise ClosedError")
 
@@ -73,8 +72,10 @@ def _closes_something(store: StateStore) -> bool:
     return type(store).aclose is not StateStore.aclose
 
 
-def _is_timeout(exc: Exception) -> bool:
-    return isinstance(exc, TimeoutError) and not isinstance(exc, StoreError)
+def _what_it_did(exc: Exception) -> str:
+    if isinstance(exc, TimeoutError) and not isinstance(exc, StoreError):
+        return f"did not end within {SOON_SECONDS:g} s"
+    return f"raised {type(exc).__name__}"
 
 
 async def _context(store: StateStore, second: StateStore) -> None:
@@ -178,11 +179,9 @@ async def _other_loop(store: StateStore, second: StateStore) -> None:
     except StoreError:
         there = True
     except Exception as exc:
-        what = f"did not end within {SOON_SECONDS:g} s" if _is_timeout(exc) else None
-        what = what or f"raised {type(exc).__name__}"
         raise Broken(
-            f"a call from a second event loop {what}; work there as well, or raise a StoreError"
-            " that names the store and says to build one for each loop"
+            f"a call from a second event loop {_what_it_did(exc)}; work there as well, or raise a"
+            " StoreError that names the store and says to build one for each loop"
         ) from exc
     if there is None:
         raise Unneeded("this event loop has no threads")
