@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, ParamSpec, Typ
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK
-from layered_store.errors import ClosedError
+from layered_store.errors import ClosedError, ConfigError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
 from layered_store.interface import (
@@ -129,6 +129,15 @@ class Layer(StateStore):
         path = self.hot_path()
         if path is not None:
             self.__dict__["get_latest"] = path.fuse(type(self).get_latest.__get__(self))
+
+    def _check_same_type(self, other: StateStore, which: str) -> None:
+        """Refuse another store below that keeps another class of snapshots than ``inner``."""
+        if snapshot_type_of(other) is not snapshot_type_of(self.inner):
+            raise ConfigError(
+                f"{which} must be built with the same snapshot_type=",
+                option="snapshot_type",
+                layer=self.name,
+            )
 
     def _refuse_operations(self) -> None:
         """Make every operation raise ClosedError, so that an open layer need not ask."""

@@ -11,7 +11,6 @@ from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import (
     ClosedError,
-    ConfigError,
     ErasureIncompleteError,
     RejectedError,
     StoreError,
@@ -30,7 +29,6 @@ from layered_store.interface import (
     check_states,
     listed,
     report_of,
-    snapshot_type_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import check_store
@@ -95,12 +93,7 @@ class Fallback(Layer):
         self._erasing_fails = False
         self._erasures = UnderWay(SYSTEM_CLOCK)
         super().__post_init__()
-        if snapshot_type_of(self.inner) is not snapshot_type_of(self.secondary):
-            raise ConfigError(
-                "inner and secondary must be built with the same snapshot_type=",
-                option="snapshot_type",
-                layer=self.name,
-            )
+        self._check_same_type(self.secondary, "inner and secondary")
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         try:

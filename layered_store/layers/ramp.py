@@ -38,7 +38,6 @@ from layered_store.interface import (
     check_states,
     check_user_ids,
     report_of,
-    snapshot_type_of,
     states_by_user,
 )
 from layered_store.layer import Layer
@@ -160,12 +159,7 @@ class Ramp(Layer):
             self.layer = MappingProxyType(dict(self.layer))
         super().__post_init__()
         self._other: StateStore = self.alternative or self._layered()
-        if snapshot_type_of(self._other) is not snapshot_type_of(self.inner):
-            raise ConfigError(
-                "both ways must be built with the same snapshot_type=",
-                option="snapshot_type",
-                layer=self.name,
-            )
+        self._check_same_type(self._other, "both ways")
         self._turns = Turns(self._new_turn, self.name)
         self._writes = UnderWay(self.clock)
         self._behind: OrderedDict[str, None] = OrderedDict()

@@ -15,7 +15,7 @@ from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.offering import offered
 from layered_store.coherence.outcomes import not_happened
 from layered_store.coherence.views import View, view_of
-from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
+from layered_store.errors import ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
 from layered_store.interface import (
@@ -25,7 +25,6 @@ from layered_store.interface import (
     check_snapshots,
     check_user_ids,
     report_of,
-    snapshot_type_of,
 )
 from layered_store.layer import Layer
 from layered_store.options import (
@@ -173,12 +172,7 @@ class Shadow(Layer):
         self._mirrored: Counter[str] = Counter(dict.fromkeys(_WRITES, 0))
         self._compared: Counter[str] = Counter(dict.fromkeys(_RESULTS, 0))
         super().__post_init__()
-        if snapshot_type_of(self.inner) is not snapshot_type_of(self.candidate):
-            raise ConfigError(
-                "inner and candidate must be built with the same snapshot_type=",
-                option="snapshot_type",
-                layer=self.name,
-            )
+        self._check_same_type(self.candidate, "inner and candidate")
 
     # What it found
 

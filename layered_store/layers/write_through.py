@@ -96,12 +96,7 @@ class WriteThrough(Layer):
                 option="origin",
                 layer=self.name,
             )
-        if snapshot_type_of(self.inner) is not snapshot_type_of(self.origin):
-            raise ConfigError(
-                "inner and origin must be built with the same snapshot_type=",
-                option="snapshot_type",
-                layer=self.name,
-            )
+        self._check_same_type(self.origin, "inner and origin")
         self._copies = LocalCopies(self.inner, self.clock)
         self._reads = Reads()
         self._unfinished = 0
