@@ -45,7 +45,9 @@ def _half_encrypted(at: At) -> str | None:
     if _holds(tier, "encrypted") == _holds(origin, "encrypted"):
         return None
     bare, name = (tier, "cache tier") if _holds(origin, "encrypted") else (origin, "origin")
-    ends = [place.store for place in walk(bare) if not children_of(place.store)] if bare else []
+    if bare is None:
+        return None
+    ends = [place.store for place in walk(bare) if not children_of(place.store)]
     if all(is_a(end, "memory") for end in ends):
         return None
     return f"the {name} keeps every state in the clear; put Encrypted around both sides"

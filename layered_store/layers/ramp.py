@@ -158,7 +158,8 @@ class Ramp(Layer):
             # Read-only: a table is an option like any other, and no state to be emptied.
             self.layer = MappingProxyType(dict(self.layer))
         super().__post_init__()
-        self._other: StateStore = self.alternative or self._layered()
+        alternative = self.alternative
+        self._other = self._layered() if alternative is None else alternative
         self._check_same_type(self._other, "both ways")
         self._turns = Turns(self._new_turn, self.name)
         self._writes = UnderWay(self.clock)
@@ -262,7 +263,8 @@ class Ramp(Layer):
         if found is None and self.alternative is not None:
             found = await self._latest_of(self.inner, user_id)  # not written since the ramp began
             if self._midway(user_id):
-                return await self._latest_of(self._other, user_id) or found
+                again = await self._latest_of(self._other, user_id)
+                return found if again is None else again
         return found
 
     def _midway(self, user_id: str) -> bool:

@@ -56,6 +56,11 @@ class Mood(StateSnapshot):
     mood: str = ""
 
 
+class CountsAsFalse(StateSnapshot):
+    def __bool__(self) -> bool:
+        return False
+
+
 class Down(MemoryStore):
     """Fails as told."""
 
@@ -547,6 +552,18 @@ async def test_both_sides_take_every_write_and_the_share_reads_the_other() -> No
     assert await other.get_latest(LOW) is None
 
 
+async def test_an_alternative_that_counts_as_false_is_one() -> None:
+    """As a store does that tells its length, while it is empty."""
+
+    class Sized(MemoryStore):
+        def __len__(self) -> int:
+            return 0
+
+    async with Ramp(MemoryStore(), alternative=Sized(), share=1.0) as ramp:
+        await ramp.upsert_latest(state())
+        assert await ramp.get_latest(LOW) == state()
+
+
 async def test_who_is_not_at_the_alternative_yet_is_read_from_inner() -> None:
     """States, batches and histories from before the ramp."""
     inner = MemoryStore()
@@ -1024,9 +1041,10 @@ async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(m
     await ramp.aclose()
 
 
+@pytest.mark.parametrize("kind", [StateSnapshot, CountsAsFalse])
 @pytest.mark.parametrize("operation", ["get_latest", "get_latest_many", "get_history"])
 async def test_a_read_that_found_nobody_at_the_alternative_shows_no_write_too_early(
-    operation: str,
+    operation: str, kind: type[StateSnapshot]
 ) -> None:
     """Its user was written first, and is being written again, before it comes to ask inner."""
 
@@ -1056,14 +1074,14 @@ async def test_a_read_that_found_nobody_at_the_alternative_shows_no_write_too_ea
         return value
 
     gate, on_its_way = asyncio.Event(), asyncio.Event()
-    inner = Gated()
-    ramp = Ramp(inner, alternative=Slow(), share=1.0)
+    inner = Gated(snapshot_type=kind)
+    ramp = Ramp(inner, alternative=Slow(snapshot_type=kind), share=1.0)
     inner.gate = on_its_way
     reader = asyncio.create_task(read())
     await settle()
     inner.gate = None
-    await ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.1}))
-    writer = asyncio.create_task(ramp.upsert_latest(StateSnapshot(LOW, axes={"a": 0.2})))
+    await ramp.upsert_latest(kind(LOW, axes={"a": 0.1}))
+    writer = asyncio.create_task(ramp.upsert_latest(kind(LOW, axes={"a": 0.2})))
     await settle()
     on_its_way.set()
     first = await reader
