@@ -56,7 +56,7 @@ class Tracing(AroundLayer):
     def __post_init__(self) -> None:
         if self.tier is not None and (not isinstance(self.tier, str) or not self.tier):
             raise ConfigError(
-                "must be a name such as 'redis', or None", option="tier", layer="Tracing"
+                "must be a name such as 'redis', or None", option="tier", layer=self.name
             )
         super().__post_init__()
         try:
@@ -65,11 +65,11 @@ class Tracing(AroundLayer):
             raise ConfigError(
                 "needs OpenTelemetry: pip install 'layered-store[otel]'",
                 option="tracer",
-                layer="Tracing",
+                layer=self.name,
             ) from None
         if self.tracer is not None and not hasattr(self.tracer, "start_as_current_span"):
             raise ConfigError(
-                "must be an OpenTelemetry tracer, or None", option="tracer", layer="Tracing"
+                "must be an OpenTelemetry tracer, or None", option="tracer", layer=self.name
             )
         self._tracer = trace.get_tracer("layered_store") if self.tracer is None else self.tracer
         self._error = trace.Status(trace.StatusCode.ERROR)

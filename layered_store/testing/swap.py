@@ -9,7 +9,7 @@ from layered_store.clock import Clock
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.options import check_a, check_store
-from layered_store.stack import arguments, unshared, walk
+from layered_store.stack import arguments, take_id, unshared, walk
 
 __all__ = ["on_clock"]
 
@@ -62,6 +62,5 @@ def _again(store: StateStore, clock: Clock, done: dict[int, StateStore]) -> Stat
         else:
             given[name] = clock if name == "clock" else unshared(value)
     twin = type(store)(**given)
-    if (block_id := getattr(store, "block_id", None)) is not None:
-        twin.__dict__["block_id"] = block_id
+    take_id(twin, getattr(store, "block_id", None))
     return twin
