@@ -229,13 +229,6 @@ class RedisServer(Server):
         held.update(zip(args[1::2], args[2::2], strict=True))
         return 1
 
-    def _c_hsetnx(self, args: list[bytes]) -> Any:
-        held = self._hash(args[0])
-        if args[1] in held:
-            return 0
-        held[args[1]] = args[2]
-        return 1
-
     def _c_hget(self, args: list[bytes]) -> Any:
         return (self._get(args[0], dict) or {}).get(args[1])
 

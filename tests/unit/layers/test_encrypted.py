@@ -38,7 +38,7 @@ from layered_store.sealed import SealedSnapshot
 from layered_store.testing import check_store
 from layered_store.testing.clock import FakeClock
 
-KEY, OTHER, THIRD = (bytes([n]) * 32 for n in (1, 2, 3))
+KEY, OTHER = (bytes([n]) * 32 for n in (1, 2))
 MARK = "warmth_of_the_marked_axis"
 
 
