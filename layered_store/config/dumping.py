@@ -9,7 +9,8 @@ from layered_store.config.environment import literal
 from layered_store.config.registry import MISSING, spec_of_class
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
-from layered_store.stack import children_of, masked, walk
+from layered_store.masking import masked
+from layered_store.stack import children_of, walk
 
 if TYPE_CHECKING:
     from layered_store.config.registry import Option

@@ -42,10 +42,11 @@ from layered_store.interface import (
 )
 from layered_store.layer import Layer
 from layered_store.layers.translating import TranslatingLayer
+from layered_store.masking import masked
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.running import UnderWay
 from layered_store.sharing import place_of
-from layered_store.stack import masked, staleness, tier_name, walk
+from layered_store.stack import staleness, tier_name, walk
 from layered_store.stats import Sample
 from layered_store.turns import Turn, Turns
 

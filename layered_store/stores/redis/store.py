@@ -43,6 +43,7 @@ from layered_store.interface import (
     check_snapshots,
     check_user_ids,
 )
+from layered_store.masking import mask_url
 from layered_store.options import (
     Seconds,
     check_a,
@@ -53,7 +54,6 @@ from layered_store.options import (
 )
 from layered_store.running import Ending, running_loop
 from layered_store.snapshot import StateSnapshot
-from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.redis.failures import GarbageError, ReplyError, cause_of, translate

@@ -24,6 +24,7 @@ from layered_store.explaining import Held, Peek
 from layered_store.health import SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
 from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
+from layered_store.masking import mask_url
 from layered_store.options import (
     Seconds,
     check_a,
@@ -33,7 +34,6 @@ from layered_store.options import (
     check_snapshot_type,
 )
 from layered_store.snapshot import StateSnapshot
-from layered_store.stack import mask_url
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.of_record import StoreOfRecord, outdone

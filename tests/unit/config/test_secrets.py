@@ -13,7 +13,8 @@ import pytest
 
 from layered_store.config import load_stack, to_config
 from layered_store.errors import ConfigError
-from layered_store.stack import describe, mask_url
+from layered_store.masking import mask_url
+from layered_store.stack import describe
 
 SECRET = "hunter2Marked"  # noqa: S105
 
