@@ -78,7 +78,7 @@ async def main():
     await store.upsert_latest(StateSnapshot("u", 1))
     async def work(session):
         await session.begin()
-        await transactions._lock(session, [store.digest("u")], transactions.Began())
+        await transactions._lock(session, [store.digest("u")], session.measure())
         os.kill(os.getpid(), signal.SIGSTOP)
     await store._access.run("test", work)
 asyncio.run(main())

@@ -23,7 +23,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.stores.redis import RedisStore
 from layered_store.stores.sql import SQLStore, transactions
-from layered_store.stores.sql.transactions import Session
+from layered_store.stores.sql.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

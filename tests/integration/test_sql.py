@@ -32,7 +32,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe
 from layered_store.stores.sql import SQLStore
 from layered_store.stores.sql.engines import _open_asyncpg
-from layered_store.stores.sql.transactions import Session
+from layered_store.stores.sql.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -19,7 +19,8 @@ from layered_store.stores.sql.desks import Desk, Desks
 from layered_store.stores.sql.dialects import NOW_US, XID, Statements
 from layered_store.stores.sql.failures import concerns_one, read_only, statement_lost, translate
 from layered_store.stores.sql.schema import build_tables
-from layered_store.stores.sql.transactions import Erasure, Session, Settlement, Write, padded
+from layered_store.stores.sql.session import Session, padded
+from layered_store.stores.sql.transactions import Erasure, Settlement, Write
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from layered_store.clock import Clock
     from layered_store.stores.erasures import KnownErasures
-    from layered_store.stores.sql.transactions import Rules
+    from layered_store.stores.sql.session import Rules
 
 __all__ = ["Access"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Sequence
 
     from layered_store.clock import Clock, TimerHandle
-    from layered_store.stores.sql.transactions import Session
+    from layered_store.stores.sql.session import Session
 
 __all__ = ["MAX_BATCH", "Batch", "Batcher", "Reads", "Writes", "one_by_one", "own_error"]
 

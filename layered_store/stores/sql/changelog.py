@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from layered_store.stores.erasures import KnownErasures
     from layered_store.stores.sql.access import Access
-    from layered_store.stores.sql.transactions import Session
+    from layered_store.stores.sql.session import Session
 
 __all__ = ["ChangeLog"]
 

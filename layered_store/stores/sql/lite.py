@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy.dialects import sqlite
 
 from layered_store.errors import UnavailableError
+from layered_store.stores.sql.session import Session, no_counter
 from layered_store.stores.sql.sweep import Sweep
-from layered_store.stores.sql.transactions import Session, no_counter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from layered_store.clock import Clock
     from layered_store.stores.sql.dialects import Statements
-    from layered_store.stores.sql.transactions import Rules, Write
+    from layered_store.stores.sql.session import Rules
+    from layered_store.stores.sql.transactions import Write
 
 __all__ = [
     "DatabaseFile",

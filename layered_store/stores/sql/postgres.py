@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from layered_store.stores.sql.schema import Tables
-    from layered_store.stores.sql.transactions import Rules, Write
+    from layered_store.stores.sql.session import Rules
+    from layered_store.stores.sql.transactions import Write
 
 __all__ = ["PostgresStatements", "read_histories", "read_rows", "refused", "write_rows"]
 

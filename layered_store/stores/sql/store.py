@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from layered_store.health import HealthReport
     from layered_store.stores.sql.access import Access
     from layered_store.stores.sql.batching import Batcher
-    from layered_store.stores.sql.transactions import Erasure, Session, Settlement, Write
+    from layered_store.stores.sql.session import Session
+    from layered_store.stores.sql.transactions import Erasure, Settlement, Write
 
 __all__ = ["SQLStore"]
 
@@ -165,9 +166,9 @@ class SQLStore(StoreOfRecord, Enumerable):
         from layered_store.stores.sql import engines  # noqa: PLC0415
         from layered_store.stores.sql.access import Access  # noqa: PLC0415
         from layered_store.stores.sql.batching import own_error  # noqa: PLC0415
+        from layered_store.stores.sql.session import Rules  # noqa: PLC0415
         from layered_store.stores.sql.transactions import (  # noqa: PLC0415
             Erasure,
-            Rules,
             Settlement,
             Write,
         )

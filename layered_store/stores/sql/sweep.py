@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
-    from layered_store.stores.sql.transactions import Rules
+    from layered_store.stores.sql.session import Rules
 
 __all__ = ["Sweep"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError, UnavailableError
 from layered_store.stores.sql.batching import MAX_BATCH, Batch, Reads, Writes, own_error
-from layered_store.stores.sql.transactions import Session
+from layered_store.stores.sql.session import Session
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.explore import explore
 
