@@ -8,10 +8,6 @@ import operator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from layered_store.call import call_begins
-from layered_store.clock import SYSTEM_CLOCK
-from layered_store.coherence.contract import Authority
-from layered_store.enumerable import Enumerable, pages
 from layered_store.errors import (
     RejectedError,
     StoreError,
@@ -34,8 +30,10 @@ from layered_store.testing.report import (
     title_of,
     watched_logs,
 )
+from layered_store.testing.store_abilities import late_write, listing, versions
+from layered_store.testing.store_calls import at_once, cancelled, lets_others_run
 from layered_store.testing.store_life import LIFE_CHECKS
-from layered_store.testing.store_suite import NOW_MS, SOON_SECONDS, Suite, in_time
+from layered_store.testing.store_suite import Suite, in_time
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -45,9 +43,6 @@ __all__ = ["check_store"]
 _CHECK_SECONDS: Final = 30.0
 _BATCH: Final = 120
 _AT_ONCE: Final = 8
-_SOON_TRIES: Final = 20
-_CANCELLED: Final = 160
-_HELD_UP_SECONDS: Final = 0.05
 
 
 async def check_store(
@@ -512,148 +507,6 @@ async def _health(suite: Suite) -> None:
     expect(first.status is second.status, "two health reports at the same time disagree")
 
 
-async def _at_once(suite: Suite) -> None:
-    """Writes at the same time leave one winner, and everybody reads their own."""
-    store = suite.store
-    user_id = suite.user("at-once")
-    # Of one moment, since a store may go by the snapshots' own time.
-    written = [suite.snapshot(user_id, number, updated_at_unix_ms=NOW_MS) for number in range(12)]
-    mixed_up = (
-        "of several users read at the same time one got another's state; keep what belongs to a"
-        " call in that call, not on the store"
-    )
-
-    async def own(number: int) -> None:
-        mine = suite.snapshot(suite.user(f"own-{number}"), number)
-        await store.upsert_latest(mine)
-        got = await store.get_latest(mine.user_id)
-        expect(got is None or got.user_id == mine.user_id, mixed_up)
-        expect(got == mine, "a state that was written is not what its writer reads next")
-
-    await asyncio.gather(*map(store.upsert_latest, written), *map(own, range(12)))
-    ids = [user_id, *(f"check-{suite.run}-own-{number}" for number in range(12))]
-    found = await asyncio.gather(*map(store.get_latest, ids))
-    expect([state and state.user_id for state in found] == ids, mixed_up)
-    latest = await store.get_latest(user_id)
-    expect(latest in written, "after writes at the same time the latest state is none of them")
-    if suite.history:
-        newest = await store.get_history(user_id, 1)
-        expect(newest == [latest], "the latest state is not the newest of the history")
-        one_by_one = (await suite.write("one-by-one", len(written)))[0].user_id
-        kept = await store.get_history(user_id, len(written))
-        full = len(await store.get_history(one_by_one, len(written)))
-        differing = [state for number, state in enumerate(kept) if state not in kept[:number]]
-        expect(
-            len(differing) == len(kept) == full,
-            f"of {len(written)} writes at the same time the history holds {len(differing)}, of as"
-            f" many one by one {full}; no write may undo another's entry",
-        )
-    reads = await asyncio.gather(*(store.get_latest(user_id) for _ in range(20)))
-    expect(all(read == latest for read in reads), "readers at the same time see different states")
-    others = ids[1:]
-    batches = await asyncio.gather(*(store.get_latest_many([other]) for other in others))
-    expect([[*batch] for batch in batches] == [[other] for other in others], mixed_up)
-    if suite.history:
-        kept_of = await asyncio.gather(*(store.get_history(other, 1) for other in others))
-        expect([kept[0].user_id for kept in kept_of if kept] == others, mixed_up)
-    if suite.can_delete:
-        await asyncio.gather(*map(store.delete, others[::2]))
-        left = await store.get_latest_many(others)
-        expect(
-            left.keys() == {*others[1::2]},
-            f"of {len(others)} users {len(others[::2])} were deleted at the same time, and"
-            f" {len(left)} are left; keep what belongs to a call in that call, not on the store",
-        )
-
-
-async def _cancelled(suite: Suite) -> None:
-    """A cancelled call ends, and the store works on."""
-    store, user_id = suite.store, suite.user("cancelled")
-    for turns in range(4):
-        state = suite.snapshot(user_id, turns)
-        calls: list[Callable[[], Awaitable[object]]] = [
-            partial(store.upsert_latest, state),
-            partial(store.upsert_latest_many, [state]),
-            partial(store.get_latest, user_id),
-            partial(store.get_latest_many, [user_id]),
-            partial(suite.history_of, user_id, 5),
-        ]
-        if suite.can_delete:
-            calls.append(partial(store.delete, suite.user("cancelled-delete")))
-        for call in calls:
-            await _cut_off(call, turns)
-            if suite.history:
-                await _newest_is_latest(store, user_id)
-    # As many as empty a pool of connections, if each keeps one.
-    for number in range(_CANCELLED):
-        await _cut_off(partial(store.get_latest, user_id), 1 + number % 3)
-    wrote = suite.snapshot(user_id, 99)
-    after = f"after {_CANCELLED} cancelled calls the next one"
-    await in_time(store.upsert_latest(wrote), after, "give back in `finally` what a call took")
-    got = await store.get_latest(user_id)
-    expect(got == wrote, "after cancelled calls a write is not what is read next")
-
-
-async def _newest_is_latest(store: StateStore, user_id: str) -> None:
-    for _ in range(_SOON_TRIES):
-        newest = await store.get_history(user_id, 1)
-        latest = await store.get_latest(user_id)
-        if newest == ([] if latest is None else [latest]):
-            return
-        await asyncio.sleep(SOON_SECONDS / _SOON_TRIES / 5)  # what was sent may arrive later
-    raise Broken(
-        "after a cancelled write the newest of the history is not the latest state; write both in"
-        " one step, or none"
-    )
-
-
-async def _cut_off(call: Callable[[], Awaitable[object]], turns: int) -> None:
-    """Begin a call and cancel it after so many turns of the event loop."""
-    task: asyncio.Future[Any] = asyncio.ensure_future(call())
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    asked = task.cancel()
-    done, _ = await asyncio.wait({task}, timeout=SOON_SECONDS)
-    expect(
-        done,
-        f"a cancelled call did not end within {SOON_SECONDS:g} s; let CancelledError through, and"
-        " give back in `finally` what the call took",
-    )
-    if not task.cancelled():
-        task.result()
-        expect(not asked, "a cancelled call returned normally; let CancelledError through")
-
-
-async def _lets_others_run(suite: Suite) -> None:
-    """Others go on while a call waits."""
-    state = (await suite.write("others"))[0]
-    for name, call in (
-        ("upsert_latest", partial(suite.store.upsert_latest, state)),
-        ("get_latest", partial(suite.store.get_latest, state.user_id)),
-    ):
-        # Several times, since the machine may hold up anybody now and then.
-        for _ in range(5):
-            held_up = await _longest_turn(call())
-            if held_up < _HELD_UP_SECONDS:
-                break
-        else:
-            raise Broken(
-                f"{name}() held up the event loop for {held_up:.2f} s each time; await what takes"
-                " time, or do it in a thread (asyncio.to_thread)"
-            )
-
-
-async def _longest_turn(call: Awaitable[object]) -> float:
-    task = asyncio.ensure_future(call)
-    longest, before = 0.0, SYSTEM_CLOCK.monotonic()
-    while not task.done():
-        await asyncio.sleep(0)
-        now = SYSTEM_CLOCK.monotonic()
-        longest, before = max(longest, now - before), now
-    await task
-    return longest
-
-
 async def _private(suite: Suite) -> None:
     """Neither its repr nor an error nor a log shows a user id or a value."""
     store, user_id = suite.store, suite.user("SECRET")
@@ -687,83 +540,8 @@ async def _private(suite: Suite) -> None:
         expect(not shown, f"{where} shows a user id or a state value; leave them out")
 
 
-# Abilities beyond the interface
-
-
-async def _versions(suite: Suite) -> None:
-    """Versions grow with every write and erasure; a repeated write counts once."""
-    authority: Authority = suite.need(Authority, "versions")
-    user_id = suite.user("versions")
-    first = suite.snapshot(user_id, 1)
-    second = suite.snapshot(user_id, 2)
-    absent = await authority.read(user_id)
-    expect(absent.snapshot is None, "read() of an absent user gave a state")
-    head = await authority.head()
-    seen = [absent.version, (await authority.write(first)).version]
-    with call_begins():
-        record = await authority.write(second)
-        again = await authority.write(second)
-    expect(record == again, "a write that was repeated with the same write id counted twice")
-    seen.append(record.version)
-    read = await authority.read(user_id)
-    expect(read == record, "read() does not give the record that the write left")
-    many = await authority.read_many([user_id, suite.user("versions-absent")])
-    expect(len(many) == 2, "read_many() left out an id")  # noqa: PLR2004
-    expect(many[user_id] == read, "read_many() disagrees with read()")
-    if suite.history > 1:
-        kept = await suite.store.get_history(user_id, 5)
-        expect(kept == [second, first], "a repeated write stands in the history twice")
-    seen.append(await authority.erase(user_id, ("tier",)))
-    expect(await authority.debts(user_id), "a tier that may hold an erased user is not kept")
-    erased = await authority.read(user_id)
-    expect(erased.snapshot is None, "read() of an erased user gave a state")
-    await authority.settle(authority.digest(user_id), seen[-1], "tier")
-    expect(not await authority.debts(user_id), "settle() did not take the debt away")
-    seen.append((await authority.write(first)).version)
-    expect(seen == sorted(set(seen)), f"the versions {seen} do not grow")
-    expect(await authority.covers(head), "changes after a fresh cursor are not known")
-    found, more = set(), True
-    while more:
-        page = await authority.changes(head, 100)
-        found |= {change.digest for change in page.items}
-        head, more = page.cursor, page.more
-    expect(authority.digest(user_id) in found, "changes() skipped a user that changed")
-
-
-async def _late_write(suite: Suite) -> None:
-    """A write that began before an erasure cannot bring the user back."""
-    authority: Authority = suite.need(Authority, "versions")
-    user_id = suite.user("late")
-    await authority.write(suite.snapshot(user_id, 1))
-    with call_begins(getattr(suite.store, "clock", SYSTEM_CLOCK)):
-        # The erasure is another caller's, so it runs in a context without this write.
-        await asyncio.create_task(_outside(authority.erase(user_id)))
-        await authority.write(suite.snapshot(user_id, 2))
-    got = await suite.store.get_latest(user_id)
-    expect(got is None, "a write that began before an erasure brought the user back")
-
-
-async def _outside(call: Awaitable[Any]) -> None:
-    await call
-
-
-async def _listing(suite: Suite) -> None:
-    """Every user is listed."""
-    listing: Enumerable = suite.need(Enumerable, "listing")
-    ids = {(await suite.write(f"listed-{number}"))[0].user_id for number in range(7)}
-    found: set[str] = set()
-    async for page in pages(listing, 3):
-        found.update(page.user_ids)
-    expect(ids <= found, f"the listing left out {len(ids - found)} of {len(ids)} users")
-    if suite.can_delete:
-        gone = ids.pop()
-        await suite.store.delete(gone)
-        async for page in pages(listing, 100):
-            expect(gone not in page.user_ids, "the listing shows a deleted user")
-
-
 _CHECKS: Final = (
-    _lets_others_run,
+    lets_others_run,
     _absent,
     _round_trip,
     _replaces,
@@ -777,11 +555,11 @@ _CHECKS: Final = (
     _immutable,
     _deletes,
     _health,
-    _at_once,
-    _cancelled,
+    at_once,
+    cancelled,
     _private,
-    _versions,
-    _late_write,
-    _listing,
+    versions,
+    late_write,
+    listing,
 )
 _READ_CHECKS: Final = (_absent, _bad_ids, _bad_snapshots, _health)

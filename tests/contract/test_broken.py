@@ -25,7 +25,7 @@ from layered_store.testing import (
     Report,
     check_layer,
     check_store,
-    store_checks,
+    store_calls,
     store_life,
     store_suite,
 )
@@ -153,7 +153,7 @@ async def test_layer_is_caught(name: str) -> None:
 @pytest.mark.parametrize("name", STORES)
 async def test_store_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken store fails with a message that names the fault."""
-    for module in (store_checks, store_life, store_suite):
+    for module in (store_calls, store_life, store_suite):
         monkeypatch.setattr(module, "SOON_SECONDS", 0.3)
     stores: list[StateStore] = []
 
