@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from layered_store.circuit import CircuitState, _Window
 from layered_store.errors import (
     CircuitOpenError,
     ConfigError,
@@ -19,7 +20,7 @@ from layered_store.errors import (
 from layered_store.health import HealthStatus
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
-from layered_store.layers.circuit_breaker import CircuitBreaker, CircuitState, _Window
+from layered_store.layers.circuit_breaker import CircuitBreaker
 from layered_store.layers.retry import Retry
 from layered_store.layers.timeout import Timeout
 from layered_store.snapshot import StateSnapshot
