@@ -88,7 +88,7 @@ class StoreError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.args, self.__dict__))
 
-    def placed(self, operation: str, layer: str) -> Self:
+    def placed(self, operation: str, layer: str | None) -> Self:
         """Return this error, with the place where it happened unless it names one already."""
         self.operation = self.operation or operation
         self.layer = self.layer or layer

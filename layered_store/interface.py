@@ -416,8 +416,7 @@ def check_snapshot(
     try:
         snapshot.validate()
     except ValidationError as exc:
-        exc.operation = exc.operation or operation
-        exc.layer = exc.layer or name_of(block)
+        exc.placed(operation, name_of(block))
         raise
     if call is not None and type(snapshot) is StateSnapshot:  # a subclass may hold what changes
         call.sound = snapshot

@@ -386,7 +386,7 @@ class _Build:
             if any(o.required and o.name not in arguments for o in spec.options):
                 return None
             try:
-                store: StateStore = spec.cls(**_called(spec, arguments))
+                store: StateStore = spec.cls(**arguments)
             except ConfigError as exc:
                 option = exc.option
                 if option not in arguments and (broken or option in misspelt):
@@ -495,13 +495,6 @@ class _Build:
             else:
                 found[key] = literal(self._texts(option, value, place))
         return found
-
-
-def _called(spec: BlockSpec, arguments: dict[str, Any]) -> dict[str, Any]:
-    # By keyword, so positional-or-keyword options such as ``inner`` and ``url`` fit too.
-    return {
-        option.name: arguments[option.name] for option in spec.options if option.name in arguments
-    }
 
 
 def _deep(value: Any, environ: Mapping[str, str], path: str, depth: int = 0) -> Any:

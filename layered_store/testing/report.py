@@ -7,7 +7,7 @@ import inspect
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import StoreError
 
@@ -27,8 +27,6 @@ __all__ = [
     "title_of",
     "watched_logs",
 ]
-
-T = TypeVar("T")
 
 _GRACE_SECONDS: Final = 0.1
 """Who else uses this event loop may have begun a task meanwhile, which ends by itself."""

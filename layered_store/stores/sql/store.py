@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from layered_store.call import current_call, next_order
 from layered_store.clock import SYSTEM_CLOCK, Clock
@@ -49,11 +49,9 @@ if TYPE_CHECKING:
     from layered_store.stores.sql.access import Access
     from layered_store.stores.sql.batching import Batcher
     from layered_store.stores.sql.session import Session
-    from layered_store.stores.sql.transactions import Erasure, Settlement, Write
+    from layered_store.stores.sql.transactions import Write
 
 __all__ = ["SQLStore"]
-
-T = TypeVar("T")
 
 _TABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}").fullmatch
 _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip with others
@@ -269,9 +267,7 @@ class SQLStore(StoreOfRecord, Enumerable):
     async def peek(self, user_id: str) -> Peek:
         """Tell what the row of a user holds."""
         self._check_open("peek")
-        row = await self._row(self._digest(user_id), "peek")
-        if isinstance(row, Exception):
-            raise self._own_error(row, "peek", self.name)
+        row = await self._one(self._access.home("peek").reads, self._digest(user_id), "peek")
         if row is None:
             return Peek(Held.ABSENT)
         _, owner, version, payload = row
@@ -358,7 +354,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
         writes = self._access.home(Op.UPSERT_LATEST).writes
-        try:  # as ``_changed`` does; written out, since each write comes by here
+        try:  # as ``_one`` does; written out, since each write comes by here
             row = await writes.submit(item)
         except asyncio.CancelledError:
             writes.left()
@@ -399,19 +395,16 @@ class SQLStore(StoreOfRecord, Enumerable):
         digest = self._digest(user_id)
         call = current_call(self.clock)
         erasure = self._new_erasure(digest, tiers, call.write_id, call.first_attempt())
-        result = await self._changed(erasure, Op.DELETE)
-        if isinstance(result, Exception):
-            raise self._own_error(result, Op.DELETE, self.name)
-        version, anew = result
+        writes = self._access.home(Op.DELETE).writes
+        version, anew = await self._one(writes, erasure, Op.DELETE)
         if anew:
             self._erasures.made(digest, version, next_order())
         return version  # type: ignore[no-any-return]
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:
         self._check_open("settle")
-        result = await self._changed(self._new_settlement(digest, version, tier), "settle")
-        if isinstance(result, Exception):
-            raise self._own_error(result, "settle", self.name)
+        settlement = self._new_settlement(digest, version, tier)
+        await self._one(self._access.home("settle").writes, settlement, "settle")
 
     async def debts(self, user_id: str) -> Sequence[str]:
         check_user_id(user_id, "debts", self)
@@ -470,9 +463,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         check_user_id(user_id, op, self)
         try:
             self._check_open(op)
-            row = await self._row(self._digest(user_id), op)
-            if isinstance(row, Exception):
-                raise self._own_error(row, op, self.name)
+            row = await self._one(self._access.home(op).reads, self._digest(user_id), op)
             record = ABSENT if row is None else self._record(user_id, row, op)
         except Exception as exc:
             self._reads.failed(exc)
@@ -480,23 +471,16 @@ class SQLStore(StoreOfRecord, Enumerable):
         self._reads.found(record.snapshot)
         return record
 
-    async def _row(self, digest: bytes, operation: str) -> Any:
-        """Return a user's row, None, or an exception object."""
-        reads = self._access.home(operation).reads
+    async def _one(self, batcher: Batcher, item: Any, operation: str) -> Any:
+        """Return the result of one call."""
         try:
-            return await reads.submit(digest)
+            result = await batcher.submit(item)
         except asyncio.CancelledError:
-            reads.left()
+            batcher.left()
             raise
-
-    async def _changed(self, item: Write | Erasure | Settlement, operation: str) -> Any:
-        """Return what a change left, or an exception object."""
-        writes = self._access.home(operation).writes
-        try:
-            return await writes.submit(item)
-        except asyncio.CancelledError:
-            writes.left()
-            raise
+        if isinstance(result, Exception):
+            raise self._own_error(result, operation, self.name)
+        return result
 
     async def _all(self, batcher: Batcher, items: Iterable[Any]) -> list[Any]:
         """Return the results of several calls, or exception objects, when all are there.
