@@ -27,7 +27,6 @@ __all__ = [
     "nearest",
 ]
 
-type_of = type
 _SHOWN_BELOW = 10**20
 _INT64_MAX = 2**63 - 1
 _MAX_SALT_BYTES = 64
@@ -99,10 +98,10 @@ def check_count(
     if value is None and optional:
         return None
     most = _INT64_MAX if maximum is None else maximum
-    if type_of(value) is int and minimum <= value <= most:
+    if type(value) is int and minimum <= value <= most:
         return value
     bound = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    if maximum is None and type_of(value) is int and value > most:
+    if maximum is None and type(value) is int and value > most:
         bound += " and below 2**63"
     extra = ", or None for no limit" if optional else ""
     raise _refuse(f"must be an int {bound}{extra}", option, owner, value)
@@ -150,7 +149,7 @@ def is_utf8(value: object) -> TypeGuard[str]:
 def check_choice(value: object, option: str, owner: object, choices: tuple[Any, ...]) -> Any:
     """Return ``value`` when it is one of ``choices``."""
     if any(
-        value is choice or (type_of(value) is type_of(choice) and value == choice)
+        value is choice or (type(value) is type(choice) and value == choice)
         for choice in choices
     ):
         return value
@@ -176,8 +175,8 @@ def check_store(value: object, option: str, owner: object) -> Any:
 
 def _refuse(message: str, option: str, owner: object, value: object) -> ConfigError:
     # Numbers are shown, since they help and hide nothing; other values may be secrets.
-    shown = repr(value) if isinstance(value, float | bool | None) else type_of(value).__name__
-    if type_of(value) is int:
+    shown = repr(value) if isinstance(value, float | bool | None) else type(value).__name__
+    if type(value) is int:
         shown = str(value) if abs(value) < _SHOWN_BELOW else "a huge int"
     return ConfigError(f"{message}, not {shown}", option=option, layer=name_of(owner))
 
@@ -186,7 +185,7 @@ def name_of(owner: object) -> str | None:
     """Return what an error names: a function, the class of a block, or nothing."""
     if owner is None:
         return None
-    return owner.__name__ if isinstance(owner, FunctionType) else type_of(owner).__name__
+    return owner.__name__ if isinstance(owner, FunctionType) else type(owner).__name__
 
 
 def check_snapshot_type(value: object, owner: object) -> None:
