@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import StoreError
 from layered_store.identity import check_user_id
-from layered_store.stack import children_of, kind_of
+from layered_store.stack import children_of, kind_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from layered_store.clock import Clock
     from layered_store.interface import StateStore
+    from layered_store.stack import Place
 
 __all__ = ["Explanation", "Held", "Peek", "Peekable", "TierView", "explain"]
 
@@ -131,14 +132,14 @@ async def explain(
     check_user_id(user_id, "explain", stack)
     now_ms = clock.time() * 1000
     views = Explanation()
-    async for index, path, store, peek in _look(stack, user_id):
+    async for place, peek in _look(stack, user_id):
         moment = peek.updated_at_unix_ms
         views.append(
             TierView(
-                index,
-                path,
-                kind_of(store),
-                type(store).__name__,
+                place.index,
+                place.path,
+                kind_of(place.store),
+                type(place.store).__name__,
                 peek.held,
                 None if moment is None else (now_ms - moment) / 1000,
                 peek.time_left,
@@ -150,28 +151,22 @@ async def explain(
     return views
 
 
-async def _look(
-    stack: StateStore, user_id: str
-) -> AsyncIterator[tuple[int, str, StateStore, Peek]]:
+async def _look(stack: StateStore, user_id: str) -> AsyncIterator[tuple[Place, Peek]]:
     from layered_store.layers.translating import TranslatingLayer  # noqa: PLC0415
 
-    counter = 0
-    pending: list[tuple[str, StateStore, str]] = [("", stack, user_id)]
-    while pending:
-        path, store, known_as = pending.pop()
-        below = children_of(store)
+    known = [user_id]  # by depth: the id by which the blocks there know the user
+    for place in walk(stack):
+        store = place.store
+        del known[place.depth + 1 :]
+        known_as = known[-1]
         if isinstance(store, Peekable):
-            yield counter, path, store, await _peek(store, known_as)
-        elif not below:
+            yield place, await _peek(store, known_as)
+        elif not children_of(store):
             note = "this store cannot be looked into; it may offer peek()"
-            yield counter, path, store, Peek(Held.UNKNOWN, answers=False, note=note)
-        counter += 1
+            yield place, Peek(Held.UNKNOWN, answers=False, note=note)
         if isinstance(store, TranslatingLayer):
             known_as = store.id_below(known_as, "explain")
-        pending.extend(
-            (f"{path}.{role}" if path else role, child, known_as)
-            for role, child in reversed(below.items())
-        )
+        known.append(known_as)
 
 
 async def _peek(store: Peekable, user_id: str) -> Peek:

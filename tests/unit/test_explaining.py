@@ -149,6 +149,21 @@ async def test_layers_that_rename_users_are_followed() -> None:
     assert (await explain(store, "acme-u-1"))[0].held is Held.ABSENT
 
 
+async def test_a_store_that_knows_where_it_stands_is_looked_at_once() -> None:
+    """What it holds of its stack is no part of the way down."""
+
+    class Knowing(MemoryStore):
+        stack: StateStore
+
+        def children(self) -> dict[str, StateStore]:
+            return {"stack": self.stack}
+
+    record = Knowing()
+    record.stack = stack = Prefixed(Cached(record), prefix="acme")
+    await stack.upsert_latest(state())
+    assert [view.kind for view in await explain(stack, "u-1")] == ["cached", "memory"]
+
+
 async def test_a_bad_id_is_refused() -> None:
     """As by every operation."""
     with pytest.raises(ValidationError):
