@@ -56,9 +56,10 @@ from layered_store.running import Ending, running_loop
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
+from layered_store.stores.redis.client_link import ClientLink
 from layered_store.stores.redis.failures import GarbageError, ReplyError, cause_of, translate
 from layered_store.stores.redis.late import Write, settle
-from layered_store.stores.redis.links import ClientLink, LaneLink, Limits
+from layered_store.stores.redis.links import LaneLink, Limits
 from layered_store.stores.redis.record import (
     FILLED,
     MAGIC,

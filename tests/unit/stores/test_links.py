@@ -13,8 +13,9 @@ from redis.exceptions import NoScriptError
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError
 from layered_store.stores.redis.address import Address
+from layered_store.stores.redis.client_link import ClientLink
 from layered_store.stores.redis.failures import ConnectionLostError, NotSentError, ReplyError
-from layered_store.stores.redis.links import _PENDING, ClientLink, LaneLink, Limits
+from layered_store.stores.redis.links import _PENDING, LaneLink, Limits
 from layered_store.testing.clock import FakeClock
 
 
