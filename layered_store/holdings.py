@@ -64,11 +64,13 @@ class Writers(msgspec.Struct, eq=False):
         count: how many.
         overlapped: whether two of them ever ran at the same time.
         noticed: the highest version that the channel told of meanwhile.
+        before: what was kept when the first began, unless a load ended meanwhile.
     """
 
     count: int = 0
     overlapped: bool = False
     noticed: int = 0
+    before: Entry | None = None
 
 
 class Holdings:
@@ -127,7 +129,9 @@ class Holdings:
         self._monotonic = monotonic
         self._index_room = _INDEX_ROOM
         # Our own is changed under our own lock only.
-        self._put: Any = getattr(store, "put" if given else "insert", None)
+        self._put: Callable[[Entry], None] = (
+            self._put_elsewhere if self.s3 is None else self.s3.put if given else self.s3.insert
+        )
 
     def follow(self, key_of: Callable[[str], bytes]) -> None:
         """Keep everybody found by digest from here on."""
@@ -166,6 +170,7 @@ class Holdings:
         It may be newer, and read before the channel told of it; whoever sees it must not see the
         older one afterwards.
         """
+        self._saw(user_id)
         if current is not None:
             if self.doubtful(user_id):
                 # It may have read before what this one saw took effect: nobody may join it now.
@@ -193,10 +198,11 @@ class Holdings:
     def write_begins(self, user_id: str) -> None:
         """Take away what is cached or being loaded: from here on it may be old."""
         with self.lock:
+            before = None if user_id in self.flights else self.look(user_id)
             self.detach(user_id)
             writers = self.writing.get(user_id)
             if writers is None:
-                writers = self.writing[user_id] = Writers()
+                writers = self.writing[user_id] = Writers(before=before)
                 if self.key_of is not None:
                     self.by_digest[self.key_of(user_id)] = user_id
             else:
@@ -220,17 +226,29 @@ class Holdings:
             # Only now: whoever has a notice looks here first, without the lock.
             self._unindex(user_id)
 
-    def write_failed(self, user_id: str, exc: BaseException) -> None:
-        """Keep nothing; and for a while nothing at all, when the write may still take effect."""
+    def write_failed(self, user_id: str, exc: BaseException, *, erasing: bool = False) -> None:
+        """Keep what was there if nothing happened; for a while nothing, if something still may."""
         with self.lock:
+            happened = not not_happened(exc)
+            known = not happened and not erasing and user_id not in self.flights
             self.detach(user_id)
-            self._end(user_id)
+            writers = self._end(user_id)
+            if known and not writers.overlapped:
+                self._put_back(writers)
             self._unindex(user_id)
-            if not_happened(exc):
+            if not happened:
                 return
             self.quarantine.pop(user_id, None)
             self.quarantine[user_id] = self._monotonic() + QUARANTINE_SECONDS
             self._end_quarantines()
+
+    def _put_back(self, writers: Writers) -> None:
+        old = writers.before
+        if old is None or writers.noticed > old.version or not self._lifetime:
+            return
+        self._put(
+            Entry(old.key, old.value, 0, 0, old.expires, old.deadline, old.version, old.digest)
+        )
 
     def _end(self, user_id: str) -> Writers:
         writers = self.writing[user_id]
@@ -295,6 +313,7 @@ class Holdings:
             doubtful = self.doubtful(user_id)
             self._end_quarantines()
             if not lifetime or doubtful:
+                self._saw(user_id)
                 self.remove(user_id)
                 self._unindex(user_id, digest)
                 return
@@ -313,12 +332,17 @@ class Holdings:
                 self._tidy_index(user_id)
             self.by_digest[digest] = user_id
         entry = Entry(user_id, value, 0, 0, expires, deadline, version, digest)
-        if self.s3 is not None:
-            if self.s3.first_deadline() + self._stale <= now:
-                self._sweep(self.s3, now, user_id)
-            self._put(entry)
-            return
-        self.store.put(user_id, entry)
+        if self.s3 is not None and self.s3.first_deadline() + self._stale <= now:
+            self._sweep(self.s3, now, user_id)
+        self._put(entry)
+
+    def _saw(self, user_id: str) -> None:
+        """Note that a load told somebody what it found while the user is written."""
+        if (writers := self.writing.get(user_id)) is not None:
+            writers.before = None
+
+    def _put_elsewhere(self, entry: Entry) -> None:
+        self.store.put(entry.key, entry)
 
     def remove(self, user_id: str) -> bool:
         """Take away a user's entry; tell whether there was one."""

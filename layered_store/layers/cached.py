@@ -89,9 +89,10 @@ class Cached(Layer):
         max_entries: how many users are kept, at least 1; the least useful go first (S3-FIFO).
         negative_ttl: seconds for which an absent user is remembered; 0 is off.
         stale_if_error: seconds past the TTL in which an old entry answers when ``inner`` is
-            unavailable; 0 is off. Never after a write or delete of the user, nor without a lease.
-        refresh_ahead: share of the TTL after which a hit starts a refresh in the background; None
-            is off.
+            unavailable; 0 is off. Never after a delete of the user or a write that may have taken
+            effect, nor without a lease.
+        refresh_ahead: share of the TTL after which a hit starts a refresh in the background; one
+            that fails is tried again after half of what is left. None is off.
         ttl_jitter: each entry's TTL is shortened by a random share up to this, so that entries
             stored together do not expire together.
         invalidation: ``"auto"`` uses the channel of the tier below when there is one,
@@ -341,7 +342,7 @@ class Cached(Layer):
             entry.freq += 1
         if entry.expires < entry.deadline and self._monotonic() >= entry.expires:
             entry.expires = entry.deadline
-            self._refresh(user_id)
+            self._refresh(user_id, entry)
         return value
 
     async def _follow_channel(self, channel: Invalidations) -> None:
@@ -504,7 +505,7 @@ class Cached(Layer):
         if not flight.hand_over():
             self._held.leave(user_id, flight)
 
-    def _refresh(self, user_id: str) -> None:
+    def _refresh(self, user_id: str, entry: Entry) -> None:
         """Load a user in the background, unless somebody is loading or writing it already."""
         if user_id in self._flights or user_id in self._held.writing:
             return
@@ -519,18 +520,20 @@ class Cached(Layer):
 
         # A context of its own: the refresh is nobody's call.
         task = loop.create_task(
-            self._refresh_quietly(user_id, flight), context=contextvars.Context()
+            self._refresh_quietly(user_id, entry, flight), context=contextvars.Context()
         )
         self._refreshes.add(task)
         task.add_done_callback(ended)
 
-    async def _refresh_quietly(self, user_id: str, flight: Flight) -> None:
+    async def _refresh_quietly(self, user_id: str, entry: Entry, flight: Flight) -> None:
         try:
             if flight.boarding:
                 await self.clock.sleep(0)
             value = check_state(await self.inner.get_latest(user_id), user_id, self)
         except Exception as exc:  # noqa: BLE001
             # The entry answers until its deadline whatever happens here; then a caller sees it.
+            # Until then it is tried again, each time after half of what is left.
+            entry.expires = (self._monotonic() + entry.deadline) / 2
             await self._failed(user_id, flight, exc)
         else:
             self._held.landed(user_id, flight, value)
@@ -573,7 +576,7 @@ class Cached(Layer):
         try:
             await self.inner.delete(user_id)
         except BaseException as exc:
-            self._held.write_failed(user_id, exc)
+            self._held.write_failed(user_id, exc, erasing=True)
             raise
         self._held.write_ends(user_id, None, 0)
 

@@ -330,6 +330,109 @@ async def test_a_refresh_that_fails_is_silent_until_the_entry_ends() -> None:
         await cache.get_latest("u-1")
 
 
+async def test_a_refresh_that_failed_is_tried_again_before_the_entry_ends() -> None:
+    """Each time after half of what is left: one error that passes costs nobody a full miss."""
+    clock = FakeClock()
+    inner = Scripted(OLD, UnavailableError(), UnavailableError(), NEW)
+    cache = Cached(inner, ttl=100, refresh_ahead=0.5, clock=clock)
+    await cache.get_latest("u-1")
+    for seconds, loads in ((60, 2), (19, 2), (2, 3), (8, 3), (3, 4)):
+        await clock.advance(seconds)
+        assert await cache.get_latest("u-1") == OLD
+        await settle()
+        assert len(inner.calls) == loads, seconds
+    await clock.advance(20)  # beyond the first entry's end
+    assert await cache.get_latest("u-1") == NEW
+    assert len(inner.calls) == 4
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("error", [CircuitOpenError, OverloadedError, ValidationError])
+async def test_a_write_that_was_refused_leaves_what_was_kept(
+    error: type[StoreError], many: bool
+) -> None:
+    """Nothing happened. In an outage, users who are written would else lose their old answers."""
+    clock = FakeClock()
+    inner = Scripted(OLD, error("refused below"), UnavailableError())
+    cache = Cached(inner, ttl=10, stale_if_error=30, clock=clock)
+    await cache.get_latest("u-1")
+    await clock.advance(5)
+    with pytest.raises(error):
+        await (cache.upsert_latest_many([NEW]) if many else cache.upsert_latest(NEW))
+    assert await cache.get_latest("u-1") == OLD
+    assert counted(cache) == {"hit": 1, "miss": 1}
+    await clock.advance(5)  # it lives no longer than it would have
+    assert await cache.get_latest("u-1") == OLD
+    assert counted(cache) == {"hit": 1, "miss": 1, "stale": 1}
+
+
+@pytest.mark.parametrize("error", [UnavailableError, StoreTimeoutError])
+async def test_a_write_that_may_have_happened_leaves_nothing(error: type[StoreError]) -> None:
+    """The next read asks the store."""
+    cache = Cached(Scripted(OLD, error(), NEW), stale_if_error=30, clock=FakeClock())
+    await cache.get_latest("u-1")
+    with pytest.raises(error):
+        await cache.upsert_latest(NEW)
+    assert await cache.get_latest("u-1") == NEW
+
+
+async def test_a_delete_that_was_refused_leaves_nothing() -> None:
+    """Who is to be erased is not shown from memory."""
+    clock = FakeClock()
+    cache = Cached(
+        Scripted(OLD, CircuitOpenError(), UnavailableError()), stale_if_error=30, clock=clock
+    )
+    await cache.get_latest("u-1")
+    with pytest.raises(CircuitOpenError):
+        await cache.delete("u-1")
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+
+
+@pytest.mark.parametrize("meanwhile", ["load", "load under way", "write", "close"])
+async def test_what_a_refused_write_leaves_is_not_older_than_what_was_seen(meanwhile: str) -> None:
+    """Somebody else's write may have been read while it waited, or be about to be."""
+    refused, loading = Gate(), Gate()
+    between = {"load": [NEW], "load under way": [loading], "write": [None], "close": []}[meanwhile]
+    cache = Cached(Scripted(OLD, refused, *between, NEW), clock=FakeClock())
+    await cache.get_latest("u-1")
+    write = asyncio.create_task(cache.upsert_latest(state(0.3)))
+    await settle()
+    reading = None
+    if meanwhile == "write":
+        await cache.upsert_latest(NEW)
+    elif meanwhile == "close":
+        cache._held.close()
+    else:
+        reading = asyncio.create_task(cache.get_latest("u-1"))
+        await settle()
+    refused.open(CircuitOpenError())
+    with pytest.raises(CircuitOpenError):
+        await write
+    loading.open(NEW)
+    if reading is not None:
+        assert await reading == NEW
+    assert await cache.get_latest("u-1") == NEW
+    assert not cache._held.writing
+
+
+async def test_a_refused_write_leaves_nothing_older_than_a_load_that_it_met() -> None:
+    """Whoever loads sees what it finds, after the write too; nobody sees less afterwards."""
+    clock, loading = FakeClock(), Gate()
+    inner = Scripted(OLD, loading, CircuitOpenError(), UnavailableError())
+    cache = Cached(inner, ttl=10, stale_if_error=60, clock=clock)
+    await cache.get_latest("u-1")
+    await clock.advance(15)
+    load = asyncio.create_task(cache.get_latest("u-1"))
+    await loading.entered.wait()
+    with pytest.raises(CircuitOpenError):
+        await cache.upsert_latest(state(0.3))
+    loading.open(NEW)
+    assert await load == NEW
+    with pytest.raises(UnavailableError):
+        await cache.get_latest("u-1")
+
+
 async def test_a_refresh_never_lands_after_a_write() -> None:
     """A background load that began before a write or delete leaves nothing."""
     clock, gate = FakeClock(), Gate()

@@ -12,7 +12,7 @@ import pytest
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, LeasedCache, Notice
-from layered_store.errors import OverloadedError, UnavailableError
+from layered_store.errors import CircuitOpenError, OverloadedError, UnavailableError
 from layered_store.explaining import Held
 from layered_store.identity import digest_function
 from layered_store.interface import Op
@@ -170,6 +170,28 @@ async def test_a_notice_during_a_write_bars_what_is_older() -> None:
         gate.open()
         await write
         assert (await cache.get_latest("u-1") == NEW) is kept
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "notice", "distrust"])
+async def test_a_refused_write_leaves_what_is_still_believed(meanwhile: str) -> None:
+    """Nothing happened here; whether something did elsewhere, the channel tells."""
+    gate = Gate()
+    cache, tier, _ = build(OLD, gate, NEW)
+    await cache.get_latest("u-1")
+    write = asyncio.create_task(cache.upsert_latest(NEW))
+    await gate.entered.wait()
+    if meanwhile == "notice":
+        tier.channel.say(7)
+    elif meanwhile == "distrust":
+        tier.channel.distrust()
+    gate.open(CircuitOpenError())
+    with pytest.raises(CircuitOpenError):
+        await write
+    assert await cache.get_latest("u-1") == (OLD if meanwhile == "nothing" else NEW)
+    assert set(cache._held.by_digest.values()) == {"u-1"}
+    tier.channel.say(9)
+    assert cache._entries.get("u-1") is None
+    assert not cache._held.by_digest
 
 
 async def test_case_41_a_notice_ends_an_absence() -> None:
