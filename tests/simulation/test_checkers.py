@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,12 +103,26 @@ def test_a_write_that_began_before_an_erasure_outlives_it_by_a_documented_limit_
     with pytest.raises(Violation, match="late"):
         check_fleet(calls, commits, 2.0)
     check_fleet(calls, commits, 2.0, may_be_late={1})
-    # A seed that shows it: without the limit the rule is broken.
-    shape = SHAPES["cluster"]
-    assert run_seed(7347, shape).failure is None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_World, "could_not_know", lambda *_: False)
-        assert run_seed(7347, shape).rule == "late"
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "heard", "excused"),
+    [
+        (0.45, 20.0, 0.6, True),
+        (0.45, 0.1, 0.6, False),  # by less than what lies between the write and the erasure
+        (0.45, -20.0, 0.6, False),  # set back
+        (0.35, 20.0, 0.6, False),  # before the erasure
+        (0.45, 20.0, 0.42, False),  # after its process had heard of the database
+    ],
+)
+def test_a_write_outlives_an_erasure_only_where_the_clock_was_set_before_its_process_heard(
+    at: float, step: float, heard: float, excused: bool
+) -> None:
+    """It began at 0.2, the erasure was committed at 0.4."""
+    world = SimpleNamespace(sql={"P0": SimpleNamespace(heard=heard)}, sql_sets=[(at, step)])
+    commits = [commit(4, None, 3), commit(6, 1, 2)]
+    late = call("upsert", 1, 2, 9)
+    assert _World.could_not_know(world, late, commits) is excused  # type: ignore[arg-type]
 
 
 def test_nothing_of_a_run_is_left_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
