@@ -152,13 +152,11 @@ def _counted(
             entry = find(user_id)
         except TypeError:  # unhashable: the slow path refuses it by name
             entry = None
-        if entry is not None:
-            now = monotonic()
-            if now < entry.expires and now < trust.until:
-                hits += 1
-                if entry.freq < 3:  # noqa: PLR2004
-                    entry.freq += 1
-                return entry.value
+        if entry is not None and trust.until > monotonic() < entry.expires:
+            hits += 1
+            if entry.freq < 3:  # noqa: PLR2004
+                entry.freq += 1
+            return entry.value
         return await slow(user_id)
 
     return get_latest, lambda: hits
@@ -168,10 +166,11 @@ def _sampled(
     path: HotPath, slow: Callable[[str], Awaitable[Any]]
 ) -> tuple[Callable[[str], Awaitable[Any]], Callable[[], int]]:
     find, trust, monotonic, timers = path.entries.get, path.trust, path.monotonic, path.timers
-    # Counted from here, so that the first hit is one that is timed.
-    hits = before = _SAMPLE_EVERY - 1
+    hits, due = 0, 1  # the first hit is one that is timed
 
     def sample(user_id: str) -> None:
+        nonlocal due
+        due = hits + _SAMPLE_EVERY
         # One hit in 64 is looked up once more between two readings of the clock: the others
         # then need not read it twice.
         begun = monotonic()
@@ -187,18 +186,16 @@ def _sampled(
             entry = find(user_id)
         except TypeError:
             entry = None
-        if entry is not None:
-            now = monotonic()
-            if now < entry.expires and now < trust.until:
-                hits += 1
-                if entry.freq < 3:  # noqa: PLR2004
-                    entry.freq += 1
-                if not hits % _SAMPLE_EVERY:
-                    sample(user_id)
-                return entry.value
+        if entry is not None and trust.until > monotonic() < entry.expires:
+            hits += 1
+            if entry.freq < 3:  # noqa: PLR2004
+                entry.freq += 1
+            if hits >= due:
+                sample(user_id)
+            return entry.value
         return await slow(user_id)
 
-    return get_latest, lambda: hits - before
+    return get_latest, lambda: hits
 
 
 def _timed(

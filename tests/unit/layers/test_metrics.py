@@ -987,6 +987,32 @@ async def test_another_registry_shows_nothing_of_it() -> None:
     assert "by-default" not in generate_latest(REGISTRY).decode()
 
 
+@pytest.mark.parametrize(
+    ("time_hits", "reads"), [("sampled", 6_400 + 100 * 2), ("all", 6_400 * 2)]
+)
+async def test_one_hit_in_64_is_timed_or_all_are(
+    registry: CollectorRegistry, time_hits: Any, reads: int
+) -> None:
+    """Each reads the clock once, since it may be over; one that is timed, for its duration too."""
+
+    class Watched(FakeClock):
+        reads = 0
+
+        def monotonic(self) -> float:
+            self.reads += 1
+            return super().monotonic()
+
+    clock = Watched()
+    cached = Cached(MemoryStore(), clock=clock)
+    stack = Metrics(cached, name="s", registry=registry, time_hits=time_hits, clock=clock)
+    await stack.upsert_latest(StateSnapshot("u-1"))
+    clock.reads = 0
+    for _ in range(6_400):
+        await stack.get_latest("u-1")
+    assert clock.reads == reads
+    assert outcomes(registry, "get_latest")["ok"] == 6_400
+
+
 # Threads
 
 
