@@ -20,6 +20,9 @@ __all__ = ["MASK", "to_config"]
 MASK: Final = "***"
 """What stands in place of a secret in :func:`to_config` and ``describe``."""
 
+_OF_THE_PROCESS: Final = frozenset({"clock", "exemplar", "random", "registry"})
+"""Objects that are no part of a stack: one that is loaded takes those of its process."""
+
 
 def to_config(stack: StateStore) -> dict[str, Any]:
     """Return the dict that :func:`load_stack` builds this stack from, secrets masked.
@@ -72,7 +75,8 @@ def _one(store: StateStore) -> dict[str, Any]:
                 table[option.name] = None
             continue
         if not option.from_file:
-            table[option.name] = f"<{type(value).__name__}>"
+            if option.name not in _OF_THE_PROCESS:
+                table[option.name] = f"<{type(value).__name__}>"
             continue
         table[option.name] = _plain(option, value)
     return table
