@@ -246,6 +246,7 @@ class Holdings:
         old = writers.before
         if old is None or writers.noticed > old.version or not self._lifetime:
             return
+        # A new one: in its queue the old one stands as taken out.
         self._put(
             Entry(old.key, old.value, 0, 0, old.expires, old.deadline, old.version, old.digest)
         )

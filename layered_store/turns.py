@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from layered_store.interface import Op
 
-__all__ = ["Turn", "Turns", "timed_out"]
+__all__ = ["Turn", "Turns", "timed_out", "unsent"]
 
 
 class Turn:
@@ -104,6 +104,16 @@ def timed_out(exc: BaseException) -> bool:
     return isinstance(exc, TimeoutError) or isinstance(exc.__cause__, TimeoutError)
 
 
+def unsent(op: Op | None, layer: str, user_id: str | None = None) -> StoreTimeoutError:
+    """Return the error of a write that was spared a store that hangs."""
+    return StoreTimeoutError(
+        "an earlier write of the same user got no answer in time; this one was not sent",
+        operation=op,
+        layer=layer,
+        user_id=user_id,
+    )
+
+
 T = TypeVar("T", bound=Turn)
 
 
@@ -169,13 +179,7 @@ class Turns(Generic[T]):
         turn = self.enter(user_id, op)
         try:
             if not await turn.take():
-                raise StoreTimeoutError(
-                    "an earlier write of the same user got no answer in time; this one was not"
-                    " sent",
-                    operation=op,
-                    layer=self._layer,
-                    user_id=user_id,
-                )
+                raise unsent(op, self._layer, user_id)
         except BaseException:
             self.leave(user_id, turn)
             raise

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from layered_store.errors import (
     ClosedError,
     ConfigError,
+    ErasureIncompleteError,
     RejectedError,
     StoreError,
     StoreTimeoutError,
     UnsupportedError,
     ValidationError,
 )
+from layered_store.stack import tier_name
+
+if TYPE_CHECKING:
+    from layered_store.interface import StateStore
 
 __all__ = [
     "CALLER_ERRORS",
@@ -20,6 +25,7 @@ __all__ = [
     "after_commit",
     "may_take_effect",
     "not_happened",
+    "pending_of",
 ]
 
 QUARANTINE_SECONDS: Final = 5.0
@@ -51,3 +57,9 @@ def after_commit(exc: StoreError) -> StoreError:
     told = exc.fresh()
     told.outcome_unknown = True
     return told
+
+
+def pending_of(exc: BaseException, store: StateStore) -> tuple[str, ...]:
+    """Return the names of what may still hold a user whom ``store`` failed to erase."""
+    nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
+    return nested or (tier_name(store),)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
 from layered_store.clock import SYSTEM_CLOCK
+from layered_store.coherence.outcomes import pending_of
 from layered_store.errors import (
     ClosedError,
     ErasureIncompleteError,
@@ -33,7 +34,6 @@ from layered_store.interface import (
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.running import UnderWay
-from layered_store.stack import tier_name
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ class Fallback(Layer):
                 await store.delete(user_id)
             except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
                 errors.append(exc)
-                nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
-                pending.extend(nested or (tier_name(store),))
+                pending.extend(pending_of(exc, store))
         if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
             raise errors[0]  # nothing was erased anywhere, and repeating it would not help
         if errors:

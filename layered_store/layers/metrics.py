@@ -236,6 +236,10 @@ class Metrics(AroundLayer):
         """Return the health of each block at the last check, by its ``layer`` label."""
         return self._health
 
+    def last_health_check(self) -> float:
+        """Return when the health was last checked, in seconds since 1970; 0 when it never was."""
+        return self._health_checked or 0.0
+
     async def aclose(self) -> None:
         try:
             await super().aclose()

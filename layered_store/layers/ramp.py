@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from layered_store.call import call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS, may_take_effect, not_happened
+from layered_store.coherence.outcomes import (
+    QUARANTINE_SECONDS,
+    may_take_effect,
+    not_happened,
+    pending_of,
+)
 from layered_store.enumerable import Enumerable, enumerable_of
 from layered_store.errors import (
     ClosedError,
     ConfigError,
     ErasureIncompleteError,
     StoreError,
-    StoreTimeoutError,
     UnavailableError,
     UnsupportedError,
 )
@@ -46,9 +50,9 @@ from layered_store.masking import masked
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.running import UnderWay
 from layered_store.sharing import place_of
-from layered_store.stack import staleness, tier_name, walk
+from layered_store.stack import staleness, walk
 from layered_store.stats import Sample
-from layered_store.turns import Turn, Turns
+from layered_store.turns import Turn, Turns, unsent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -385,12 +389,7 @@ class Ramp(Layer):
             own = call.again()
             try:
                 if any(turn.spared for turn in turns.values()):
-                    raise StoreTimeoutError(
-                        "an earlier write of the same user got no answer in time; this one was not"
-                        " sent",
-                        operation=op,
-                        layer=self.name,
-                    )
+                    raise unsent(op, self.name)
                 with call_continues(own):
                     await _upsert(self._other, batch, op)
             except Exception as exc:
@@ -458,8 +457,7 @@ class Ramp(Layer):
                         raise
                     # Whatever it was, the other must erase.
                     errors.append(exc)
-                    nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
-                    pending.extend(nested or (tier_name(store),))
+                    pending.extend(pending_of(exc, store))
             if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
                 raise errors[0]  # nothing was erased anywhere, and repeating it would not help
             if errors:

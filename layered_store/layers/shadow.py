@@ -13,7 +13,7 @@ from layered_store.call import Call, call_begins, call_continues, current_call
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.offering import offered
-from layered_store.coherence.outcomes import not_happened
+from layered_store.coherence.outcomes import not_happened, pending_of
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
@@ -37,7 +37,6 @@ from layered_store.options import (
     check_store,
 )
 from layered_store.sharing import place_of
-from layered_store.stack import tier_name
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -375,7 +374,7 @@ class Shadow(Layer):
                     "not every store has the user erased; repeat the delete",
                     pending=[
                         *(first.pending if first is not None else ()),
-                        *(_pending(second, self.candidate) if second is not None else ()),
+                        *(pending_of(second, self.candidate) if second is not None else ()),
                     ],
                     layer=self.name,
                     user_id=user_id,
@@ -587,8 +586,3 @@ class _Mirroring(View):
 
 
 _MirroringAuthority: Any = view_of(Authority, _Mirroring)
-
-
-def _pending(error: Exception, store: StateStore) -> tuple[str, ...]:
-    nested = error.pending if isinstance(error, ErasureIncompleteError) else ()
-    return nested or (tier_name(store),)

@@ -236,15 +236,15 @@ class Exporter:
         """
         if all(level == _HEALTHY for level in metrics.health_levels().values()):
             return False
-        checked = _health_checked(metrics)
+        checked = metrics.last_health_check()
         if metrics.clock.time() - checked <= _OUTDATED_SECONDS:
             return False
         return self.last_check(metrics.name) - checked > _OUTDATED_SECONDS
 
     def last_check(self, stack: str) -> float:
         """Return when the health was last checked by any of the stacks of a name."""
-        times = [_health_checked(each) for each in self.open_stacks() if each.name == stack]
-        return max(times, default=0.0)
+        stacks = (each for each in self.open_stacks() if each.name == stack)
+        return max((each.last_health_check() for each in stacks), default=0.0)
 
     def _warn(self, layer: str, problem: str) -> None:
         if layer not in self._warned:
@@ -256,11 +256,6 @@ def _counts(metrics: Metrics, figures: Iterable[tuple[Key, float]]) -> _Counts:
     """Return what a stack has counted and timed so far, without its gauges."""
     counters = {key: value for key, value in figures if CATALOGUE[key[0]].kind == "counter"}
     return counters, {(metrics.name, operation): each for operation, each in metrics.durations()}
-
-
-def _health_checked(metrics: Metrics) -> float:
-    times = [each.value for each in metrics.samples() if each.metric == "health_checked"]
-    return max(times, default=0.0)
 
 
 def combined(key: Key, known: float | None, value: float) -> float:
