@@ -21,6 +21,7 @@ from layered_store.layers.retry import Retry
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.stores.sql import SQLStore, transactions
+from layered_store.stores.sql.postgres import PostgresWay
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -230,8 +231,9 @@ async def test_plans_made_while_the_tables_are_small_stay_good(postgres_url: str
     async with build(postgres_url) as store:
         await store.upsert_latest(state("first", 1))
         home = store._access.home("get_latest")
-        texts = store._access._asyncpg
-        assert texts is not None
+        way = store._access.way
+        assert isinstance(way, PostgresWay)
+        texts = way.texts
         desk = await home.desks.take()
         try:
             await desk.driver.execute("SET plan_cache_mode = force_generic_plan")

@@ -8,19 +8,19 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import event
-
 from layered_store.coherence.tombstones import LATEST_SECONDS, too_late
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
 from layered_store.running import Ending, running_loop
-from layered_store.stores.sql import engines, lite, postgres, transactions, versions
+from layered_store.stores.sql import engines, transactions, versions
 from layered_store.stores.sql.batching import Batch, Batcher, Reads, Writes, one_by_one
 from layered_store.stores.sql.desks import Desk, Desks
-from layered_store.stores.sql.dialects import NOW_US, XID, Statements
-from layered_store.stores.sql.failures import concerns_one, read_only, statement_lost, translate
+from layered_store.stores.sql.dialects import Statements
+from layered_store.stores.sql.failures import statement_lost, translate
+from layered_store.stores.sql.lite import LiteWay
+from layered_store.stores.sql.postgres import PostgresWay
 from layered_store.stores.sql.schema import build_tables
-from layered_store.stores.sql.session import Session, padded
 from layered_store.stores.sql.transactions import Erasure, Settlement, Write
+from layered_store.stores.sql.way import Way
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -29,26 +29,15 @@ if TYPE_CHECKING:
 
     from layered_store.clock import Clock
     from layered_store.stores.erasures import KnownErasures
-    from layered_store.stores.sql.session import Rules
+    from layered_store.stores.sql.session import Rules, Session
 
 __all__ = ["Access"]
 
 B = TypeVar("B", bound=Batcher)
 T = TypeVar("T")
 
-_READS_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
-"""Batches of reads under way. SQLite's thread and this one share the interpreter: two would only
-be in each other's way."""
-
-_WRITES_OUT: Final = {"sqlite": 1, "postgresql": 2, "mysql": 2}
-"""Batches of writes under way. A commit waits for the disk, and the server flushes several at
-once; SQLite admits one writer."""
-
 _STOP_SECONDS: Final = 0.5
 """How long a driver may take, when a store is closed, to have a server stop what it does."""
-
-_MOST_PATIENCE: Final = 86_400.0
-"""Seconds that a write waits for the writers of other processes at most."""
 
 _PURGE_ROWS: Final = 128
 _PURGE_SOON, _PURGE_LATER = 64, 1024
@@ -94,24 +83,17 @@ class Access:
             None if given is None else given.execution_options(isolation_level="AUTOCOMMIT")
         )
         self._address = address
-        self._family = family
         self._one_connection = engines.in_memory(address)
         self.tables = build_tables(latest_table, history_table, family)
         self.statements = Statements(self.tables, family)
-        self._file = lite.DatabaseFile()
-        self._lite = lite.LiteStatements(self.statements, rules) if family == "sqlite" else None
-        self._asyncpg = (
-            postgres.PostgresStatements(self.tables, NOW_US["postgresql"], XID)
-            if address.get_driver_name() == "asyncpg"
-            else None
-        )
-        # A running SQLite statement is a thread's: it ends by itself, cut off or not.
-        self._cannot_stop = family == "sqlite"
+        if family == "sqlite":
+            self.way: Way = LiteWay(self.statements, rules, erasures, clock, timeout)
+        elif address.get_driver_name() == "asyncpg":
+            self.way = PostgresWay(self.statements, rules, erasures, clock)
+        else:
+            self.way = Way(self.statements, rules, erasures, clock)
         self._create_tables = create_tables
         self._rules = rules
-        self._quick = not rules.by_snapshot_time and (
-            rules.max_age_us is None or self._lite is not None
-        )
         self._erasures = erasures
         self._timeout = timeout
         self._pool_size = pool_size
@@ -148,32 +130,29 @@ class Access:
         if engine is None:
             engine = self._build()
         size = 1 if self._one_connection else self._pool_size
-        stoppable = not self._cannot_stop
+        way = self.way
         desks = Desks(engine, size, keep=self._given is None, clock=self._clock)
         home = engines.Home(loop, engine, desks)
 
         def batcher(kind: type[B], run: Callable[..., Awaitable[Sequence[Any]]], out: int) -> B:
             return kind(
-                partial(run, home), self._concerns_one, self._clock, self._timeout,
-                out=out, stoppable=stoppable, stop=desks.stop,
-                expired=desks.distrust if stoppable else None,
+                partial(run, home), way.concerns_one, self._clock, self._timeout,
+                out=out, stoppable=way.stoppable, stop=desks.stop,
+                expired=desks.distrust if way.stoppable else None,
             )  # fmt: skip
 
-        reads, writes = _READS_OUT[self._family], _WRITES_OUT[self._family]
-        home.reads = batcher(Reads, self._read_batch, reads)
-        home.writes = batcher(Writes, self._write_batch, writes)
-        # asyncpg's statement stores one write per user.
-        home.writes.one_each = self._asyncpg is not None
-        if self._lite is not None or self._asyncpg is not None:
-            home.histories = batcher(Reads, self._history_batch, reads)
+        home.reads = batcher(Reads, self._read_batch, way.reads_out)
+        home.writes = batcher(Writes, self._write_batch, way.writes_out)
+        home.writes.one_each = way.one_each
+        if way.joins_histories:
+            home.histories = batcher(Reads, self._history_batch, way.reads_out)
         return home
 
     def _build(self) -> AsyncEngine:
         engine = engines.build_engine(
             self._address, size=self._pool_size, wait=self._timeout, prepares=self._prepares
         )
-        if self._lite is not None:
-            event.listen(engine.sync_engine, "do_connect", lambda *_: self._file.check())
+        self.way.watch(engine)
         return engine
 
     def _refuse_loop(self, operation: str) -> None:
@@ -221,7 +200,7 @@ class Access:
         for batcher in home.batchers():
             batcher.close()
         home.desks.end()
-        if not self._cannot_stop:
+        if self.way.stoppable:
             await self._cut_off(home)
         if home.closer is not None:
             await home.closer.aclose()  # which has a time limit
@@ -245,46 +224,20 @@ class Access:
     # Batches
 
     async def _read_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
-        session = batch.goes_on_in(self._session())
+        session = batch.goes_on_in(self.way.session())
         digests = list({digest for digest, _ in batch.entries})
-
-        async def work(desk: Desk) -> Any:
-            if self._lite is not None:
-                return await lite.in_thread(
-                    desk.driver, self._file, lite.read_rows, self._lite, digests
-                )
-            if self._asyncpg is not None:
-                return await postgres.read_rows(desk.driver, self._asyncpg, digests)
-            session.connection = desk.connection
-            found = await session.rows(self.statements.read_many, {"digests": padded(digests)})
-            return {bytes(row.digest): row for row in found}
-
-        rows = await self._attempt(home, session, work)
+        rows = await self._attempt(home, session, partial(self.way.read_rows, session, digests))
         return [rows.get(digest) for digest, _ in batch.entries]
 
     async def _history_batch(self, home: engines.Home, batch: Batch) -> list[Any]:
         """Return for each entry (digest, most rows, oldest age) the payloads, newest first."""
-        session = batch.goes_on_in(self._session())
+        session = batch.goes_on_in(self.way.session())
         entries = [what for what, _ in batch.entries]
-        age = entries[0][2]
+        age_us = entries[0][2]
         longest: dict[bytes, int] = {}
         for digest, rows, _ in entries:
             longest[digest] = max(rows, longest.get(digest, 0))
-
-        async def each(session: Session) -> dict[bytes, list[bytes]]:
-            found = {}
-            for digest, rows in longest.items():
-                values = {"at_digest": digest, "max_rows": rows, "max_age_us": age}
-                got = await session.rows(self.statements.history, session.timed(values))
-                found[digest] = [row.payload for row in got]
-            return found
-
-        async def work(desk: Desk) -> dict[bytes, list[bytes]]:
-            if self._asyncpg is not None:
-                return await postgres.read_histories(desk.driver, self._asyncpg, longest, age)
-            # SQLite has no round trips to save, but its thread has.
-            return await self._operate(session, each, desk)
-
+        work = partial(self.way.read_histories, session, longest, age_us)
         found = await self._attempt(home, session, work)
         return [found.get(digest, [])[:rows] for digest, rows, _ in entries]
 
@@ -294,12 +247,14 @@ class Access:
             return await self._in_transaction(home, batch, transactions.erase, items)
         if type(items[0]) is Settlement:
             return await self._in_transaction(home, batch, transactions.settle, items)
-        results: list[Any] = [None] * len(items)
+        results: list[Any]
         oldest = self._clock.monotonic() - LATEST_SECONDS
         if any(item.started < oldest for item in items):
             results = [too_late() if item.started < oldest else None for item in items]
-        elif self._quick:
-            results = await self._write_quickly(home, batch, items)
+        else:
+            session = batch.goes_on_in(self.way.session())
+            attempt = partial(self._attempt, home, session, writes=True)
+            results = await self.way.write_at_once(session, items, attempt)
         left = [index for index, result in enumerate(results) if result is None]
         if left:
             rows = await self._write_carefully(home, batch, [items[index] for index in left])
@@ -311,52 +266,6 @@ class Access:
             if await self._purge(home) >= _PURGE_ROWS:
                 self._until_purge = _PURGE_SOON
         return results
-
-    async def _write_quickly(
-        self, home: engines.Home, batch: Batch, items: list[Write]
-    ) -> list[Any]:
-        """Store what can be stored without a closer look; None stands for the others."""
-        nothing: list[Any] = [None] * len(items)
-        session = batch.goes_on_in(self._session())
-        if self._lite is not None:
-            if not all(item.fresh for item in items):
-                return nothing
-
-            async def in_thread(desk: Desk) -> list[Any] | None:
-                follows = self._erasures.follows
-                return await lite.in_thread(
-                    desk.driver, self._file, lite.write_rows,
-                    session, items, self._rules, follows,
-                )  # fmt: skip
-
-            return await self._attempt(home, session, in_thread, writes=True) or nothing
-        if self._asyncpg is None:
-            return nothing
-        texts = self._asyncpg
-        firsts: dict[bytes, Write] = {}
-        for item in items:
-            firsts.setdefault(item.digest, item)
-
-        async def at_once(desk: Desk) -> dict[bytes, int]:
-            known = self._erasures.known_before
-            pairs = [(item, known(item.digest, item.order)) for item in firsts.values()]
-            session.committing = True
-            try:
-                return await postgres.write_rows(desk.driver, texts, pairs, self._rules)
-            except Exception as exc:
-                if postgres.refused(exc):
-                    session.committing = False
-                raise
-
-        try:
-            versions = await self._attempt(home, session, at_once, writes=True)
-        except StoreError as exc:
-            if exc.outcome_unknown or not self._concerns_one(exc):
-                raise
-            return nothing
-        return [
-            versions.get(item.digest) if firsts[item.digest] is item else None for item in items
-        ]
 
     async def _write_carefully(
         self, home: engines.Home, batch: Batch, items: list[Write]
@@ -374,14 +283,14 @@ class Access:
         try:
             return await write(items)
         except Exception as exc:  # noqa: BLE001  handed to those who wait
-            return await one_by_one(items, write, exc, self._concerns_one)
+            return await one_by_one(items, write, exc, self.way.concerns_one)
 
     async def _in_transaction(
         self, home: engines.Home, batch: Batch, work: Callable[..., Awaitable[T]], *args: Any
     ) -> T:
-        session = batch.goes_on_in(self._session())
+        session = batch.goes_on_in(self.way.session())
         return await self._attempt(
-            home, session, partial(self._operate, session, lambda s: work(s, *args)), writes=True
+            home, session, partial(self.way.operate, session, lambda s: work(s, *args)), writes=True
         )
 
     async def _purge(self, home: engines.Home) -> int:
@@ -398,16 +307,13 @@ class Access:
                     await session.run(step, [place])
             return len(due)
 
-        session = self._session()
+        session = self.way.session()
         try:
             return await self._attempt(
-                home, session, partial(self._operate, session, work), writes=True
+                home, session, partial(self.way.operate, session, work), writes=True
             )
         except StoreError:
             return 0  # the writes it came with are committed; later ones try again
-
-    def _concerns_one(self, error: Exception) -> bool:
-        return concerns_one(error, alone_at_work=self._cannot_stop)
 
     # Single operations
 
@@ -418,9 +324,9 @@ class Access:
         connection that hangs takes the drivers seconds.
         """
         home = self.home(op)
-        session = self._session()
+        session = self.way.session()
         task = home.loop.create_task(
-            self._attempt(home, session, partial(self._operate, session, work))
+            self._attempt(home, session, partial(self.way.operate, session, work))
         )
         home.running.add(task)
         task.add_done_callback(lambda done: _finished(home, done))
@@ -429,7 +335,7 @@ class Access:
             async with self._clock.timeout(self._timeout):
                 await asyncio.wait((task,))
         except TimeoutError:
-            if not self._cannot_stop:
+            if self.way.stoppable:
                 home.desks.distrust(begun)
             self._abandon(home, task)
             raise StoreTimeoutError(
@@ -448,25 +354,8 @@ class Access:
         """Leave a task behind."""
         # Not cancelled on SQLite: its thread goes on whatever we do, and SQLAlchemy would throw the
         # connection away, which for a database in memory is the database.
-        if not self._cannot_stop:
+        if self.way.stoppable:
             home.desks.stop(task)
-
-    def _session(self) -> Session:
-        if self._lite is not None:
-            return lite.LiteSession(
-                None, self.statements, self._clock,
-                # A write that never began is told as such, before its time limit leaves that open.
-                texts=self._lite, patience=min(0.9 * self._timeout, _MOST_PATIENCE),
-            )  # fmt: skip
-        return Session(None, self.statements, self._clock)
-
-    async def _operate(
-        self, session: Session, work: Callable[[Session], Awaitable[T]], desk: Desk
-    ) -> T:
-        if isinstance(session, lite.LiteSession):
-            return await lite.in_thread(desk.driver, self._file, lite.do, session, work)
-        session.connection = desk.connection
-        return await work(session)
 
     async def _attempt(
         self,
@@ -511,7 +400,7 @@ class Access:
         writes: bool = False,
     ) -> T:
         """Do ``work`` with a connection; leave no transaction open on it; raise our errors."""
-        lock = home.writing if writes and self._cannot_stop else None
+        lock = home.writing if writes and self.way.writes_out == 1 else None
         if lock is not None:
             await lock.acquire()
         try:
@@ -523,7 +412,9 @@ class Access:
                 result = await work(desk)
                 broken = False
             except Exception as exc:
-                broken = await self._spoilt(session, desk, exc)
+                broken = not self._one_connection and await self.way.spoilt(
+                    session, desk, exc, given=self._given is not None
+                )
                 if broken or desk.connection.invalidated:
                     home.desks.distrust()
                 raise
@@ -543,27 +434,6 @@ class Access:
         finally:
             if lock is not None:
                 lock.release()
-
-    async def _spoilt(self, session: Session, desk: Desk, exc: Exception) -> bool:
-        """Roll back after an error; tell whether the connection is of no more use."""
-        if self._one_connection:
-            return False
-        if self._lite is not None:
-            return not lite.harmless(exc)
-        if read_only(translate(exc, operation="", layer="")):
-            return True  # after a failover the old primary is a replica: another may be meant now
-        closed = getattr(desk.driver, "is_closed", None)
-        if closed is not None and closed():
-            if self._given is not None:
-                with suppress(Exception):  # SQLAlchemy learns of it, and empties its pool
-                    await desk.connection.exec_driver_sql("SELECT 1")
-            return True
-        if session.open:
-            try:
-                await session.command(self.statements.rollback)
-            except Exception:  # noqa: BLE001  it failed before
-                return True
-        return False
 
     async def _make_ready(self, home: engines.Home, desk: Desk) -> None:
         async with home.opening:

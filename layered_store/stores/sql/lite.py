@@ -7,128 +7,131 @@ those of :mod:`layered_store.stores.sql.dialects`, compiled once.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import event
 
-from layered_store.errors import UnavailableError
+from layered_store.stores.sql.database_file import DatabaseFile
+from layered_store.stores.sql.lite_statements import LiteStatements
 from layered_store.stores.sql.session import Session, no_counter
-from layered_store.stores.sql.sweep import Sweep
+from layered_store.stores.sql.way import Way
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from layered_store.clock import Clock
+    from layered_store.stores.erasures import KnownErasures
+    from layered_store.stores.sql.desks import Desk
     from layered_store.stores.sql.dialects import Statements
     from layered_store.stores.sql.session import Rules
     from layered_store.stores.sql.transactions import Write
 
-__all__ = [
-    "DatabaseFile",
-    "LiteSession",
-    "LiteStatements",
-    "in_thread",
-    "read_rows",
-    "write_rows",
-]
+__all__ = ["LiteWay"]
 
 T = TypeVar("T")
 
-_NAMED: Final = sqlite.dialect(paramstyle="named")
 _LOOK_MS: Final = 20
 
-
-class _Text:
-    """A statement as text; those with lists of values have one text for each length."""
-
-    def __init__(self, statement: Any, columns: Sequence[str] | None = None) -> None:
-        compiled = statement.compile(dialect=_NAMED, column_keys=columns)
-        self._compiled = compiled
-        self._expands = "POSTCOMPILE" in compiled.string
-        self._texts: dict[tuple[int, ...], str] = {}
-        self._fixed = dict(compiled.params)
-        names = [str(column[0]) for column in getattr(compiled, "_result_columns", ())]
-        self.make: Any = tuple
-        if names:
-            make_class: Any = namedtuple  # noqa: PYI024  the names are known at run time
-            self.make = make_class("row", names)._make
-
-    def bind(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the text and the values by name."""
-        if not self._expands:
-            fixed = self._fixed
-            known = {name: values.get(name, fixed[name]) for name in fixed}
-            return self._compiled.string, known
-        lists = {name: value for name, value in values.items() if isinstance(value, list)}
-        shape = tuple(map(len, lists.values()))
-        text = self._texts.get(shape)
-        if text is None:
-            state = self._compiled.construct_expanded_state(values)
-            text = self._texts[shape] = state.statement
-        flat = {name: values.get(name, value) for name, value in self._fixed.items()}
-        for name, several in lists.items():
-            del flat[name]
-            flat.update({f"{name}_{n}": value for n, value in enumerate(several, 1)})
-        return text, flat
+_MOST_PATIENCE: Final = 86_400.0
+"""Seconds that a write waits for the writers of other processes at most."""
 
 
-class LiteStatements:
-    """The texts of a store's statements for SQLite.
+class LiteWay(Way):
+    """Past SQLAlchemy, in aiosqlite's thread.
+
+    One batch out: that thread and the event loop share the interpreter, so two would only be in
+    each other's way; and SQLite admits one writer. What runs is the thread's: it ends by itself,
+    cut off or not.
 
     Args:
-        statements: what to compile.
-        rules: the store's options.
+        statements: those of the store's database.
+        rules: what decides about a write.
+        erasures: what is known of erasures.
+        clock: source of time.
+        timeout: seconds that one operation may take.
     """
 
-    def __init__(self, statements: Statements, rules: Rules) -> None:
-        self._statements = statements
-        self._texts: dict[int, tuple[Any, _Text]] = {}
-        quote = _NAMED.identifier_preparer.quote
-        tables = statements.tables
-        latest, history = quote(tables.latest.name), quote(tables.history.name)
-        counter = quote(tables.counter.name)
-        self.sweep = Sweep(latest, history, rules)
-        newest = f"{latest} l LEFT JOIN {history} h ON h.position = l.position"
-        columns = "l.user_id, l.version, h.payload"
-        self.read = f"SELECT {columns} FROM {newest} WHERE l.digest = ?"
-        self.read_many = f"SELECT l.digest, {columns} FROM {newest} WHERE l.digest IN (%s)"
-        self.states = (
-            f"SELECT digest, version, erased_version, position FROM {latest} WHERE digest IN (%s)"
-        )
-        self.advance = f"UPDATE {counter} SET position = ? WHERE id = 1"
-        self.position = f"SELECT position FROM {counter} WHERE id = 1"
-        self.append = (
-            f"INSERT INTO {history}"
-            " (position, digest, version, write_id, recorded_at, previous, payload)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)"
-        )
-        self.put = (
-            f"INSERT INTO {latest} (digest, user_id, version, updated_at_unix_ms, position)"
-            " VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (digest) DO UPDATE SET user_id = excluded.user_id,"
-            " version = excluded.version, updated_at_unix_ms = excluded.updated_at_unix_ms,"
-            " position = excluded.position"
-        )
-        # Only of a user who was erased: setting it costs a page of its index.
-        self.revive = f"UPDATE {latest} SET purge_at = NULL WHERE digest = ?"
-        self.hide = f"UPDATE {history} SET payload = NULL WHERE position = ?"
+    reads_out: ClassVar[int] = 1
+    writes_out: ClassVar[int] = 1
+    stoppable: ClassVar[bool] = False
+    # No round trip to save, but a hop to the thread.
+    joins_histories: ClassVar[bool] = True
 
-    def text(self, statement: Any) -> _Text:
-        """Return a statement's text, compiled on first use."""
-        known = self._texts.get(id(statement))
-        if known is not None:
-            return known[1]
-        columns = None
-        if statement is self._statements.append:
-            columns = [column.name for column in self._statements.tables.history.c]
-        text = _Text(statement, columns)
-        # The statement stays too, so that no other has its id.
-        self._texts[id(statement)] = (statement, text)
-        return text
+    def __init__(
+        self,
+        statements: Statements,
+        rules: Rules,
+        erasures: KnownErasures,
+        clock: Clock,
+        timeout: float,
+    ) -> None:
+        super().__init__(statements, rules, erasures, clock)
+        self._texts = LiteStatements(statements, rules)
+        self._file = DatabaseFile()
+        # A write that never began is told as such, before its time limit leaves that open.
+        self._patience = min(0.9 * timeout, _MOST_PATIENCE)
+
+    def watch(self, engine: AsyncEngine) -> None:
+        event.listen(engine.sync_engine, "do_connect", lambda *_: self._file.check())
+
+    def session(self) -> LiteSession:
+        return LiteSession(
+            None, self.statements, self.clock, texts=self._texts, patience=self._patience
+        )
+
+    async def operate(
+        self, session: Session, work: Callable[[Session], Awaitable[T]], desk: Desk
+    ) -> T:
+        return await self._in_thread(desk, do, session, work)
+
+    async def read_rows(
+        self, session: Session, digests: list[bytes], desk: Desk
+    ) -> Mapping[bytes, Any]:
+        del session
+        return await self._in_thread(desk, read_rows, self._texts, digests)
+
+    async def write_at_once(
+        self,
+        session: Session,
+        items: Sequence[Write],
+        attempt: Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]],
+    ) -> list[Any]:
+        nothing: list[Any] = [None] * len(items)
+        if self.rules.by_snapshot_time or not all(item.fresh for item in items):
+            return nothing
+
+        async def in_thread(desk: Desk) -> list[int] | None:
+            follows = self.erasures.follows
+            return await self._in_thread(desk, write_rows, session, items, self.rules, follows)
+
+        return await attempt(in_thread) or nothing
+
+    async def spoilt(self, session: Session, desk: Desk, exc: Exception, *, given: bool) -> bool:
+        """Tell whether the connection is of no more use; its thread has rolled back."""
+        del session, desk, given
+        return not harmless(exc)
+
+    async def _in_thread(self, desk: Desk, work: Callable[..., T], *args: Any) -> T:
+        """Run ``work(connection, *args)`` in the thread of a connection to this store's file."""
+        driver, file = desk.driver, self._file
+        connection = driver._conn  # noqa: SLF001
+        results: list[T] = []
+
+        def run() -> None:
+            if file.known:
+                file.check()
+            else:
+                file.learn(connection)
+            results.append(work(connection, *args))
+
+        # aiosqlite logs what it runs, with all arguments, and asyncio in its debug mode what a slow
+        # callback was called with: this way there is nothing to show.
+        await driver._execute(run)  # noqa: SLF001
+        return results[0]
 
 
 @dataclass(slots=True)
@@ -164,71 +167,6 @@ class LiteSession(Session):
         del rules  # the sweep knows them
         added = [(e["position"], e["digest"], e["version"], e["previous"]) for e in entries]
         self.texts.sweep.trim(self.connection, added, now_us)
-
-
-class DatabaseFile:
-    """The file that a store began with: its path may come to name another one, or none.
-
-    SQLite goes on with a file that was replaced or deleted, and in WAL mode does not notice: what
-    it acknowledges then is lost with the last connection. Nor may another file be opened instead:
-    the old one's log stands beside it still, and would be replayed into it.
-    """
-
-    __slots__ = ("_known", "_path")
-
-    def __init__(self) -> None:
-        self._path: str | None = None
-        self._known: tuple[int, int] | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether a connection was opened already."""
-        return self._path is not None
-
-    def learn(self, connection: sqlite3.Connection) -> None:
-        """Take note of the file that a connection was opened to; none if it is in memory."""
-        _, _, path = connection.execute("PRAGMA database_list").fetchone()
-        self._known = _identity(path)
-        self._path = path
-
-    def check(self) -> None:
-        """Look whether it is still there, once it is known.
-
-        Raises:
-            UnavailableError: it is not.
-        """
-        if self._path and _identity(self._path) != self._known:
-            raise UnavailableError(
-                "the database file was moved, replaced or deleted while it was open; put it back,"
-                " or build a new store",
-                retryable=False,
-            )
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-async def in_thread(driver: Any, file: DatabaseFile, work: Callable[..., T], *args: Any) -> T:
-    """Run ``work(connection, *args)`` in the thread of an aiosqlite connection to this file."""
-    connection = driver._conn  # noqa: SLF001
-    results: list[T] = []
-
-    def run() -> None:
-        if file.known:
-            file.check()
-        else:
-            file.learn(connection)
-        results.append(work(connection, *args))
-
-    # aiosqlite logs what it runs, with all arguments, and asyncio in its debug mode what a slow
-    # callback was called with: this way there is nothing to show.
-    await driver._execute(run)  # noqa: SLF001
-    return results[0]
 
 
 def begin(connection: sqlite3.Connection, patience: float, clock: Clock) -> None:

@@ -7,20 +7,95 @@ closer look: a user who was erased, a write that was stored before.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from sqlalchemy.dialects import postgresql
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from layered_store.errors import StoreError
+from layered_store.stores.sql.dialects import NOW_US, XID
+from layered_store.stores.sql.way import Way
 
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from layered_store.clock import Clock
+    from layered_store.stores.erasures import KnownErasures
+    from layered_store.stores.sql.desks import Desk
+    from layered_store.stores.sql.dialects import Statements
     from layered_store.stores.sql.schema import Tables
-    from layered_store.stores.sql.session import Rules
+    from layered_store.stores.sql.session import Rules, Session
     from layered_store.stores.sql.transactions import Write
 
-__all__ = ["PostgresStatements", "read_histories", "read_rows", "refused", "write_rows"]
+__all__ = ["PostgresWay"]
 
 _ALL: Final = 2**62
+
+
+class PostgresWay(Way):
+    """Past SQLAlchemy to asyncpg, for reads and for writes that need no closer look.
+
+    Args:
+        statements: those of the store's database.
+        rules: what decides about a write.
+        erasures: what is known of erasures.
+        clock: source of time.
+    """
+
+    # The statement that stores a batch takes one write of each user.
+    one_each: ClassVar[bool] = True
+    joins_histories: ClassVar[bool] = True
+
+    def __init__(
+        self, statements: Statements, rules: Rules, erasures: KnownErasures, clock: Clock
+    ) -> None:
+        super().__init__(statements, rules, erasures, clock)
+        self.texts = PostgresStatements(statements.tables, NOW_US["postgresql"], XID)
+
+    async def read_rows(
+        self, session: Session, digests: list[bytes], desk: Desk
+    ) -> Mapping[bytes, Any]:
+        del session
+        return await read_rows(desk.driver, self.texts, digests)
+
+    async def read_histories(
+        self, session: Session, longest: Mapping[bytes, int], age_us: int, desk: Desk
+    ) -> Mapping[bytes, list[bytes]]:
+        del session
+        return await read_histories(desk.driver, self.texts, longest, age_us)
+
+    async def write_at_once(
+        self,
+        session: Session,
+        items: Sequence[Write],
+        attempt: Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]],
+    ) -> list[Any]:
+        nothing: list[Any] = [None] * len(items)
+        if self.rules.by_snapshot_time or self.rules.max_age_us is not None:
+            return nothing
+        firsts: dict[bytes, Write] = {}
+        for item in items:
+            firsts.setdefault(item.digest, item)
+
+        async def at_once(desk: Desk) -> dict[bytes, int]:
+            known = self.erasures.known_before
+            pairs = [(item, known(item.digest, item.order)) for item in firsts.values()]
+            session.committing = True
+            try:
+                return await write_rows(desk.driver, self.texts, pairs, self.rules)
+            except Exception as exc:
+                if refused(exc):
+                    session.committing = False
+                raise
+
+        try:
+            versions = await attempt(at_once)
+        except StoreError as exc:
+            if exc.outcome_unknown or not self.concerns_one(exc):
+                raise
+            return nothing
+        return [
+            versions.get(item.digest) if firsts[item.digest] is item else None for item in items
+        ]
 
 
 class PostgresStatements:
