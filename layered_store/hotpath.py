@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-__all__ = ["HitCount", "HitObserver", "HotEntry", "HotPath", "Trust", "declares", "hot_path_of"]
+__all__ = [
+    "Barrier",
+    "HitCount",
+    "HitObserver",
+    "HotEntry",
+    "HotPath",
+    "Trust",
+    "declares",
+    "hot_path_of",
+]
 
 _SAMPLE_EVERY = 64
 
@@ -61,6 +70,30 @@ class Trust:
 
     def _settle(self) -> None:
         self.until = -math.inf if self._shut else self.lease_until
+
+
+class Barrier:
+    """Keeps hits of a cache below on the slow path for as long as a layer above refuses calls."""
+
+    __slots__ = ("_trust", "_up")
+
+    def __init__(self) -> None:
+        self._trust: Trust | None = None
+        self._up = False
+
+    def stand_on(self, path: HotPath) -> None:
+        """Take note of the way of the hits; it is always about one cache."""
+        self._trust = path.trust
+
+    def put(self, *, up: bool) -> None:
+        """Send hits down the slow path, or let them pass; without a cache below, do nothing."""
+        if up is self._up or self._trust is None:
+            return
+        self._up = up
+        if up:
+            self._trust.shut()
+        else:
+            self._trust.reopen()
 
 
 class HitCount:

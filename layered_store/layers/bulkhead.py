@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import ClosedError, ConfigError, OverloadedError
-from layered_store.hotpath import HotPath, Trust, hot_path_of
+from layered_store.hotpath import Barrier, HotPath, hot_path_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_count, check_seconds
 
@@ -78,8 +78,7 @@ class Bulkhead(AroundLayer):
         self._in_flight = 0
         self._queue: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._trust: Trust | None = None
-        self._shut = False
+        self._barrier = Barrier()
         super().__post_init__()
 
     async def around(
@@ -92,7 +91,7 @@ class Bulkhead(AroundLayer):
         if self._in_flight < self.max_in_flight:
             self._in_flight += 1
             if self._in_flight == self.max_in_flight:
-                self._guard_hits()
+                self._barrier.put(up=True)
         else:
             await self._wait(op, loop)
         try:
@@ -138,7 +137,7 @@ class Bulkhead(AroundLayer):
                 turn.set_result(None)
                 return
         self._in_flight -= 1
-        self._guard_hits()
+        self._barrier.put(up=self._in_flight >= self.max_in_flight)
 
     def _move_to(self, loop: asyncio.AbstractEventLoop, op: Op) -> None:
         """Serve another event loop from now on, when the last one is done with this layer."""
@@ -152,22 +151,11 @@ class Bulkhead(AroundLayer):
         self._loop = loop
         self._in_flight = 0
         self._queue.clear()
-        self._guard_hits()
-
-    def _guard_hits(self) -> None:
-        """Make hits of a cache below ask for a place, as long as none is free."""
-        full = self._in_flight >= self.max_in_flight
-        if full is self._shut or self._trust is None:
-            return
-        self._shut = full
-        if full:
-            self._trust.shut()
-        else:
-            self._trust.reopen()
+        self._barrier.put(up=False)
 
     def hot_path(self) -> HotPath | None:
         path = hot_path_of(self.inner)
         if path is not None:
-            # Asked when this layer is built and by each one above, always about one cache.
-            self._trust = path.trust
+            # Asked when this layer is built and by each one above.
+            self._barrier.stand_on(path)
         return path

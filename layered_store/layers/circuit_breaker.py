@@ -11,7 +11,7 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import CircuitOpenError, ConfigError, StoreError, UnavailableError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
-from layered_store.hotpath import HitCount, HotPath, Trust, hot_path_of
+from layered_store.hotpath import Barrier, HitCount, HotPath, hot_path_of
 from layered_store.interface import report_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
@@ -105,8 +105,7 @@ class CircuitBreaker(AroundLayer):
             random=self.random,
         )
         self._told = CircuitState.CLOSED
-        self._trust: Trust | None = None
-        self._shut = False
+        self._barrier = Barrier()
         self._hit_counts: list[HitCount] = []
         self._hits_seen = 0
         super().__post_init__()
@@ -146,7 +145,7 @@ class CircuitBreaker(AroundLayer):
         self._hits_seen = hits
         if self._circuit.state is not self._told:
             self._tell()
-        self._guard_hits()
+        self._barrier.put(up=self._circuit.state is not CircuitState.CLOSED)
 
     def _tell(self) -> None:
         """Log the new state."""
@@ -154,17 +153,6 @@ class CircuitBreaker(AroundLayer):
         after = round(self._circuit.retry_after, 3)
         facts: dict[str, str | float] = {"retry_after": after} if after else {}
         log_event(_EVENTS[self._told], layer=getattr(self, "block_id", None) or self.name, **facts)
-
-    def _guard_hits(self) -> None:
-        """Keep hits of a cache below on the way that is refused, as long as it is."""
-        refuses = self._circuit.state is not CircuitState.CLOSED
-        if refuses is self._shut or self._trust is None:
-            return
-        self._shut = refuses
-        if refuses:
-            self._trust.shut()
-        else:
-            self._trust.reopen()
 
     @property
     def state(self) -> CircuitState:
@@ -197,8 +185,8 @@ class CircuitBreaker(AroundLayer):
     def hot_path(self) -> HotPath | None:
         path = hot_path_of(self.inner)
         if path is not None:
-            # Asked when this layer is built and by each one above, always about one cache.
-            self._trust = path.trust
+            # Asked when this layer is built and by each one above.
+            self._barrier.stand_on(path)
             path.observers += (self,)
         return path
 
