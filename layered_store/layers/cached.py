@@ -574,11 +574,12 @@ class Cached(Layer):
         check_user_id(user_id, Op.DELETE, self)
         self._held.write_begins(user_id)
         try:
-            await self.inner.delete(user_id)
+            with call_begins(self.clock) as call:
+                await self.inner.delete(user_id)
         except BaseException as exc:
             self._held.write_failed(user_id, exc, erasing=True)
             raise
-        self._held.write_ends(user_id, None, 0)
+        self._held.write_ends(user_id, None, 0, kept=not call.superseded)
 
     # What the invalidation channel tells (coherence.LeasedCache)
 

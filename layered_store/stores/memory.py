@@ -158,14 +158,15 @@ class MemoryStore(StoreOfRecord, Enumerable):
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
         check_user_id(user_id, Op.DELETE, self)
         self._check_open(Op.DELETE)
-        write_id = current_call(self.clock).write_id
+        call = current_call(self.clock)
         with self._lock:
             row = self._users.get(user_id)
             if row is None:
                 row = self._users[user_id] = self._new_row()
-            if write_id in row.erase_ids:
+            if call.write_id in row.erase_ids:
+                call.superseded = True
                 return row.erased_version  # a repeat must not erase what was written since
-            row.erase_ids.append(write_id)
+            row.erase_ids.append(call.write_id)
             row.version += 1
             row.snapshot = None
             row.history.clear()

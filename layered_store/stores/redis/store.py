@@ -229,13 +229,16 @@ class RedisStore(StateStore, Enumerable):
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
         digest = self.digest(user_id)
+        call = current_call(self.clock)
         command: Command = (
             "EVALSHA", ERASE.sha, 2, self.key(digest), self.key(digest, "h"), _TOMBSTONE_MS,
-            current_call(self.clock).write_id,
+            call.write_id,
         )  # fmt: skip
         version = await self._call(command, Op.DELETE, write=True, script=ERASE, kind=int)
         if version:
             self._erasures_of(digest).made(digest, version, next_order())
+        else:
+            call.superseded = True
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY, self)

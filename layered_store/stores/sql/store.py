@@ -399,6 +399,8 @@ class SQLStore(StoreOfRecord, Enumerable):
         version, anew = await self._one(writes, erasure, Op.DELETE)
         if anew:
             self._erasures.made(digest, version, next_order())
+        else:
+            call.superseded = True
         return version  # type: ignore[no-any-return]
 
     async def settle(self, digest: bytes, version: int, tier: str) -> None:

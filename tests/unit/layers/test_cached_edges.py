@@ -26,11 +26,13 @@ from layered_store.interface import Op
 from layered_store.layers.cached import Cached
 from layered_store.layers.prefixed import Prefixed
 from layered_store.layers.ramp import Ramp
+from layered_store.layers.retry import Retry
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import describe, find
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock, settle
+from layered_store.testing.faults import Faults
 from layered_store.testing.scripted import Gate, Scripted
 
 
@@ -648,6 +650,25 @@ async def test_a_user_whom_a_batch_left_out_is_absent_for_batches_only() -> None
     absent = Cached(Scripted(None), negative_ttl=10, clock=clock)
     await absent.get_latest("u-1")
     assert (await absent.peek("u-1")).note == ""
+
+
+async def test_a_repeated_erasure_leaves_no_mark_over_what_was_written_since() -> None:
+    """The store spares that, since the first attempt took effect; so readers must find it."""
+    clock = FakeClock()
+    database = Faults(MemoryStore(clock=clock), clock=clock)
+    database.fail(fault="error_after", operations=["delete"])
+    late = random.Random(0)  # the repeat comes after 17 s
+    cache = Cached(database, negative_ttl=60, clock=clock)
+    stack = Retry(cache, base_delay=20, max_delay=20, time_limit=None, random=late, clock=clock)
+    erasing = asyncio.create_task(stack.delete("u-1"))
+    await settle()
+    await stack.upsert_latest(NEW)
+    await clock.advance(17)
+    await erasing
+    assert await stack.get_latest("u-1") == NEW
+    await stack.delete("u-1")
+    assert await stack.get_latest("u-1") is None
+    assert counted(cache) == {"miss": 1, "negative_hit": 1}
 
 
 async def test_the_bound_that_describe_tells_holds_for_users_taken_for_absent() -> None:
