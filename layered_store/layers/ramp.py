@@ -55,7 +55,7 @@ from layered_store.stats import Sample
 from layered_store.turns import Turn, Turns, unsent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from layered_store.call import Call
     from layered_store.snapshot import StateSnapshot
@@ -388,13 +388,8 @@ class Ramp(Layer):
                 return
             own = call.again()
             try:
-                if any(turn.spared for turn in turns.values()):
-                    raise unsent(op, self.name)
-                with call_continues(own):
-                    await _upsert(self._other, batch, op)
+                await self._follow(batch, op, own, turns.values())
             except Exception as exc:
-                for turn in turns.values():
-                    turn.second_failed(exc)
                 self._fall_behind(users)
                 if may_take_effect(exc):
                     self._doubt(users)
@@ -416,6 +411,21 @@ class Ramp(Layer):
         finally:
             for user_id, turn in turns.items():
                 self._turns.end(user_id, turn)
+
+    async def _follow(
+        self, batch: Sequence[StateSnapshot], op: Op, call: Call, turns: Collection[_Write]
+    ) -> None:
+        """Write to the alternative, unless one of the users is spared it."""
+        if any(turn.spared for turn in turns):
+            raise unsent(op, self.name)
+        try:
+            with call_continues(call):
+                await _upsert(self._other, batch, op)
+        except Exception as exc:
+            # Not of one that was spared: while anybody waits, it would never be tried again.
+            for turn in turns:
+                turn.second_failed(exc)
+            raise
 
     def _unknown(self, exc: Exception, op: Op) -> UnavailableError:
         return UnavailableError(

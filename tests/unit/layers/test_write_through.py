@@ -540,6 +540,32 @@ async def test_a_second_store_that_hangs_is_waited_for_twice_at_most(
     assert await stack.get_latest("u-1") == NEW
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+async def test_a_second_store_that_hung_is_tried_again_while_others_wait(many: bool) -> None:
+    """Though there are always some behind the writes that are spared it."""
+    clock = FakeClock()
+    inner, faults = Faults(MemoryStore(), slow=1.0, delay=1.0, clock=clock), Faults(MemoryStore())
+    stack = Ramp(inner, alternative=Timeout(faults, seconds=5.0, clock=clock), share=1.0)
+    users = ("u-0", "u-1", "u-2")
+
+    def begin(number: int) -> asyncio.Task[None]:
+        # Each shares a user with the next, and none with the one after that.
+        states = [state(user_id=users[number % 3]), state(user_id=users[(number + 1) % 3])]
+        write = stack.upsert_latest_many(states) if many else stack.upsert_latest(NEW)
+        return asyncio.create_task(write)
+
+    with faults.outage("hang"):
+        calls = [begin(number) for number in range(9)]
+        await clock.advance(12.5)
+    for number in range(30):
+        calls.append(begin(number))
+        await clock.advance(0.9)
+    await clock.advance(30.0)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(results[0], UnavailableError)
+    assert results[-10:] == [None] * 10
+
+
 async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:
     """The tier erased after the write began and holds a later one's state; the origin decides."""
     gate = asyncio.Event()
