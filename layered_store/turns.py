@@ -81,8 +81,9 @@ class Turn:
         self._hung |= isinstance(exc, TimeoutError)
 
     def second_failed(self, exc: BaseException) -> None:
-        """Note what the second store raised."""
-        if timed_out(exc):
+        """Note what the second store raised, unless it was not asked."""
+        # One that is spared must spare nobody: while others wait, it would never be tried again.
+        if not self.spared and timed_out(exc):
             self._spare = self._had
 
     def pass_on(self) -> None:

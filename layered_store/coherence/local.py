@@ -20,7 +20,7 @@ from layered_store.coherence.outcomes import (
 from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
 from layered_store.stack import tier_name
-from layered_store.turns import Turn, Turns, timed_out
+from layered_store.turns import Turn, Turns, timed_out, unsent
 
 if TYPE_CHECKING:
     import asyncio
@@ -266,7 +266,10 @@ class LocalCopies:
             ErasureIncompleteError: it may still be there.
         """
         self.doubt(user_id)
+        turn = self._turns.users[user_id]
         try:
+            if turn.spared:
+                raise unsent(Op.DELETE, "WriteThrough", user_id)
             # The origin may have erased again what was written since an earlier attempt.
             with call_continues(current_call(self._clock).anew()):
                 await self._tier.delete(user_id)
@@ -274,7 +277,7 @@ class LocalCopies:
             raise after_commit(exc) from exc
         except Exception as exc:
             self.failures["erase"] += 1
-            self._turns.users[user_id].second_failed(exc)
+            turn.second_failed(exc)
             raise ErasureIncompleteError(
                 "the system of record has the user erased, a cache tier could not be reached;"
                 " repeat the delete",

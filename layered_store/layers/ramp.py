@@ -422,7 +422,6 @@ class Ramp(Layer):
             with call_continues(call):
                 await _upsert(self._other, batch, op)
         except Exception as exc:
-            # Not of one that was spared: while anybody waits, it would never be tried again.
             for turn in turns:
                 turn.second_failed(exc)
             raise
@@ -455,12 +454,16 @@ class Ramp(Layer):
             # Until both have erased, only inner tells the truth.
             self._fall_behind([user_id])
             for store in (self.inner, self._other):
-                erase = self._erase_other if store is self._other else store.delete
                 try:
-                    await erase(user_id)
+                    if store is self.inner:
+                        await store.delete(user_id)
+                    else:
+                        await self._erase_other(user_id, turn)
                 except BaseException as exc:
                     if store is self.inner:
                         turn.failed(exc)
+                    else:
+                        turn.second_failed(exc)
                     if may_take_effect(exc):
                         self._doubt([user_id])
                     if not isinstance(exc, Exception):
@@ -482,7 +485,9 @@ class Ramp(Layer):
         finally:
             self._turns.end(user_id, turn)
 
-    async def _erase_other(self, user_id: str) -> None:
+    async def _erase_other(self, user_id: str, turn: _Write) -> None:
+        if turn.spared:
+            raise unsent(Op.DELETE, self.name, user_id)
         # Inner may have erased again what was written since an earlier attempt.
         with call_continues(current_call(self.clock).anew()):
             await self._other.delete(user_id)

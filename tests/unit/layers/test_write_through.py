@@ -540,6 +540,38 @@ async def test_a_second_store_that_hangs_is_waited_for_twice_at_most(
     assert await stack.get_latest("u-1") == NEW
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda second: WriteThrough(second, origin=MemoryStore()),
+        lambda second: Ramp(MemoryStore(), alternative=second),
+    ],
+    ids=["write_through", "ramp"],
+)
+async def test_erasures_wait_twice_at_most_for_a_second_store_that_hangs(build: Any) -> None:
+    """Each erases in the first one, and says that the second may still hold the user."""
+    clock, faults = FakeClock(), Faults(MemoryStore())
+    stack = build(Timeout(faults, seconds=1.0, clock=clock))
+    await stack.upsert_latest(OLD)
+    with faults.outage("hang"):
+        calls = [asyncio.create_task(stack.delete("u-1")) for _ in range(20)]
+        calls.append(asyncio.create_task(stack.upsert_latest(NEW)))
+        calls.append(asyncio.create_task(stack.delete("u-1")))
+        await settle()
+        await clock.advance(1.0)
+        assert await stack.get_latest("u-1") is None
+        await clock.advance(1.0)
+        assert all(call.done() for call in calls)
+    errors = [error for call in calls if (error := call.exception()) is not None]
+    assert len(errors) == 21
+    for error in errors:
+        assert isinstance(error, ErasureIncompleteError)
+        assert error.pending == ("MemoryStore",)
+    assert await stack.get_latest("u-1") is None
+    await stack.delete("u-1")
+    assert await faults.inner.get_latest("u-1") is None
+
+
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 async def test_a_second_store_that_hung_is_tried_again_while_others_wait(many: bool) -> None:
     """Though there are always some behind the writes that are spared it."""
