@@ -299,12 +299,12 @@ class Ramp(Layer):
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = check_user_ids(user_ids, self)
-        other = [user_id for user_id in wanted if self.takes(user_id)]
+        other = {user_id: None for user_id in wanted if self.takes(user_id)}
         found: dict[str, StateSnapshot] = {}
         if other:
             self._reads["other"] += len(other)
-            found.update(states_by_user(await self._other.get_latest_many(other), self))
-        answered = set(found) if self.alternative is not None else set(other)
+            found.update(states_by_user(await self._other.get_latest_many([*other]), self))
+        answered = found if self.alternative is not None else other
         rest = [user_id for user_id in wanted if user_id not in answered]
         if rest:
             self._reads["inner"] += len(wanted) - len(other)
