@@ -269,8 +269,10 @@ class Shadow(Layer):
     ) -> T:
         """Do ``write`` in ``inner``, then have the candidate follow; return its result."""
         lanes = {}
-        for snapshot in batch:
+        places: dict[str, list[int]] = {}
+        for index, snapshot in enumerate(batch):
             user_id = snapshot.user_id
+            places.setdefault(user_id, []).append(index)
             if user_id not in lanes and self._mirrors(user_id):
                 lane = lanes[user_id] = self._lane(user_id)
                 if lane.writing:
@@ -290,10 +292,9 @@ class Shadow(Layer):
             for user_id, lane in lanes.items():
                 erased = lane.deletes != deletes[user_id] or lane.held
                 if written and not erased and not call.superseded:
-                    for index, snapshot in enumerate(batch):
-                        if snapshot.user_id == user_id:
-                            own = call.again(call.part(index) if len(batch) > 1 else None)
-                            self._add_write(user_id, self._follow(snapshot, own))
+                    for index in places[user_id]:
+                        own = call.again(call.part(index) if len(batch) > 1 else None)
+                        self._add_write(user_id, self._follow(batch[index], own))
                 if not written:
                     self._copy_later(user_id)
                 elif erased or call.superseded or lane.overlapped:

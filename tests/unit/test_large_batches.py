@@ -18,6 +18,7 @@ from layered_store import (
     Prefixed,
     Ramp,
     Retry,
+    Shadow,
     StateSnapshot,
     StateStore,
     Timeout,
@@ -43,6 +44,7 @@ STACKS: dict[str, Callable[[], StateStore]] = {
     "ramp": lambda: Ramp(MemoryStore(), alternative=MemoryStore(), share=0.5),
     "ramp_layer": lambda: Ramp(MemoryStore(), layer=Retry, share=0.5),
     "retry": lambda: Retry(MemoryStore()),
+    "shadow": lambda: Shadow(MemoryStore(), candidate=MemoryStore(), share=0.5),
     "timeout": lambda: Timeout(MemoryStore(), seconds=60.0),
     "write_through": lambda: WriteThrough(MemoryStore(), origin=MemoryStore()),
 }
