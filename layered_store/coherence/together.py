@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
@@ -13,16 +14,22 @@ __all__ = ["together"]
 
 T = TypeVar("T")
 
+_AT_ONCE: Final = 1024
+"""How many run at once: a few full round trips. More would hold up the event loop, and wait for the
+tier longer than one of its replies may take."""
+
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do all at once, so that they share round trips; a single one without a task of its own.
+    """Do all, many at once, so that they share round trips; a single one without a task of its own.
 
     The first failure is raised when all have ended: nothing is left running behind it.
     """
-    coroutines = list(work)
-    if len(coroutines) == 1:
-        return [await coroutines[0]]
-    results = await asyncio.gather(*coroutines, return_exceptions=True)
+    coroutines = iter(work)
+    results: list[T | BaseException] = []
+    while wave := list(islice(coroutines, _AT_ONCE)):
+        if len(wave) == 1 and not results:
+            return [await wave[0]]
+        results += await asyncio.gather(*wave, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
