@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from layered_store.errors import StoreTimeoutError, UnsupportedError
@@ -48,7 +49,7 @@ class Turn:
         self.holders = 0
         self.busy = False
         # Who waits, by the place in which they came; a cancelled one is not kept.
-        self._waiting: dict[asyncio.Future[bool], int] = {}
+        self._waiting: OrderedDict[asyncio.Future[bool], int] = OrderedDict()
         self._came = 0
         # Up to which place they had come when the turn was given last.
         self._had = 0
@@ -89,8 +90,7 @@ class Turn:
     def pass_on(self) -> None:
         """Give the turn straight to the one that waits longest, so that nobody cuts in."""
         while self._waiting:
-            turn = next(iter(self._waiting))
-            came = self._waiting.pop(turn)
+            turn, came = self._waiting.popitem(last=False)
             if turn.done():
                 continue
             given = not (self._hung and came <= self._had)

@@ -174,7 +174,7 @@ class Ramp(Layer):
         self._direct: Counter[str] = Counter()
         # Writes under way through the layer: how many, and whether reads go there meanwhile.
         self._pins: dict[str, tuple[int, bool]] = {}
-        self._doubtful: dict[str, float] = {}
+        self._doubtful: OrderedDict[str, float] = OrderedDict()
         self._reads: Counter[str] = Counter({"inner": 0, "other": 0})
 
     # Which way

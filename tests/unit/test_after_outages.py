@@ -1,0 +1,84 @@
+"""What an outage leaves behind costs no more a user the more users met it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from layered_store import (
+    Cached,
+    MemoryStore,
+    Ramp,
+    Retry,
+    StateSnapshot,
+    StateStore,
+    StoreTimeoutError,
+)
+from layered_store.testing import FakeClock
+from layered_store.turns import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+FEW, MANY = 1_000, 40_000
+MOST = 5
+"""Times as much a user; work that grows with the square of the users is near 40 times."""
+
+
+class Away(MemoryStore):
+    """A database that does not answer."""
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        raise StoreTimeoutError("no answer", outcome_unknown=True)
+
+
+def states(count: int) -> list[StateSnapshot]:
+    return [StateSnapshot(f"u-{n}") for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda clock: Cached(Away(), clock=clock),
+        lambda clock: Ramp(Away(), layer=Retry, share=0.0, clock=clock),
+    ],
+)
+async def test_the_end_of_doubt(layer: Callable[[FakeClock], StateStore]) -> None:
+    """Users of whom a write may still take effect are forgotten when its time is over."""
+
+    async def cost(count: int) -> float:
+        clock = FakeClock()
+        stack = layer(clock)
+        with suppress(StoreTimeoutError):
+            await stack.upsert_latest_many(states(count))
+        await clock.advance(10)
+        begun = time.process_time()
+        with suppress(StoreTimeoutError):
+            await stack.upsert_latest_many([StateSnapshot("u-0")])
+        return (time.process_time() - begun) / count
+
+    one = min([await cost(FEW) for _ in range(3)])
+    assert await cost(MANY) < MOST * one + 2e-6
+
+
+async def test_writers_of_one_user() -> None:
+    """Each is given the turn in the order in which they came."""
+
+    async def cost(count: int) -> float:
+        turn = Turn(asyncio.get_running_loop())
+        assert await turn.take()
+        waiting = [asyncio.ensure_future(turn.take()) for _ in range(count)]
+        await asyncio.sleep(0)
+        begun = time.process_time()
+        for _ in range(count):
+            turn.pass_on()
+        spent = time.process_time() - begun
+        assert all(await asyncio.gather(*waiting))
+        return spent / count
+
+    one = min([await cost(FEW) for _ in range(3)])
+    assert await cost(MANY) < MOST * one + 2e-6
