@@ -12,7 +12,7 @@ import click
 from layered_store.cli.common import fail, notices, progress, run
 from layered_store.copying import count_users
 from layered_store.enumerable import enumerable_of, pages
-from layered_store.errors import CorruptDataError, UnsupportedError
+from layered_store.errors import CorruptDataError, UnsupportedError, ValidationError
 from layered_store.interface import StateStore
 from layered_store.snapshot import StateSnapshot
 
@@ -94,7 +94,7 @@ async def _records(store: StateStore, listing: Any) -> AsyncIterator[str | None]
                 if latest is None:  # erased since it was listed, or it cannot be read
                     latest = await store.get_latest(user)
                 return _record(user, latest, await _history(store, user))
-            except CorruptDataError:
+            except (CorruptDataError, ValidationError):  # or it has no form in JSON
                 return None
 
     async for page in pages(listing, _PAGE):

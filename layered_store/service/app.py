@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from layered_store.interface import StateStore
+    from layered_store.snapshot import StateSnapshot
 
 __all__ = ["DEFAULT_BODY_SECONDS", "DEFAULT_MAX_BODY", "DEFAULT_MAX_IN_FLIGHT", "create_app"]
 
@@ -127,6 +128,12 @@ def _routes(stack: StateStore) -> list[Route]:
         await stack.upsert_latest(snapshot)
         return Response(status_code=204)
 
+    def written(snapshot: StateSnapshot, op: Op) -> bytes:
+        try:
+            return snapshot.to_json()
+        except ValidationError as exc:  # an added field holds what JSON has no form for
+            raise StoreError(str(exc), operation=op, layer=stack.name) from None
+
     async def get(request: Request) -> Response:
         user_id = request.path_params["user_id"]
         snapshot = await stack.get_latest(user_id)
@@ -134,7 +141,7 @@ def _routes(stack: StateStore) -> list[Route]:
             return _error(request, 404, "USER_NOT_FOUND", "there is no state of this user")
         if not is_state_of(snapshot, user_id):
             raise not_of_user(user_id, Op.GET_LATEST, stack.name)
-        return Response(snapshot.to_json(), media_type="application/json")
+        return Response(written(snapshot, Op.GET_LATEST), media_type="application/json")
 
     async def delete(request: Request) -> Response:
         await stack.delete(request.path_params["user_id"])
@@ -150,7 +157,8 @@ def _routes(stack: StateStore) -> list[Route]:
         limit = _limit(request.query_params.get("limit"))
         user_id = request.path_params["user_id"]
         snapshots = check_history(await stack.get_history(user_id, limit), user_id, stack.name)
-        body = b"[" + b",".join(snapshot.to_json() for snapshot in snapshots) + b"]"
+        texts = (written(snapshot, Op.GET_HISTORY) for snapshot in snapshots)
+        body = b"[" + b",".join(texts) + b"]"
         return Response(body, media_type="application/json")
 
     async def health(_: Request) -> Response:

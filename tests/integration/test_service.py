@@ -356,6 +356,22 @@ async def test_what_is_not_the_users_state_never_leaves(answer: Any) -> None:
             assert (response.status_code, response.json()["error"]["code"]) == (500, "STORE_ERROR")
 
 
+class Scored(StateSnapshot):
+    """A class with a field that may hold what JSON has no form for."""
+
+    score: float = 0.0
+
+
+async def test_a_state_that_json_cannot_hold() -> None:
+    """No fault of the request: 400 would say so."""
+    stack = MemoryStore(snapshot_type=Scored)
+    await stack.upsert_latest(Scored("u-1", score=math.nan))
+    async with _client(stack) as client:
+        for path in ("/v1/state/u-1", "/v1/state/u-1/history"):
+            response = await client.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (500, "STORE_ERROR")
+
+
 @pytest.mark.parametrize(
     ("seconds", "header"), [(0.0, "1"), (1.0, "1"), (2.2, "3"), (math.inf, "86400")]
 )

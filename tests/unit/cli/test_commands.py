@@ -28,6 +28,7 @@ from layered_store.errors import UnavailableError, ValidationError
 from layered_store.health import HealthReport
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.sql import SQLStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::layered_store.config.LintWarning")
 
@@ -490,6 +491,30 @@ def test_states_of_a_class_of_the_applications(tmp_path: Path) -> None:
     state = '{"user_id": "u-1", "note": "hello"}'
     assert run("put", stack, "u-1", "--file", "-", input=state).exit_code == 0
     assert json.loads(run("get", stack, "u-1").output)["note"] == "hello"
+
+
+class Scored(StateSnapshot, frozen=True):
+    """A class with a field that may hold what JSON has no form for."""
+
+    score: float = 0.0
+
+
+def test_an_export_goes_on_past_what_json_cannot_hold(tmp_path: Path) -> None:
+    """That user is left out and told of, as one whose record cannot be read is."""
+    path, url = tmp_path / "stack.toml", f"sqlite:///{tmp_path / 'scored'}.db"
+    kind = f"{__name__}:{Scored.__name__}"
+    path.write_text(f'[store]\nuse = "sql"\nurl = "{url}"\nsnapshot_type = "{kind}"\n')
+
+    async def fill() -> None:
+        async with SQLStore(url, snapshot_type=Scored) as store:
+            scores = {"u-1": 0.5, "u-2": float("nan"), "u-3": 1.5}
+            await store.upsert_latest_many(Scored(user, score=s) for user, s in scores.items())
+
+    asyncio.run(fill())
+    done = run("export", str(path), "--all")
+    assert done.exit_code == 1
+    assert {json.loads(line)["user_id"] for line in done.stdout.splitlines()} == {"u-1", "u-3"}
+    assert "1 users were left out" in done.output
 
 
 def test_input_is_read_where_an_interruption_reaches_it(database: str) -> None:
