@@ -79,7 +79,10 @@ class Call(msgspec.Struct, eq=False):
     ended: bool = False
     places: tuple[int, ...] = ()
     sound: Any = None
-    _stored: list[Any] = []
+    _first: Any = None
+    # The others that are stored, by user, each with its number.
+    _others: dict[str, list[tuple[int, Any]]] | None = None
+    _count: int = 0
 
     def began(self, clock: Clock) -> float:
         """Return when the caller began, as ``clock`` read then.
@@ -99,18 +102,21 @@ class Call(msgspec.Struct, eq=False):
         A layer may store more than what it was called with; each different snapshot is a write of
         its own.
         """
-        stored = self._stored
-        if not stored:
-            stored.append(snapshot)
+        first = self._first
+        if first is None:
+            self._first = snapshot
             return self.write_id
-        if stored[0] is snapshot:
+        if first is snapshot or first == snapshot:
             return self.write_id
-        try:
-            index = stored.index(snapshot)
-        except ValueError:
-            index = len(stored)
-            stored.append(snapshot)
-        return self.part(2**31 + index) if index else self.write_id
+        if self._others is None:
+            self._others = {}
+        same_user = self._others.setdefault(snapshot.user_id, [])
+        for number, other in same_user:
+            if other == snapshot:
+                return self.part(2**31 + number)
+        self._count += 1
+        same_user.append((self._count, snapshot))
+        return self.part(2**31 + self._count)
 
     def first_attempt(self) -> bool:
         """Tell, once, that no store can have met this write: its id was made for this very call."""

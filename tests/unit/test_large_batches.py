@@ -14,6 +14,7 @@ from layered_store import (
     Compressed,
     Encrypted,
     Fallback,
+    Layer,
     MemoryStore,
     Prefixed,
     Ramp,
@@ -26,7 +27,16 @@ from layered_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
+
+
+class Looping(Layer):
+    """A layer from elsewhere that stores a batch one by one."""
+
+    async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+        for snapshot in snapshots:
+            await self.inner.upsert_latest(snapshot)
+
 
 FEW, MANY = 1_000, 20_000
 MOST = 5
@@ -40,6 +50,7 @@ STACKS: dict[str, Callable[[], StateStore]] = {
     "compressed": lambda: Compressed(MemoryStore()),
     "encrypted": lambda: Encrypted(MemoryStore(), keys=[bytes(32)]),
     "fallback": lambda: Fallback(MemoryStore(), secondary=MemoryStore()),
+    "looping": lambda: Cached(Looping(MemoryStore())),
     "prefixed": lambda: Prefixed(MemoryStore(), prefix="app"),
     "ramp": lambda: Ramp(MemoryStore(), alternative=MemoryStore(), share=0.5),
     "ramp_layer": lambda: Ramp(MemoryStore(), layer=Retry, share=0.5),
