@@ -609,7 +609,9 @@ class Cached(Layer):
         now = self._monotonic()
         left = entry.deadline - now
         leased = now < self._trust.lease_until
-        note = "" if leased else "no lease: the invalidation channel is away"
+        heard = now < self._heard_until
+        away = "the tier waits for its repair" if heard else "the invalidation channel is away"
+        note = "" if leased else f"no lease: {away}"
         if left <= 0:
             note = "kept for stale_if_error" if self._stale_seconds else "expired"
         single = entry.version != LEFT_OUT

@@ -99,7 +99,7 @@ class GuardedCopies(Invalidations):
     @property
     def channel_up(self) -> bool | None:
         """Whether the channel is known to work now; None while nobody listens to it."""
-        return self._monotonic() < self._leases.until if self._watch.listening else None
+        return self._monotonic() < self._leases.heard if self._watch.listening else None
 
     @property
     def trouble(self) -> str:
@@ -110,6 +110,8 @@ class GuardedCopies(Invalidations):
             return "the cache tier is passed by: it refuses commands, or is too slow for them"
         if self._watch.leased and self.channel_up is False:
             return "the invalidation channel is away: caches above do not answer"
+        if self._watch.leased and self.channel_up and self._monotonic() >= self._leases.until:
+            return "the cache tier waits for its repair: caches above do not answer"
         return ""
 
     # Channel and leases (coherence.Invalidations)

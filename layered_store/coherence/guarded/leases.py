@@ -51,13 +51,15 @@ class Leases:
     Attributes:
         caches: the in-process caches above.
         until: the end of the lease.
+        heard: until when the latest echo shows that messages come; it may be longer than the lease,
+            which also needs a tier that may be believed.
     """
 
     def __init__(self, clock: Clock, watch: Watch) -> None:
         self._monotonic = clock.monotonic
         self._watch = watch
         self.caches: list[LeasedCache] = []
-        self.until = _NEVER
+        self.until = self.heard = _NEVER
         self._pings: dict[int, _Ping] = {}
 
     def tell(self, notice: Notice) -> None:
@@ -75,12 +77,13 @@ class Leases:
     def channel_stands(self) -> None:
         """Begin over a new subscription: no echo answers what was sent before it."""
         self.distrust()
+        self.heard = _NEVER
         self._pings.clear()
 
     def channel_lost(self) -> None:
         """Have the caches answer no more until the next lease."""
         self.distrust()
-        self.until = _NEVER
+        self.until = self.heard = _NEVER
 
     def ping_sent(self, number: int) -> None:
         """Note that a ping goes out."""
@@ -100,8 +103,9 @@ class Leases:
         ping = self._pings.get(number)
         if ping is not None:
             ping.echoed = True
+            self.heard = ping.sent + LEASE_SECONDS
             for cache in self.caches:
-                cache.hear(ping.sent + LEASE_SECONDS)
+                cache.hear(self.heard)
             self._renew(number, ping)
 
     def _renew(self, number: int, ping: _Ping) -> None:
@@ -117,7 +121,7 @@ class Leases:
 
         What the caches hold stays, as their locks may be held by a thread that is not here.
         """
-        self.until = _NEVER
+        self.until = self.heard = _NEVER
         for cache in self.caches:
             cache.lease(_NEVER)
             cache.hear(_NEVER)

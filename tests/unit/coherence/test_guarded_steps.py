@@ -497,6 +497,27 @@ async def test_a_third_partys_ping_that_fails_is_made_again(
     assert world.tier.log.count("listen") == 1
 
 
+async def test_a_channel_that_is_heard_is_up_also_while_the_tier_is_not_believed(
+    world: World,
+) -> None:
+    """No lease is given while the system of record is away, for no pass can be made: that is no
+    fault of the channel's, and whoever is told so looks at the wrong server."""
+    cache = Cache()
+    world.guard.attach(cache)
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(1.0)
+    assert world.guard.trouble == ""
+    world.tier.trusted = False
+    await world.clock.advance(2.0)
+    assert cache.leased <= world.clock.monotonic()
+    assert world.guard.channel_up is True
+    assert world.guard.trouble == "the cache tier waits for its repair: caches above do not answer"
+    world.tier.trusted, world.tier.echoes = True, False
+    await world.clock.advance(2.0)
+    assert world.guard.channel_up is False
+    assert "channel" in world.guard.trouble
+
+
 async def test_a_channel_on_which_nothing_is_heard_never_stood(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -722,7 +722,9 @@ async def test_it_tells_what_it_holds_and_whether_that_answers() -> None:
     tier.channel.lease(clock.monotonic())
     found = await cache.peek("u-1")
     assert not found.answers
-    assert found.note == "no lease: the invalidation channel is away"
+    assert found.note == "no lease: the tier waits for its repair"
+    tier.channel.hear(clock.monotonic())
+    assert (await cache.peek("u-1")).note == "no lease: the invalidation channel is away"
     tier.channel.lease(clock.monotonic() + 100)
     tier.channel.say(2)
     await cache.get_latest("u-1")
