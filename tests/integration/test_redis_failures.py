@@ -131,6 +131,26 @@ async def test_error_replies(code: str) -> None:
         await store.aclose()
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://127.0.0.1:{}/99", "no database of this number"),
+        ("redis+cluster://127.0.0.1:{}", "use a redis:// URL"),
+        ("redis+sentinel://127.0.0.1:{}/mymaster", "no Sentinel"),
+    ],
+)
+async def test_a_url_that_names_something_else_than_is_there(
+    url: str, said: str, server: Server
+) -> None:
+    """What is wrong with it is told; waiting does not help."""
+    store = RedisStore(url.format(server.port))
+    error = await failure(store.get_latest("u-1"))
+    assert isinstance(error, UnavailableError)
+    assert said in str(error) and not error.retryable
+    assert said in (await store.health_report()).message
+    await store.aclose()
+
+
 async def test_a_server_without_a_place_for_a_connection_is_unavailable() -> None:
     """So that a ``Retry`` repeats, a ``Fallback`` helps out and a breaker opens."""
     with running() as own:

@@ -102,6 +102,21 @@ _REPLIES: Final[dict[str, tuple[str, bool]]] = {
     "NOPERM": (_REFUSED, False),
     "DENIED": ("the server is in protected mode and takes no connections from here", False),
 }
+# What the driver says of a URL that names something else than is there.
+_WRONG_PLACE: Final = (
+    (
+        re.compile(r"DB index is out of range|invalid DB index").search,
+        "the server has no database of this number; check the end of the URL",
+    ),
+    (
+        re.compile(r"cluster support disabled|Cluster mode is not enabled").search,
+        "the server is no cluster node; use a redis:// URL",
+    ),
+    (
+        re.compile(r"unknown command .SENTINEL").search,
+        "the server is no Sentinel; check the port, or use a redis:// URL",
+    ),
+)
 # The driver's classes for the same replies, by name: it cuts the first word off the text.
 _CLASSES: Final = {
     "AuthenticationError": "WRONGPASS",
@@ -153,14 +168,18 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
         return OverloadedError("all connections are in use", **place)
     if isinstance(exc, TimeoutError) or name == "TimeoutError":
         return StoreTimeoutError(_SLOW, outcome_unknown=write, **place)
+    told = [str(cause) for cause in _causes(exc)]
+    for says, text in _WRONG_PLACE:
+        if any(map(says, told)):
+            return UnavailableError(text, retryable=False, **place)
     if isinstance(exc, ReplyError) or name.endswith("ResponseError"):
         return StoreError(f"the server refused the command ({code or name})", **place)
     for cause in _causes(exc):
         # Of several servers that it tried, the driver tells in a text.
-        told = f"{type(cause).__name__} {cause}"
-        if "CERTIFICATE_VERIFY_FAILED" in told:
+        whole = f"{type(cause).__name__} {cause}"
+        if "CERTIFICATE_VERIFY_FAILED" in whole:
             return UnavailableError(_DISTRUSTED, retryable=False, **place)
-        if "AuthenticationError" in told:
+        if "AuthenticationError" in whole:
             return UnavailableError(_REFUSED, retryable=False, **place)
     if name in ("MasterNotFoundError", "SlaveNotFoundError"):
         return UnavailableError("no Sentinel knows a primary of this service", **place)
