@@ -15,6 +15,7 @@ from rich.console import Console
 
 from layered_store.config import LintWarning, load_stack
 from layered_store.errors import ConfigError, StoreError, ValidationError
+from layered_store.options import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,6 +56,8 @@ DEFAULT_STACK: Final[dict[str, Any]] = {
 # Without a colour system nothing is styled at all: the library would go on with bold and dim.
 _styles: Final[Any] = None if os.environ.get("NO_COLOR") else "auto"
 
+_REDIS: Final = ("redis", "rediss", "redis+cluster", "redis+sentinel")
+
 console = Console(highlight=False, soft_wrap=True, color_system=_styles)
 """Where results go; plain text when it is no terminal, and under NO_COLOR."""
 
@@ -79,12 +82,25 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def source_of(stack: str | None) -> Any:
-    """Return what to load for an argument: a file, or a stack of the one backend of a URL."""
+    """Return what to load for an argument: a file, or a stack of the one backend of a URL.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if stack is None:
         return DEFAULT_STACK
-    if "://" not in stack:
+    scheme, found, _ = stack.partition("://")
+    if not found:
+        if not stack.lower().endswith((".toml", ".json")):
+            raise ConfigError(
+                "a config file ends in .toml or .json; a backend is given as its URL, an SQLite"
+                " file as sqlite+aiosqlite:///NAME",
+                path="STACK",
+            )
         return Path(stack)
-    kind = "redis" if stack.startswith(("redis", "unix:")) else "sql"
+    kind = "redis" if scheme.startswith(("redis", "unix")) else "sql"
+    if kind == "sql" and (near := nearest(scheme, _REDIS)):
+        raise ConfigError("is no URL of a backend", path="store.url", suggestion=f"{near}://")
     # Doubled, since what looks like a variable in a URL of the shell is none.
     return {"store": {"use": kind, "url": stack.replace("${", "$${")}}
 

@@ -32,7 +32,8 @@ __all__ = ["command"]
     "--file",
     "source_file",
     type=click.File("rb"),
-    help="Read the state as JSON from a file, or - for standard input, instead of the options.",
+    help="Read the state as JSON from a file, or - for standard input, instead of the options;"
+    " it is stored for USER, whoever it names.",
 )
 def command(
     stack: str,
