@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Final
 
 import click
 from rich.table import Table
 
-from layered_store.cli.common import json_option, run, show_whole
+from layered_store.cli.common import console, json_option, run, show_whole
 from layered_store.snapshot import StateSnapshot
 
 __all__ = ["command"]
+
+_WIDE: Final = 76
+"""Columns of a terminal that has room for a moment, a source and a confidence, and for axes."""
 
 
 @click.command("history")
@@ -25,8 +29,10 @@ def command(stack: str, user: str, limit: int, *, as_json: bool) -> None:
         click.echo(f"[{','.join(snapshot.to_json().decode() for snapshot in snapshots)}]")
         return
     table = Table()
+    # Of what goes on below, the axes come first; in a narrow terminal there would be none left.
+    whole = not console.is_terminal or console.width >= _WIDE
     for heading in ("observed", "source", "confidence"):
-        table.add_column(heading, no_wrap=True)  # the axes give way, going on below
+        table.add_column(heading, no_wrap=whole, overflow="fold")
     table.add_column("axes", overflow="fold")
     for snapshot in snapshots:
         axes = ", ".join(f"{name}={value:g}" for name, value in snapshot.axes.items())

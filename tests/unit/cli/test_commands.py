@@ -565,6 +565,11 @@ def test_tables_are_whole(database: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "…" not in text
     assert "+00:00" in text
     assert all(axis in text for axis in axes)
+    # A narrow one folds the rest as well, before no room is left for the axes.
+    monkeypatch.setattr("layered_store.cli.common.console._width", 60)
+    text = run("history", database, "u-1").output
+    assert "…" not in text
+    assert all(axis.partition("=")[0] in text for axis in axes)
 
 
 def test_figures_of_long_runs_fit_in_a_terminal() -> None:
