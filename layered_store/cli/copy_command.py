@@ -76,6 +76,8 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
         for name, label in _LABELS.items():
             value = result[name]
             console.print(f"{'unknown' if value is None else format(value, ','):>13}  {label}")
+    if not counts.source and not done.users:
+        notices.print("warning: FROM has no users; is its name right?", markup=False)
     if counts.left:
         notices.print(
             f"error: {counts.left} users were erased in FROM meanwhile and still stand in TO,"

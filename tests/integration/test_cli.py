@@ -176,6 +176,19 @@ def test_copy_to_a_place_that_is_not_there(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".layered-store-copy*"))
 
 
+def test_a_copy_of_nobody_is_told(tmp_path: Path) -> None:
+    """A mistyped name is an empty SQLite file, which would look like a copy that went well."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.bd", "sqlite:///b.db"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert "warning: FROM has no users" in done.stderr
+
+
 def test_copy_of_something_else(tmp_path: Path) -> None:
     """The place kept of one copy is not taken for that of another."""
     (tmp_path / ".layered-store-copy.json").write_text('{"pair": "x"}')
