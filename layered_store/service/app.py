@@ -235,7 +235,7 @@ def _error(
 async def _store_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, StoreError)
     if isinstance(exc, ValidationError):
-        return _error(request, 400, "VALIDATION_ERROR", str(exc))
+        return _error(request, 400, "VALIDATION_ERROR", exc.message)
     if isinstance(exc, UnavailableError | RejectedError | ErasureIncompleteError | ClosedError):
         wait = exc.retry_after if isinstance(exc, CircuitOpenError) else 1.0
         headers = {"retry-after": str(max(1, math.ceil(min(wait, _LONGEST_WAIT))))}
@@ -249,7 +249,7 @@ async def _http_error(request: Request, exc: Exception) -> Response:
         try:
             _refuse_encoded_slash(request)
         except ValidationError as refused:
-            return _error(request, 400, "VALIDATION_ERROR", str(refused))
+            return _error(request, 400, "VALIDATION_ERROR", refused.message)
     code = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(exc.status_code, "BAD_REQUEST")
     headers = dict(exc.headers) if exc.headers else None
     message = {
