@@ -153,8 +153,12 @@ def check_choice(value: object, option: str, owner: object, choices: tuple[Any, 
         for choice in choices
     ):
         return value
-    words = ", ".join(repr(choice) for choice in choices)
-    raise _refuse(f"must be one of {words}", option, owner, value)
+    message = f"must be one of {', '.join(repr(choice) for choice in choices)}"
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    if texts and isinstance(value, str):
+        near = nearest(value, texts)
+        raise ConfigError(message, option=option, layer=name_of(owner), suggestion=near)
+    raise _refuse(message, option, owner, value)
 
 
 def check_store(value: object, option: str, owner: object) -> Any:
@@ -178,6 +182,8 @@ def _refuse(message: str, option: str, owner: object, value: object) -> ConfigEr
     shown = repr(value) if isinstance(value, float | bool | None) else type(value).__name__
     if type(value) is int:
         shown = str(value) if abs(value) < _SHOWN_BELOW else "a huge int"
+    elif isinstance(value, type):
+        shown = f"the class {value.__name__}"
     return ConfigError(f"{message}, not {shown}", option=option, layer=name_of(owner))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from layered_store import ConfigError, MemoryStore, StateSnapshot, StateStore, SyncStore
+from layered_store import Cached, ConfigError, MemoryStore, StateSnapshot, StateStore, SyncStore
 from layered_store.config.registry import BUILT_IN, spec_of
 from layered_store.testing import Faults, Recorded, Scripted
 
@@ -267,3 +267,21 @@ def test_durations(value: Any) -> None:
     build("circuit_breaker", window=value, open_for=value, max_open_for=value)
     build("bulkhead", max_waiting=1, max_wait=value)
     build("redis", ttl=value, timeout=value, connect_timeout=value)
+
+
+def test_a_word_that_is_none_of_the_choices_is_told_the_nearest() -> None:
+    """That it is text is no news; a class is named, which is no text of anybody's."""
+    for build, wanted in (
+        (lambda: MemoryStore(snapshot_type=dict), "not the class dict"),  # type: ignore[arg-type]
+        (
+            lambda: Cached(MemoryStore(), invalidation="of"),  # type: ignore[arg-type]
+            "must be one of 'auto', 'required', 'off' (did you mean 'off'?)",
+        ),
+        (
+            lambda: Cached(MemoryStore(), invalidation="marked"),  # type: ignore[arg-type]
+            "must be one of 'auto', 'required', 'off'",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build()
+        assert str(caught.value).endswith(wanted)
