@@ -632,3 +632,17 @@ async def test_leases_of_another_run_or_another_clock_are_begun_anew(bare: Bare)
         holders = await bare.tier.holders("u-1", "me")
         assert holders.others == {}, (field, value)
         assert holders.since < 1.0
+
+
+async def test_who_has_left_the_register_keeps_no_later_erasure_waiting(bare: Bare) -> None:
+    """Such as a command of its own that erases somebody: only of whom leases were given to is it to
+    be told whether the server's clock was set."""
+    register = bare.store.bucket_key("0", "leases")
+    for name, lasts, waits in (("gone", -1.0, False), ("killed", 1.0, True)):
+        await bare.tier.ping(name, 1.0, 0.0, 1)
+        await bare.tier.ping(name, lasts, 0.0, 2)
+        await bare.store.command("HINCRBY", register, "born", -5000)
+        await bare.store.command("HINCRBY", register, "last", -5000)
+        holders = await bare.tier.bury("u-1", 1, "me")
+        assert (holders.since < 1.0) is waits, name
+        assert not holders.others

@@ -340,7 +340,9 @@ PING: Final = (
 local at = moment()
 local t = math.floor(at / 1000)
 register(KEYS[1], t)
-redis.call('HSET', KEYS[1], ARGV[1], text(t + tonumber(ARGV[2])) .. '|' .. ARGV[3])
+local lease = tonumber(ARGV[2])
+if lease > 0 then redis.call('HSET', KEYS[1], ARGV[1], text(t + lease) .. '|' .. ARGV[3])
+else redis.call('HDEL', KEYS[1], ARGV[1]) end
 if redis.call('HLEN', KEYS[1]) > 64 then
   local all = redis.call('HGETALL', KEYS[1])
   for i = 1, #all, 2 do
