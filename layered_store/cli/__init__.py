@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     from layered_store.cli.group import cli
 
+    if not sys.flags.safe_path and "" not in sys.path:
+        # A config file may name a class of the project's; last, where it hides no other module.
+        sys.path.append("")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in _UTF_8:
             # JSON in a file or pipe is UTF-8; on an old terminal a "?" is better than no answer.

@@ -107,7 +107,9 @@ def _class(text: str) -> type:
     try:
         found = attrgetter(name)(importlib.import_module(module))
     except Exception as exc:  # noqa: BLE001  importing runs anything
-        raise ValueError(f"this class cannot be imported ({type(exc).__name__})") from None
+        missing = isinstance(exc, ModuleNotFoundError)
+        remedy = "; its module must be installed, or in a folder of PYTHONPATH" if missing else ""
+        raise ValueError(f"this class cannot be imported ({type(exc).__name__}){remedy}") from None
     if not isinstance(found, type):
         raise ValueError("names something that is no class")  # noqa: TRY004
     return found

@@ -176,6 +176,30 @@ def test_copy_to_a_place_that_is_not_there(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".layered-store-copy*"))
 
 
+def test_a_class_of_the_project_is_found(tmp_path: Path) -> None:
+    """It stands beside the config file; the installed command begins in another directory."""
+    script = tmp_path / "bin" / "layered-store"
+    script.parent.mkdir()
+    script.write_text("from layered_store.cli import main\nmain()\n")
+    (tmp_path / "states.py").write_text(
+        "from layered_store import StateSnapshot\nclass Member(StateSnapshot):\n    plan: str = '-'"
+    )
+    # What is installed comes first, whatever stands in the working directory.
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "stack.toml").write_text(
+        "[store]\nuse = 'memory'\nsnapshot_type = 'states:Member'\n"
+    )
+    shown = subprocess.run(  # noqa: S603
+        [sys.executable, str(script), "show", "stack.toml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert shown.stdout == "MemoryStore(snapshot_type=Member)\n"
+
+
 def test_a_copy_of_nobody_is_told(tmp_path: Path) -> None:
     """A mistyped name is an empty SQLite file, which would look like a copy that went well."""
     done = subprocess.run(  # noqa: S603
