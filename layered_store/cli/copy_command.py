@@ -18,6 +18,7 @@ from layered_store.cli.common import build, console, guarded, json_option, notic
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.copying import CopiedUsers, Copy, Counts, Progress, count_users
 from layered_store.enumerable import enumerable_of
+from layered_store.errors import ConfigError
 from layered_store.identity import digest_function
 
 __all__ = ["command"]
@@ -96,6 +97,11 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
 async def _copy(source: str, target: str, place: _Place, page: int) -> tuple[Progress, Counts]:
     reached = place.read()
     async with build(source) as old, build(target) as new:
+        if old.snapshot_type is not new.snapshot_type:
+            raise ConfigError(
+                f"FROM keeps states of the class {old.snapshot_type.__name__}, TO of"
+                f" {new.snapshot_type.__name__}; give both the same snapshot_type in config files"
+            )
         # Not before both are open: a name mistyped the first time leaves nothing behind.
         place.write(reached)
         with place.copied() as copied, progress("users") as bar:

@@ -172,6 +172,13 @@ def test_copy_to_a_place_that_is_not_there(tmp_path: Path) -> None:
     source = "sqlite+aiosqlite:///a.db"
     run("copy", source, "redis://127.0.0.1:1/0", cwd=tmp_path, code=1)
     run("copy", source, "no-such.toml", cwd=tmp_path, code=2)
+    (tmp_path / "states.py").write_text(
+        "from layered_store import StateSnapshot\nclass Member(StateSnapshot):\n    plan: str = '-'"
+    )
+    (tmp_path / "other.toml").write_text(
+        "[store]\nuse = 'memory'\nsnapshot_type = 'states:Member'\n"
+    )
+    run("copy", source, "other.toml", cwd=tmp_path, code=2)
     run("copy", source, "sqlite+aiosqlite:///b.db", cwd=tmp_path)
     assert not list(tmp_path.glob(".layered-store-copy*"))
 
