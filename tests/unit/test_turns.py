@@ -90,6 +90,28 @@ async def test_behind_a_store_that_hangs_nobody_waits_for_all_before() -> None:
     assert turns.users == {}
 
 
+async def test_who_is_cancelled_as_it_is_refused_gives_away_nobodys_turn() -> None:
+    """Another call has it already, and the next one waits for that."""
+    turns = new()
+    before = [asyncio.create_task(turns.begin("u")) for _ in range(3)]
+    await settle()
+    first = await before[0]
+    first.failed(StoreTimeoutError("no answer"))
+    turns.end("u", first)
+    second = await before[1]
+    later = [asyncio.create_task(turns.begin("u")) for _ in range(2)]
+    await settle()
+    second.failed(StoreTimeoutError("no answer"))
+    turns.end("u", second)
+    before[2].cancel()  # it was refused and does not know yet
+    await settle()
+    assert before[2].cancelled()
+    assert [task.done() for task in later] == [True, False]
+    for task in later:
+        turns.end("u", await task)
+    assert turns.users == {}
+
+
 async def test_nothing_is_kept_of_who_left_the_queue() -> None:
     """However long the one before it takes."""
     turns = new()
