@@ -556,7 +556,9 @@ async def test_any_cachetools_cache_keeps_the_entries(given: cachetools.Cache[An
 
 
 async def test_a_given_cache_is_its_own() -> None:
-    """One that holds something, or that another cache uses, is refused: states would mix up."""
+    """One that holds something, or that another cache uses, is refused: states would mix up. A
+    cache that is closed leaves it empty.
+    """
     given: Any = cachetools.LRUCache(3)
     given["u-1"] = "something else"
     with pytest.raises(ConfigError, match="must be empty"):
@@ -565,7 +567,9 @@ async def test_a_given_cache_is_its_own() -> None:
     first = Cached(Minimal(), cache=given)
     with pytest.raises(ConfigError, match=r"Cached.cache: must be empty and no other Cached's"):
         Cached(Minimal(), cache=given)
+    await first.upsert_latest(NEW)
     await first.aclose()
+    assert not given
     Cached(Minimal(), cache=given)
 
 
@@ -595,11 +599,14 @@ async def test_a_refresh_that_others_cancel_leaves_no_load_to_wait_for(steps: in
     assert not cache._flights
 
 
+@pytest.mark.parametrize("noted", [False, True], ids=["alone", "beside others"])
 @pytest.mark.parametrize("way", ["write", "read", "batch"])
-async def test_what_began_in_doubt_is_not_kept_though_it_ends_after_it(way: str) -> None:
-    """The write that was not answered may have come in between."""
+async def test_what_began_in_doubt_is_not_kept_though_it_ends_after_it(
+    way: str, noted: bool
+) -> None:
+    """The write that was not answered may have come in between; others may have noted the end."""
     clock, gate = FakeClock(), Gate()
-    inner = Scripted(StoreTimeoutError("no answer"), gate, OLD)
+    inner = Scripted(StoreTimeoutError("no answer"), gate, *([None] if noted else []), OLD)
     cache = Cached(inner, ttl=100, clock=clock)
     with pytest.raises(StoreTimeoutError):
         await cache.upsert_latest(OLD)
@@ -612,11 +619,13 @@ async def test_what_began_in_doubt_is_not_kept_though_it_ends_after_it(way: str)
     task = asyncio.create_task(calls[way]())
     await gate.entered.wait()
     await clock.advance(2)
+    if noted:
+        assert await cache.get_latest("u-2") is None
     gate.open({"u-1": NEW} if way == "batch" else NEW)
     await task
     for _ in range(2):
         assert await cache.get_latest("u-1") == OLD
-    assert len(inner.calls) == 3
+    assert len(inner.calls) == 3 + noted
     assert not cache._held.quarantine
 
 

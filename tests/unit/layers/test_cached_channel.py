@@ -12,7 +12,12 @@ import pytest
 
 from layered_store.call import current_call
 from layered_store.coherence.contract import Invalidations, LeasedCache, Notice
-from layered_store.errors import CircuitOpenError, OverloadedError, UnavailableError
+from layered_store.errors import (
+    CircuitOpenError,
+    OverloadedError,
+    UnavailableError,
+    ValidationError,
+)
 from layered_store.explaining import Held
 from layered_store.identity import digest_function
 from layered_store.interface import Op
@@ -272,6 +277,18 @@ async def test_what_a_given_cache_gives_up_does_not_stay_behind(
     for user_id in list(cache):
         tier.channel.say(10_000, user_id)
     assert not cache
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "\ud800", 5, ["u-1"]])
+async def test_a_bad_id_is_refused_before_it_is_looked_for_in_the_channel(bad: Any) -> None:
+    """With and without a lease; nothing of it is kept."""
+    cache, tier, clock = build()
+    for _ in range(2):
+        for call in (cache.get_latest(bad), cache.get_latest_many(["u-2", bad])):
+            with pytest.raises(ValidationError):
+                await call
+        await clock.advance(200)
+    assert not tier.calls and not cache._flights and not cache._held.by_digest
 
 
 async def test_invalidation_off_and_required() -> None:
