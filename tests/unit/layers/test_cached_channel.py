@@ -15,6 +15,7 @@ from layered_store.coherence.contract import Invalidations, LeasedCache, Notice
 from layered_store.errors import (
     CircuitOpenError,
     OverloadedError,
+    StoreTimeoutError,
     UnavailableError,
     ValidationError,
 )
@@ -702,6 +703,21 @@ async def test_no_digest_outlives_what_it_was_kept_for() -> None:
     await cache.get_latest("u-1")
     await clock.advance(10)
     await cache.get_latest("u-2")
+    assert list(cache._held.by_digest.values()) == ["u-2"]
+
+
+async def test_no_digest_stays_behind_of_a_load_that_outlived_a_doubt() -> None:
+    """It began while a write could still take effect, and so is taken out when that is over."""
+    gate = Gate()
+    cache, _, clock = build(StoreTimeoutError("no answer"), gate, StateSnapshot("u-2", 1))
+    with pytest.raises(StoreTimeoutError):
+        await cache.upsert_latest(NEW)
+    loading = asyncio.create_task(cache.get_latest("u-1"))
+    await gate.entered.wait()
+    await clock.advance(5)
+    await cache.get_latest("u-2")
+    gate.open(OLD)
+    assert await loading == OLD
     assert list(cache._held.by_digest.values()) == ["u-2"]
 
 
