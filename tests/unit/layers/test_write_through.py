@@ -401,6 +401,48 @@ async def test_a_fill_that_began_before_a_write_never_lands_after_it(write: str)
     assert tier.states == ({"u-1": NEW} if write == "upsert" else {})
 
 
+@pytest.mark.parametrize("write", ["upsert", "delete"])
+async def test_a_fill_that_began_during_a_write_never_lands_after_it(write: str) -> None:
+    """It may have read the origin before the write took effect."""
+    tier, writing, reading = Tier(), Gate(), Gate()
+    store = WriteThrough(tier, origin=Scripted(writing, reading))
+    call = store.upsert_latest(NEW) if write == "upsert" else store.delete("u-1")
+    written = asyncio.create_task(call)
+    await writing.entered.wait()
+    early = asyncio.create_task(store.get_latest("u-1"))
+    await reading.entered.wait()
+    writing.open()
+    await written
+    reading.open(OLD)
+    assert await early == OLD
+    assert tier.states == ({"u-1": NEW} if write == "upsert" else {})
+
+
+@pytest.mark.parametrize("write", ["upsert", "delete"])
+async def test_a_write_that_meets_a_fill_is_what_the_tier_has_afterwards(write: str) -> None:
+    """However slowly the tier takes what was read before."""
+    gate = Gate()
+
+    class Slow(Tier):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if snapshot == OLD:
+                await gate.pass_through()
+            await super().upsert_latest(snapshot)
+
+    tier, origin = Slow(), MemoryStore()
+    await origin.upsert_latest(OLD)
+    store = WriteThrough(tier, origin=origin)
+    reading = asyncio.create_task(store.get_latest("u-1"))
+    await gate.entered.wait()
+    call = store.upsert_latest(NEW) if write == "upsert" else store.delete("u-1")
+    writing = asyncio.create_task(call)
+    await settle()
+    gate.open()
+    assert await reading == OLD
+    await writing
+    assert tier.states == ({"u-1": NEW} if write == "upsert" else {})
+
+
 async def test_overlapping_writes_leave_origin_and_tier_with_one_winner() -> None:
     """The second waits for the first, so both sides see one order."""
     tier, gate = Tier(), Gate()
@@ -623,6 +665,26 @@ async def test_a_copy_that_the_tier_did_not_take_is_not_believed() -> None:
         assert await tier.get_latest("u-1") == NEW
 
 
+async def test_a_write_that_was_erased_before_it_returned_is_not_cached() -> None:
+    """By another stack over the same stores: after the origin had it, and before the tier did."""
+    gate = Gate()
+
+    class Slow(MemoryStore):
+        async def write(self, snapshot: StateSnapshot) -> Any:
+            record = await super().write(snapshot)
+            await gate.pass_through()
+            return record
+
+    tier, origin = MemoryStore(), Slow()
+    cache = Cached(WriteThrough(tier, origin=origin), ttl=60)
+    writing = asyncio.create_task(cache.upsert_latest(NEW))
+    await gate.entered.wait()
+    await WriteThrough(tier, origin=origin).delete("u-1")
+    gate.open()
+    await writing
+    assert await cache.get_latest("u-1") is None
+
+
 async def test_doubts_are_bounded() -> None:
     """More doubtful users than can be kept apart: every copy is doubtful until it is put right, so
     that the tier is of use again after a long outage."""
@@ -750,6 +812,8 @@ async def test_whatever_a_tier_from_elsewhere_raises_the_origin_serves(error: Ex
     assert caught.value.pending == ("Elsewhere",)
     assert caught.value.__cause__ is error
     assert await origin.get_latest("u-2") is None
+    failed = {s.labels[0]: s.value for s in stack.samples() if s.metric == "tier_failures"}
+    assert failed == {"read": 1, "write": 2, "erase": 1, "ping": 0, "repair": 0}
     tier.up = True
     assert await stack.get_latest("u-1") == NEW  # not what the tier missed
     await clock.advance(QUARANTINE_SECONDS)
