@@ -40,7 +40,7 @@ class _Copy(Turn):
     """What is under way for one user: at most one change of the copy at a time.
 
     Attributes:
-        changes: how many began or ended.
+        changes: how many ended.
         unsettled: whether an earlier write could still take effect when this change began.
     """
 
@@ -227,7 +227,6 @@ class LocalCopies:
             StoreTimeoutError: the origin hangs.
         """
         copy = await self._turns.begin(user_id, op)
-        copy.changes += 1
         copy.unsettled = not self._settled(user_id)
         return copy
 
