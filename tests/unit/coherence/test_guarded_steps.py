@@ -14,6 +14,7 @@ import pytest
 from loops import AskedLoop
 
 from layered_store.coherence.contract import (
+    TRUST_SECONDS,
     CacheTier,
     Change,
     Holders,
@@ -23,8 +24,17 @@ from layered_store.coherence.contract import (
     TierRead,
     Versioned,
 )
-from layered_store.coherence.guarded import GuardedCopies, backlog, seen
-from layered_store.errors import ClosedError, ErasureIncompleteError, StoreError, UnavailableError
+from layered_store.coherence.guarded import GuardedCopies, backlog, repair, seen
+from layered_store.coherence.guarded.erasing import MARGIN_SECONDS
+from layered_store.coherence.guarded.leases import LEASE_SECONDS
+from layered_store.coherence.outcomes import QUARANTINE_SECONDS
+from layered_store.errors import (
+    ClosedError,
+    ErasureIncompleteError,
+    OverloadedError,
+    StoreError,
+    UnavailableError,
+)
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
 from layered_store.testing.clock import FakeClock, settle
@@ -48,6 +58,10 @@ class Tier(CacheTier):
         self.trusted = self.echoes = True
         self.notices: asyncio.Queue[Notice | Exception] = asyncio.Queue()
         self.cursor = ""
+        # Who holds leases when a user is buried, and later.
+        self.at_burial = self.later = Holders(10.0, 10.0, {})
+        self.repaired: list[bytes] = []
+        self.trusted_for: list[float] = []
 
     def _step(self, name: str) -> None:
         self.log.append(name)
@@ -83,11 +97,11 @@ class Tier(CacheTier):
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
         self._step("bury")
         self.copies[user_id] = Versioned(version, None)
-        return Holders(10.0, 10.0, {})
+        return self.at_burial
 
     async def holders(self, user_id: str, me: str) -> Holders:
         self._step("holders")
-        return Holders(10.0, 10.0, {})
+        return self.later
 
     async def begin(self, me: str, head: str) -> Pass | None:
         self._step("begin")
@@ -99,11 +113,13 @@ class Tier(CacheTier):
 
     async def repair(self, changes: Sequence[Change]) -> Sequence[Change]:
         self._step("repair")
+        self.repaired += [change.digest for change in changes]
         return changes
 
     async def stamp(self, begun: Pass, cursor: str, seconds: float) -> bool:
         self._step("stamp")
         self.cursor = cursor
+        self.trusted_for.append(seconds)
         return True
 
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
@@ -350,6 +366,243 @@ async def test_a_pass_settles_what_it_came_upon_at_once(
     await world.clock.advance(0.3)
     for user in users:
         assert await world.authority.debts(user) == []
+
+
+@pytest.mark.parametrize("fails", [(), ("repair",), ("settle",)], ids=["", "repair", "settle"])
+async def test_what_was_owed_before_this_process_came_is_cleaned_and_then_settled(
+    fails: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No replay comes upon it. A debt is settled by nothing else, and one that could not be paid
+    is paid later.
+    """
+    world = World()
+    tier, authority = world.tier, world.authority
+    await authority.upsert_latest(state())
+    await authority.erase("u-1", ("tier",))  # by a process that died
+    real, settled_after = authority.settle, []
+
+    async def settle(digest: bytes, version: int, name: str) -> None:
+        if "settle" in fails:
+            raise UnavailableError("away")
+        settled_after.append(list(tier.repaired))
+        await real(digest, version, name)
+
+    monkeypatch.setattr(authority, "settle", settle)
+    if "repair" in fails:
+        tier.fails["repair"] = UnavailableError("away")
+    await world.begin()
+    await world.clock.advance(1.0)
+    if fails:
+        assert await authority.debts("u-1") == ["tier"]
+        tier.fails.clear()
+        fails = ()
+        await world.clock.advance(1.0)
+    assert await authority.debts("u-1") == []
+    digest = authority.digest("u-1")
+    assert all(digest in repaired for repaired in settled_after)
+    assert settled_after
+    await world.guard.aclose()
+
+
+async def test_a_tier_is_trusted_when_the_last_page_was_replayed_and_not_before(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page before it moves the cursor, so that a long way back is gone once."""
+    monkeypatch.setattr(repair, "PAGE", 2)
+    users = [f"u-{number}" for number in range(5)]
+    for user in users:
+        await world.authority.upsert_latest(state(user))  # by another process
+    world.tier.trusted_for.clear()
+    await world.clock.advance(0.3)
+    assert world.tier.trusted_for == [0.0, 0.0, TRUST_SECONDS]
+    assert world.tier.repaired[-5:] == [world.authority.digest(user) for user in users]
+
+
+WRITES: dict[str, Callable[[GuardedCopies], Coroutine[Any, Any, object]]] = {
+    "a write": lambda guard: guard.upsert_latest(state(at=2)),
+    "a batch": lambda guard: guard.upsert_latest_many([state(at=2)]),
+    "an erasure": lambda guard: guard.delete("u-1"),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+async def test_a_copy_that_is_older_than_what_this_process_wrote_is_not_shown(
+    write: str, world: World
+) -> None:
+    """Though the tier is trusted, by one read and by a read of several."""
+    guard, tier = world.guard, world.tier
+    await guard.upsert_latest(state())
+    old = tier.copies["u-1"]
+    await WRITES[write](guard)
+    left = None if write == "an erasure" else state(at=2)
+    tier.copies["u-1"] = old
+    assert await guard.get_latest("u-1") == left
+    tier.copies["u-1"] = old
+    assert (await guard.get_latest_many(["u-1"])).get("u-1") == left
+
+
+async def test_a_copy_that_is_older_than_one_that_was_shown_is_not_shown(world: World) -> None:
+    """Of another process's write, which this one has read from the tier."""
+    guard, tier = world.guard, world.tier
+    await guard.upsert_latest(state())
+    old = tier.copies["u-1"]
+    tier.copies["u-1"] = await world.authority.write(state(at=2))
+    assert await guard.get_latest("u-1") == state(at=2)
+    tier.copies["u-1"] = old
+    assert await guard.get_latest("u-1") == state(at=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "believed"),
+    [
+        (UnavailableError("cut off"), False),
+        (asyncio.CancelledError(), False),
+        (OverloadedError("full"), True),
+    ],
+    ids=["cut off", "cancelled", "refused"],
+)
+@pytest.mark.parametrize("write", WRITES)
+async def test_while_a_write_may_take_effect_no_copy_of_the_user_is_believed(
+    write: str, error: BaseException, believed: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 5 s; one that was refused changes nothing."""
+    guard, tier, authority = world.guard, world.tier, world.authority
+    await guard.upsert_latest(state())
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        for step in ("write", "write_many", "erase"):
+            patch.setattr(authority, step, fail)
+        with pytest.raises(type(error)):
+            await WRITES[write](guard)
+    await authority.write(state(at=3))  # what was on its way
+    assert await guard.get_latest("u-1") == state(at=1 if believed else 3)
+    assert guard.reads.hit == believed
+    await world.clock.advance(QUARANTINE_SECONDS)
+    tier.copies["u-1"] = await authority.read("u-1")
+    assert await guard.get_latest("u-1") == state(at=3)
+    assert guard.reads.hit == believed + 1
+
+
+@pytest.mark.parametrize("form", ["single", "batch"])
+async def test_reads_are_counted_by_how_they_ended(form: str, world: World) -> None:
+    """What the tier has is a hit, an erased user a negative one; its failure is no miss."""
+    guard, tier, counts = world.guard, world.tier, world.guard.reads
+
+    async def read() -> tuple[int, ...]:
+        before = counts.hit, counts.negative_hit, counts.miss, counts.error
+        if form == "single":
+            await guard.get_latest("u-1")
+        else:
+            await guard.get_latest_many(["u-1"])
+        after = counts.hit, counts.negative_hit, counts.miss, counts.error
+        return tuple(now - then for now, then in zip(after, before, strict=True))
+
+    assert await read() == (0, 0, 1, 0)
+    await guard.upsert_latest(state())
+    assert await read() == (1, 0, 0, 0)
+    await guard.delete("u-1")
+    assert await read() == (0, 1, 0, 0)
+    tier.copies.clear()
+    tier.fails["ticket"] = UnavailableError("away")
+    assert await read() == (0, 0, 0, 1)
+    tier.fails = {"read": UnavailableError("away"), "begin": UnavailableError("away")}
+    assert await read() == (0, 0, 0, 1)
+    assert guard.failures["read"] == 2
+    assert await read() == (0, 0, 0, 1)  # it is passed by
+    world.authority.read = world.authority.read_many = refused  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        await read()
+    assert counts.error == 4
+
+
+async def refused(*_: object) -> Any:
+    raise UnavailableError("down")
+
+
+LEASE = LEASE_SECONDS + MARGIN_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("burial", "later", "waits"),
+    [
+        (Holders(10.0, 10.0, {}), None, 0.0),
+        (Holders(10.0, 10.0, {"x": (10.5, 10.0)}), None, 0.0),
+        (Holders(10.0, 10.0, {"x": (10.5, 9.9)}), Holders(10.1, 10.1, {"x": (11, 10.0)}), 0.02),
+        (Holders(10.0, 10.0, {"x": (10.5, 9.9)}), Holders(10.1, 10.1, {"x": (11, 9.9)}), LEASE),
+        (Holders(10.0, 10.0, {"x": (10.5, 9.9)}), Holders(9.0, 10.0, {"x": (11, 10.0)}), LEASE),
+        (Holders(10.0, 10.0, {"x": (10.5, 9.9)}), Holders(10.1, 10.1, {}), LEASE),
+        (Holders(10.0, 10.0, {"x": (10.5, 9.9)}), None, LEASE),
+        (Holders(10.0, 0.4, {}), None, LEASE - 0.4),
+        (Holders(10.0, -3.0, {}), None, LEASE),
+    ],
+    ids=[
+        "nobody holds a lease",
+        "all had seen it",
+        "acknowledged",
+        "not acknowledged",
+        "a clock set back",
+        "gone from the register",
+        "nobody to ask",
+        "a young register",
+        "a register of the future",
+    ],
+)
+async def test_an_erasure_waits_for_whoever_may_still_answer_and_no_longer(
+    burial: Holders, later: Holders | None, waits: float, world: World
+) -> None:
+    """Until they acknowledged the message, or for one lease on its own clock."""
+    tier, clock = world.tier, world.clock
+    tier.at_burial = burial
+    if later is not None:
+        tier.later = later
+    else:
+        tier.fails["holders"] = UnavailableError("away")
+    erasing = asyncio.create_task(world.guard.delete("u-1"))
+    await settle()
+    if waits:
+        await clock.advance(waits - 0.001)
+        assert not erasing.done()
+        await clock.advance(0.002)
+    assert erasing.done()
+    await erasing
+
+
+@pytest.mark.parametrize("reached", [False, True])
+async def test_the_caches_of_this_process_are_told_of_an_erasure_at_once(
+    reached: bool, world: World
+) -> None:
+    """Whether or not the tier is reached."""
+    cache = Cache()
+    world.guard.attach(cache)
+    await world.guard.upsert_latest(state())
+    if not reached:
+        world.tier.fails["bury"] = UnavailableError("away")
+    try:
+        await world.guard.delete("u-1")
+    except ErasureIncompleteError:
+        assert not reached
+    digest = world.authority.digest("u-1")
+    assert [notice.digest for notice in cache.told if notice.erased] == [digest]
+
+
+async def test_an_erasure_that_was_cancelled_while_it_waited_is_settled_by_the_next_pass(
+    world: World,
+) -> None:
+    """Which begins at once; until then the user counts as behind."""
+    world.tier.at_burial = world.tier.later = Holders(10.0, 10.0, {"x": (10.5, 9.9)})
+    erasing = asyncio.create_task(world.guard.delete("u-1"))
+    await settle()
+    erasing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await erasing
+    assert world.guard.pending == 1
+    assert await world.authority.debts("u-1") == ["tier"]
+    await world.clock.advance(0.06)
+    assert world.guard.pending == 0
+    assert await world.authority.debts("u-1") == []
 
 
 async def test_an_empty_batch_that_fails_puts_nobody_in_doubt(world: World) -> None:
