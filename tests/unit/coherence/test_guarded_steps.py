@@ -27,12 +27,14 @@ from layered_store.coherence.contract import (
 from layered_store.coherence.guarded import GuardedCopies, backlog, repair, seen
 from layered_store.coherence.guarded.erasing import MARGIN_SECONDS
 from layered_store.coherence.guarded.leases import LEASE_SECONDS
+from layered_store.coherence.guarded.startup import READY_SECONDS
 from layered_store.coherence.outcomes import QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
     ErasureIncompleteError,
     OverloadedError,
     StoreError,
+    StoreTimeoutError,
     UnavailableError,
 )
 from layered_store.snapshot import StateSnapshot
@@ -60,6 +62,8 @@ class Tier(CacheTier):
         self.cursor = ""
         # Who holds leases when a user is buried, and later.
         self.at_burial = self.later = Holders(10.0, 10.0, {})
+        self.put_with: list[Ticket | None] = []
+        self.acknowledged: list[float] = []
         self.repaired: list[bytes] = []
         self.trusted_for: list[float] = []
 
@@ -92,6 +96,7 @@ class Tier(CacheTier):
 
     async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
         self._step("put")
+        self.put_with.append(ticket)
         self.copies[user_id] = record
 
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
@@ -124,6 +129,7 @@ class Tier(CacheTier):
 
     async def ping(self, me: str, seconds: float, seen: float, number: int) -> float:
         self._step("ping")
+        self.acknowledged.append(seen)
         if self.echoes:
             self.notices.put_nowait(Notice(b"", number, echo=me))
         return 1.0 if self.trusted else 0.0
@@ -605,6 +611,255 @@ async def test_an_erasure_that_was_cancelled_while_it_waited_is_settled_by_the_n
     assert await world.authority.debts("u-1") == []
 
 
+@pytest.mark.parametrize("case", CALLS)
+async def test_whatever_is_called_first_the_tier_is_repaired_from_then_on(case: str) -> None:
+    """Until a pass was made, no copy is believed."""
+    world = World()
+    await CALLS[case][1](world.guard)
+    await world.clock.advance(0.3)
+    assert world.tier.log.count("stamp") >= 2
+    await world.guard.aclose()
+
+
+async def test_a_pass_that_hangs_costs_the_first_calls_a_second_and_the_others_nothing() -> None:
+    """They go on without the tier, which is trusted later."""
+    world = World()
+
+    async def begin(me: str, head: str) -> None:
+        await asyncio.Event().wait()
+
+    world.tier.begin = begin  # type: ignore[assignment, method-assign]
+    first = asyncio.create_task(world.guard.get_latest("u-1"))
+    await world.clock.advance(READY_SECONDS - 0.01)
+    assert not first.done()
+    await world.clock.advance(0.02)
+    assert first.done()
+    for _ in range(3):
+        call = asyncio.create_task(world.guard.get_latest_many(["u-1"]))
+        await settle()
+        assert call.done()
+    await world.guard.aclose()
+
+
+@pytest.mark.parametrize("write", ["a write", "a batch"])
+async def test_a_write_raises_the_copy_once_with_the_ticket_from_before_it(
+    write: str, world: World
+) -> None:
+    """So that there is a copy to read, unless somebody else changed the user meanwhile."""
+    world.tier.put_with.clear()
+    await WRITES[write](world.guard)
+    assert world.tier.put_with == [TICKET]
+
+
+@pytest.mark.parametrize("form", ["single", "batch"])
+async def test_without_a_ticket_nothing_is_filled(form: str, world: World) -> None:
+    """The tier ceased to be trusted between the read and the ticket; the answer is there."""
+    await world.authority.upsert_latest(state())
+
+    async def none(user_id: str) -> None:
+        pass
+
+    world.tier.ticket = none  # type: ignore[method-assign]
+    if form == "single":
+        assert await world.guard.get_latest("u-1") == state()
+    else:
+        assert await world.guard.get_latest_many(["u-1"]) == {"u-1": state()}
+    assert "fill" not in world.tier.log
+
+
+@pytest.mark.parametrize("form", ["single", "batch"])
+async def test_a_fill_that_fails_costs_nobody_an_answer(form: str, world: World) -> None:
+    """It is counted."""
+    await world.authority.upsert_latest(state())
+    world.tier.fails["fill"] = UnavailableError("away")
+    if form == "single":
+        assert await world.guard.get_latest("u-1") == state()
+    else:
+        assert await world.guard.get_latest_many(["u-1"]) == {"u-1": state()}
+    assert world.guard.failures == {"write": 1}
+
+
+@pytest.mark.parametrize("form", ["single", "batch"])
+async def test_an_authority_that_went_back_is_asked_no_more_than_twice(
+    form: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it was restored from a backup: what it says then is the answer."""
+    for _ in range(3):
+        await world.guard.upsert_latest(state(at=2))
+    world.tier.copies.clear()
+    asked: list[object] = []
+
+    async def read(user_id: str) -> Versioned:
+        asked.append(user_id)
+        await asyncio.sleep(0)
+        return Versioned(1, state())
+
+    async def read_many(user_ids: Sequence[str]) -> Mapping[str, Versioned]:
+        return {user_id: await read(user_id) for user_id in user_ids}
+
+    monkeypatch.setattr(world.authority, "read", read)
+    monkeypatch.setattr(world.authority, "read_many", read_many)
+    async with asyncio.timeout(5):
+        if form == "single":
+            assert await world.guard.get_latest("u-1") == state()
+        else:
+            assert await world.guard.get_latest_many(["u-1"]) == {"u-1": state()}
+    assert len(asked) <= 2
+
+
+async def test_a_pass_that_another_process_makes_is_left_to_it(world: World) -> None:
+    """Nothing is replayed or stamped without the turn."""
+
+    async def another(me: str, head: str) -> None:
+        world.tier.log.append("begin")
+
+    world.tier.begin = another  # type: ignore[assignment, method-assign]
+    await world.clock.advance(0.3)
+    world.tier.log.clear()
+    await world.authority.upsert_latest(state())
+    await world.clock.advance(1.0)
+    assert set(world.tier.log) == {"begin"}
+
+
+@pytest.mark.parametrize("way", ["fresh", "unknown cursor"])
+async def test_a_new_generation_has_debts_looked_for(
+    way: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins at the head, so no replay comes upon erasures of before; nor is anything stamped
+    by the pass that finds a cursor which the authority does not cover.
+    """
+    looks: list[str] = []
+    real = world.authority.owing
+
+    async def owing(tier: str, limit: int) -> Sequence[Change]:
+        looks.append(tier)
+        return await real(tier, limit)
+
+    monkeypatch.setattr(world.authority, "owing", owing)
+    await world.clock.advance(1.0)
+    assert looks == []  # once was enough
+    world.tier.log.clear()
+    begin = world.tier.begin
+
+    async def fresh(me: str, head: str) -> Pass | None:
+        begun = await begin(me, head)
+        return begun and begun._replace(fresh=True)
+
+    async def covers(cursor: str) -> bool:
+        return False
+
+    with monkeypatch.context() as patch:
+        if way == "fresh":
+            patch.setattr(world.tier, "begin", fresh)
+        else:
+            patch.setattr(world.authority, "covers", covers)
+        await world.clock.advance(0.3)
+        assert ("renew" in world.tier.log) is (way != "fresh")
+        assert ("stamp" in world.tier.log) is (way == "fresh")
+    assert looks
+
+
+async def test_one_failure_now_and_then_is_no_outage(world: World) -> None:
+    """A connection that was lost is made anew; the tier is asked by the next call."""
+    for _ in range(5):
+        world.tier.fails["read"] = UnavailableError("lost")
+        await world.guard.get_latest("u-1")
+        del world.tier.fails["read"]
+        world.tier.log.clear()
+        await world.guard.get_latest("u-1")
+        assert "read" in world.tier.log
+        await world.clock.advance(0.3)
+    assert world.guard.trouble == ""
+
+
+async def test_a_tier_that_answers_pings_and_no_calls_is_told_as_trouble(world: World) -> None:
+    """Until a ping or a pass reaches it again; then it is asked by the next call."""
+    for step in ("read", "begin"):
+        world.tier.fails[step] = StoreTimeoutError("no answer")
+    await world.guard.get_latest("u-1")
+    assert "passed by" in world.guard.trouble
+    await world.clock.advance(0.3)
+    assert world.guard.failures["repair"] > 0
+    world.tier.log.clear()
+    await world.guard.get_latest("u-1")
+    assert "read" not in world.tier.log
+    world.guard.attach(Cache())
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.3)
+    world.tier.log.clear()
+    await world.guard.get_latest("u-1")
+    assert "read" in world.tier.log
+
+
+async def test_a_write_that_is_cancelled_after_its_commit_is_repaired_at_once(
+    world: World,
+) -> None:
+    """Its copy is behind, and nobody else knows."""
+    hangs = asyncio.Event()
+
+    async def put(user_id: str, record: Versioned, ticket: Ticket | None) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    world.tier.put = put  # type: ignore[method-assign]
+    writing = asyncio.create_task(world.guard.upsert_latest(state()))
+    await hangs.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert world.guard.pending == 1
+    await world.clock.advance(0.06)
+    assert world.guard.pending == 0
+    assert world.authority.digest("u-1") in world.tier.repaired
+
+
+async def test_each_ping_acknowledges_the_latest_message_that_was_taken_in(world: World) -> None:
+    """Whoever erases waits for that; a message that comes again takes nothing back."""
+    cache = Cache()
+    world.guard.attach(cache)
+    await world.guard.get_latest("u-1")
+    for sent in (5.0, 7.0, 6.0):
+        world.tier.notices.put_nowait(Notice(b"digest", 7, sent=sent))
+    await world.clock.advance(0.4)
+    assert world.tier.acknowledged[-1] == 7.0
+
+
+@pytest.mark.parametrize(
+    "notice", [Notice(b"digest", 7, erased=True), Notice(b"", 0)], ids=["erasure", "generation"]
+)
+async def test_what_somebody_waits_for_is_answered_by_a_ping_at_once(
+    notice: Notice, world: World
+) -> None:
+    """An erasure, and a new generation, after which there is no lease until then."""
+    cache = Cache()
+    world.guard.attach(cache)
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.4)
+    world.tier.log.clear()
+    world.tier.notices.put_nowait(notice)
+    await world.clock.advance(0)
+    assert "ping" in world.tier.log
+    assert cache.leased > world.clock.monotonic()
+
+
+async def test_a_tier_that_hangs_does_not_keep_from_closing() -> None:
+    """Leaving the register of leases is tried for a moment."""
+    world = World()
+    world.guard.attach(Cache())
+    await world.guard.get_latest("u-1")
+    await world.clock.advance(0.4)
+
+    async def ping(me: str, seconds: float, seen: float, number: int) -> float:
+        await asyncio.Event().wait()
+        return 0.0
+
+    world.tier.ping = ping  # type: ignore[method-assign]
+    closing = asyncio.create_task(world.guard.aclose())
+    await settle()
+    await world.clock.advance(0.3)
+    assert closing.done()
+
+
 async def test_an_empty_batch_that_fails_puts_nobody_in_doubt(world: World) -> None:
     """The error is that of the system of record."""
 
@@ -642,6 +897,45 @@ async def test_what_is_behind_counts_until_the_tier_is_trusted_again(world: Worl
     assert world.guard.pending == 1
     world.tier.trusted = True
     await world.clock.advance(0.5)
+    assert world.guard.pending == 0
+
+
+@pytest.mark.parametrize("way", ["read", "batch", "write"])
+async def test_trust_in_an_answer_tells_that_another_process_repaired_what_is_behind(
+    way: str, world: World
+) -> None:
+    """The pass behind it may have begun 2 s ago, so no sooner than that after the write."""
+    calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "read": lambda: world.guard.get_latest("u-2"),
+        "batch": lambda: world.guard.get_latest_many(["u-2"]),
+        "write": lambda: world.guard.upsert_latest(state("u-2")),
+    }
+    refused = OverloadedError("full")  # which is no outage
+    world.tier.fails = {"put": refused, "begin": refused}
+    await world.guard.upsert_latest(state())
+    world.tier.fails = {"begin": refused}
+    await world.clock.advance(1.9)
+    await calls[way]()
+    assert world.guard.pending == 1
+    await world.clock.advance(0.2)
+    await calls[way]()
+    assert world.guard.pending == 0
+
+
+async def test_a_later_write_that_reaches_the_tier_leaves_the_user_behind_no_more(
+    world: World,
+) -> None:
+    """Whoever fell behind twice counts once, since the last time."""
+    refused = OverloadedError("full")
+    for _ in range(2):
+        world.tier.fails = {"put": refused, "begin": refused}
+        await world.guard.upsert_latest(state())
+        await world.clock.advance(1.1)
+    assert world.guard.pending == 1
+    await world.guard.get_latest("u-2")
+    assert world.guard.pending == 1
+    del world.tier.fails["put"]
+    await world.guard.upsert_latest(state())
     assert world.guard.pending == 0
 
 
@@ -856,6 +1150,8 @@ async def test_an_echo_of_before_the_channel_was_lost_renews_no_lease(world: Wor
 async def test_a_cache_that_comes_later_is_followed_from_the_next_call_on(world: World) -> None:
     """It is told what others write, and once it left, no more."""
     cache = Cache()
+    for _ in range(2):
+        await world.guard.upsert_latest(state())  # until all is steady
     world.guard.attach(cache)
     assert "listen" not in world.tier.log
     assert world.guard.channel_up is None
