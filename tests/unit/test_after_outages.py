@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -20,13 +19,12 @@ from layered_store import (
 )
 from layered_store.testing import FakeClock
 from layered_store.turns import Turn
+from tests.unit.growth import MOST, Spent, growth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 FEW, MANY = 1_000, 40_000
-MOST = 5
-"""Times as much a user; work that grows with the square of the users is near 40 times."""
 
 
 class Away(MemoryStore):
@@ -50,35 +48,31 @@ def states(count: int) -> list[StateSnapshot]:
 async def test_the_end_of_doubt(layer: Callable[[FakeClock], StateStore]) -> None:
     """Users of whom a write may still take effect are forgotten when its time is over."""
 
-    async def cost(count: int) -> float:
+    async def costs(count: int) -> list[float]:
         clock = FakeClock()
         stack = layer(clock)
         with suppress(StoreTimeoutError):
             await stack.upsert_latest_many(states(count))
         await clock.advance(10)
-        begun = time.process_time()
-        with suppress(StoreTimeoutError):
+        with Spent() as spent, suppress(StoreTimeoutError):
             await stack.upsert_latest_many([StateSnapshot("u-0")])
-        return (time.process_time() - begun) / count
+        return [spent.seconds]
 
-    one = min([await cost(FEW) for _ in range(3)])
-    assert await cost(MANY) < MOST * one + 2e-6
+    assert await growth(costs, FEW, MANY) < MOST
 
 
 async def test_writers_of_one_user() -> None:
     """Each is given the turn in the order in which they came."""
 
-    async def cost(count: int) -> float:
+    async def costs(count: int) -> list[float]:
         turn = Turn(asyncio.get_running_loop())
         assert await turn.take()
         waiting = [asyncio.ensure_future(turn.take()) for _ in range(count)]
         await asyncio.sleep(0)
-        begun = time.process_time()
-        for _ in range(count):
-            turn.pass_on()
-        spent = time.process_time() - begun
+        with Spent() as spent:
+            for _ in range(count):
+                turn.pass_on()
         assert all(await asyncio.gather(*waiting))
-        return spent / count
+        return [spent.seconds]
 
-    one = min([await cost(FEW) for _ in range(3)])
-    assert await cost(MANY) < MOST * one + 2e-6
+    assert await growth(costs, FEW, MANY) < MOST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +24,7 @@ from layered_store import (
     Timeout,
     WriteThrough,
 )
+from tests.unit.growth import MOST, Spent, growth
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -38,9 +38,7 @@ class Looping(Layer):
             await self.inner.upsert_latest(snapshot)
 
 
-FEW, MANY = 1_000, 20_000
-MOST = 5
-"""Times as much a user; work that grows with the square of the batch is near 20 times."""
+FEW, MANY = 500, 10_000
 
 STACKS: dict[str, Callable[[], StateStore]] = {
     "memory": MemoryStore,
@@ -61,31 +59,27 @@ STACKS: dict[str, Callable[[], StateStore]] = {
 }
 
 
-async def cost(call: Callable[[], Awaitable[object]]) -> float:
-    """Return the CPU seconds of a call."""
-    begun = time.process_time()
-    await call()
-    return time.process_time() - begun
-
-
 @pytest.mark.parametrize("name", STACKS)
 async def test_a_large_batch_costs_no_more_a_user(name: str) -> None:
     """Written for the first time, written again, read, and read where nobody is."""
-    few, many = STACKS[name](), STACKS[name]()
     states = [StateSnapshot(f"u-{n}", axes={"a": 0.5}) for n in range(MANY)]
     users = [state.user_id for state in states]
     absent = [f"absent-{n}" for n in range(MANY)]
 
-    def calls(store: StateStore, size: int) -> list[Callable[[], Awaitable[object]]]:
-        return [
-            lambda: store.upsert_latest_many(states[:size]),
-            lambda: store.upsert_latest_many(states[:size]),
-            lambda: store.get_latest_many(users[:size]),
-            lambda: store.get_latest_many(absent[:size]),
+    async def costs(count: int) -> list[float]:
+        store = STACKS[name]()
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: store.upsert_latest_many(states[:count]),
+            lambda: store.upsert_latest_many(states[:count]),
+            lambda: store.get_latest_many(users[:count]),
+            lambda: store.get_latest_many(absent[:count]),
         ]
+        seconds = []
+        for call in calls:
+            with Spent() as spent:
+                await call()
+            seconds.append(spent.seconds)
+        await store.aclose()
+        return seconds
 
-    for of_few, of_many in zip(calls(few, FEW), calls(many, MANY), strict=True):
-        one = min([await cost(of_few) for _ in range(3)]) / FEW
-        assert await cost(of_many) / MANY < MOST * one + 5e-6
-    await few.aclose()
-    await many.aclose()
+    assert await growth(costs, FEW, MANY) < MOST
