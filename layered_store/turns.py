@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from layered_store.errors import StoreTimeoutError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from layered_store.interface import Op
 
-__all__ = ["Turn", "Turns", "timed_out", "unsent"]
+__all__ = ["Together", "Turn", "Turns", "timed_out", "unsent"]
 
 
 class Turn:
     """What is under way for one user.
+
+    Who has the turn does its work ``with`` it: what that raises is noted, and the turn passed on.
 
     Behind a store that hangs nobody waits for all those before: when the call that has the turn got
     no answer in time, those who have waited since before it had the turn fail as well. When it was
     a second store that hangs, without which calls go on, they pass that one by.
 
     Args:
+        turns: those of all users.
+        user_id: whose.
         loop: the event loop on which it is.
 
     Attributes:
         holders: how many calls there are, those that wait too.
         busy: whether one of them has the turn.
+        taken: how often it was taken.
         spared: whether the one that has it passes the second store by.
     """
 
@@ -37,17 +42,23 @@ class Turn:
         "_had",
         "_hung",
         "_spare",
+        "_turns",
         "_waiting",
         "busy",
         "holders",
         "loop",
         "spared",
+        "taken",
+        "user_id",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, turns: Turns[Any], user_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._turns = turns
+        self.user_id = user_id
         self.loop = loop
         self.holders = 0
         self.busy = False
+        self.taken = 0
         # Who waits, by the place in which they came; a cancelled one is not kept.
         self._waiting: OrderedDict[asyncio.Future[bool], int] = OrderedDict()
         self._came = 0
@@ -73,9 +84,27 @@ class Turn:
                 raise
             if not given:
                 return False
+        self.have(came)
+        return True
+
+    def have(self, came: int = 0) -> None:
+        """Take it at once, since it is nobody's, or was given to who came in this place."""
         self.busy, self._had, self._hung = True, self._came, False
         self.spared = 0 < came <= self._spare
-        return True
+        self.taken += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        self.end(exc)
+
+    def end(self, exc: BaseException | None = None) -> None:
+        """Pass it on, after noting what the call that has it raised."""
+        if exc is not None:
+            self.failed(exc)
+        self.pass_on()
+        self._turns.leave(self)
 
     def failed(self, exc: BaseException) -> None:
         """Note what the call that has the turn raised."""
@@ -129,7 +158,9 @@ class Turns(Generic[T]):
         users: by id; nothing is kept of the others.
     """
 
-    def __init__(self, new: Callable[[str, asyncio.AbstractEventLoop], T], layer: str) -> None:
+    def __init__(
+        self, new: Callable[[Turns[T], str, asyncio.AbstractEventLoop], T], layer: str
+    ) -> None:
         self._new = new
         self._layer = layer
         self.users: dict[str, T] = {}
@@ -157,18 +188,18 @@ class Turns(Generic[T]):
                 )
             turn = None  # what that loop left behind will never end
         if turn is None:
-            turn = self.users[user_id] = self._new(user_id, loop)
+            turn = self.users[user_id] = self._new(self, user_id, loop)
         turn.holders += 1
         return turn
 
-    def leave(self, user_id: str, turn: T) -> None:
+    def leave(self, turn: T) -> None:
         """End what :meth:`enter` began."""
         turn.holders -= 1
-        if not turn.holders and self.users.get(user_id) is turn:
-            del self.users[user_id]
+        if not turn.holders and self.users.get(turn.user_id) is turn:
+            del self.users[turn.user_id]
 
     async def begin(self, user_id: str, op: Op | None = None) -> T:
-        """Wait for the user's turn and take it; end with :meth:`end`.
+        """Wait for the user's turn and take it, to work ``with`` it.
 
         Args:
             user_id: whose.
@@ -182,11 +213,33 @@ class Turns(Generic[T]):
             if not await turn.take():
                 raise unsent(op, self._layer, user_id)
         except BaseException:
-            self.leave(user_id, turn)
+            self.leave(turn)
             raise
         return turn
 
-    def end(self, user_id: str, turn: T) -> None:
-        """Pass the turn on."""
-        turn.pass_on()
-        self.leave(user_id, turn)
+    async def begin_all(self, users: Iterable[str], op: Op | None = None) -> Together[T]:
+        """Take the turns of several users, each named once, as :meth:`begin` does of one."""
+        together: Together[T] = Together()
+        try:
+            # In one order everywhere, so that two batches never wait for each other.
+            for user_id in sorted(users):
+                together[user_id] = await self.begin(user_id, op)
+        except BaseException as exc:
+            together.end(exc)
+            raise
+        return together
+
+
+class Together(dict[str, T]):
+    """The turns of several users, by user, that one call has: it works ``with`` all of them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        self.end(exc)
+
+    def end(self, exc: BaseException | None = None) -> None:
+        """Pass all of them on, after noting what the call raised."""
+        for turn in self.values():
+            turn.end(exc)

@@ -20,11 +20,11 @@ from layered_store.coherence.outcomes import (
 from layered_store.errors import ErasureIncompleteError, UnsupportedError
 from layered_store.interface import Op, is_state_of
 from layered_store.stack import tier_name
-from layered_store.turns import Turn, Turns, timed_out, unsent
+from layered_store.turns import Together, Turn, Turns, timed_out, unsent
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from layered_store.clock import Clock
     from layered_store.interface import StateStore
@@ -40,15 +40,15 @@ class _Copy(Turn):
     """What is under way for one user: at most one change of the copy at a time.
 
     Attributes:
-        changes: how many ended.
         unsettled: whether an earlier write could still take effect when this change began.
     """
 
-    __slots__ = ("changes", "unsettled")
+    __slots__ = ("unsettled",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.changes = 0
+    def __init__(
+        self, turns: Turns[_Copy], user_id: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(turns, user_id, loop)
         self.unsettled = False
 
 
@@ -96,7 +96,7 @@ class LocalCopies:
     def __init__(self, tier: StateStore, clock: Clock) -> None:
         self._tier = tier
         self._clock = clock
-        self._turns = Turns(lambda _, loop: _Copy(loop), "WriteThrough")
+        self._turns = Turns(_Copy, "WriteThrough")
         # Doubtful copies, and until when nothing may be stored over them.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
         # Once some had to be forgotten: until when nothing may be stored over those, and the users
@@ -113,8 +113,12 @@ class LocalCopies:
 
     def usable(self, user_id: str) -> bool:
         """Tell whether the tier may be asked for a user now."""
+        return self._doubted_until(user_id) is None and not self._changes(user_id)
+
+    def _changes(self, user_id: str) -> bool:
+        """Tell whether the copy of a user is being changed."""
         turn = self._turns.users.get(user_id)
-        return self._doubted_until(user_id) is None and (turn is None or not turn.busy)
+        return turn is not None and turn.busy
 
     def _doubted_until(self, user_id: str) -> float | None:
         """Return until when nothing may be stored over a doubtful copy; None when it is not one."""
@@ -167,16 +171,17 @@ class LocalCopies:
     def watch(self, user_id: str) -> tuple[_Copy, int] | None:
         """Begin a read of the origin whose answer may be stored; end it with :meth:`fill`.
 
-        None says that it may not: an earlier write could take effect after the read, or another
-        event loop reads or writes the user just now, whose turns are not kept here.
+        None says that it may not: the copy is being changed, an earlier write could take effect
+        after the read, or another event loop reads or writes the user just now, whose turns are not
+        kept here.
         """
-        if not self._settled(user_id):
+        if self._changes(user_id) or not self._settled(user_id):
             return None
         try:
             copy = self._turns.enter(user_id)
         except UnsupportedError:
             return None
-        return copy, copy.changes
+        return copy, copy.taken
 
     async def fill(
         self, user_id: str, snapshot: StateSnapshot | None, mark: tuple[_Copy, int] | None
@@ -191,13 +196,13 @@ class LocalCopies:
         """
         if mark is None:
             return True
-        copy, changes = mark
+        copy, taken = mark
         try:
-            if copy.busy or copy.changes != changes:
+            if copy.busy or copy.taken != taken:
                 return True
             if snapshot is None and self._doubted_until(user_id) is None:
                 return True
-            await copy.take()  # at once, since it is nobody's
+            copy.have()
             copy.unsettled = False
             try:
                 if snapshot is None:
@@ -213,27 +218,34 @@ class LocalCopies:
                 copy.pass_on()
             return True
         finally:
-            self._turns.leave(user_id, copy)
+            self._turns.leave(copy)
 
-    def unwatch(self, user_id: str, mark: tuple[_Copy, int] | None) -> None:
+    def unwatch(self, mark: tuple[_Copy, int] | None) -> None:
         """End a read of the origin that gave nothing to store."""
         if mark is not None:
-            self._turns.leave(user_id, mark[0])
+            self._turns.leave(mark[0])
 
-    async def begin(self, user_id: str, op: Op | None = None) -> _Copy:
-        """Begin a write: wait for the one before, and keep readers off the copy until ``end``.
+    async def begin(self, user_id: str, op: Op) -> _Copy:
+        """Wait for the user's turn, to write ``with`` it; readers pass the copy by meanwhile.
 
         Raises:
             StoreTimeoutError: the origin hangs.
         """
         copy = await self._turns.begin(user_id, op)
-        copy.unsettled = not self._settled(user_id)
+        self._begun(copy)
         return copy
 
-    def end(self, user_id: str, copy: _Copy) -> None:
-        """End a write."""
-        copy.changes += 1
-        self._turns.end(user_id, copy)
+    async def begin_all(self, users: Iterable[str], op: Op) -> Together[_Copy]:
+        """Wait for the turns of several users; see :meth:`begin`."""
+        copies = await self._turns.begin_all(users, op)
+        for copy in copies.values():
+            self._begun(copy)
+        return copies
+
+    def _begun(self, copy: _Copy) -> None:
+        copy.unsettled = not self._settled(copy.user_id)
+        # Until the copy was changed with success, nobody may read it.
+        self.doubt(copy.user_id)
 
     async def put(self, user_id: str, snapshot: StateSnapshot | None) -> bool:
         """Within a write: make the copy what the origin holds now; trouble leaves it doubtful.

@@ -72,14 +72,18 @@ class _Write(Turn):
     """The writes of one user that are under way or wait: one at a time.
 
     Args:
+        turns: those of all users.
+        user_id: whose.
         loop: the event loop on which they are.
         to_other: the side that answers reads meanwhile, whatever the share becomes.
     """
 
     __slots__ = ("to_other",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, to_other: bool) -> None:
-        super().__init__(loop)
+    def __init__(
+        self, turns: Turns[_Write], user_id: str, loop: asyncio.AbstractEventLoop, *, to_other: bool
+    ) -> None:
+        super().__init__(turns, user_id, loop)
         self.to_other = to_other
 
 
@@ -365,12 +369,8 @@ class Ramp(Layer):
 
     async def _write(self, batch: Sequence[StateSnapshot], op: Op, call: Call) -> None:
         """Write to ``inner``, which acknowledges, then to the alternative."""
-        # In one order everywhere, so that two batches never wait for each other.
         users = sorted({snapshot.user_id for snapshot in batch})
-        turns: dict[str, _Write] = {}
-        try:
-            for user_id in users:
-                turns[user_id] = await self._turns.begin(user_id, op)
+        with await self._turns.begin_all(users, op) as turns:
             # What an earlier write may still do, on either side, could come after this one.
             settled = [user_id for user_id in users if not self._doubted(user_id)]
             try:
@@ -404,13 +404,6 @@ class Ramp(Layer):
                     self._fall_behind(users)
                 else:
                     self._catch_up(settled)
-        except BaseException as exc:
-            for turn in turns.values():
-                turn.failed(exc)
-            raise
-        finally:
-            for user_id, turn in turns.items():
-                self._turns.end(user_id, turn)
 
     async def _follow(
         self, batch: Sequence[StateSnapshot], op: Op, call: Call, turns: Collection[_Write]
@@ -446,8 +439,7 @@ class Ramp(Layer):
 
     async def _erase(self, user_id: str) -> None:
         """Erase in ``inner``, then in the alternative."""
-        turn = await self._turns.begin(user_id, Op.DELETE)
-        try:
+        with await self._turns.begin(user_id, Op.DELETE) as turn:
             settled = not self._doubted(user_id)
             pending: list[str] = []
             errors: list[Exception] = []
@@ -482,8 +474,6 @@ class Ramp(Layer):
                 ) from errors[0]
             if settled:
                 self._catch_up([user_id])
-        finally:
-            self._turns.end(user_id, turn)
 
     async def _erase_other(self, user_id: str, turn: _Write) -> None:
         if turn.spared:
@@ -492,9 +482,11 @@ class Ramp(Layer):
         with call_continues(current_call(self.clock).anew()):
             await self._other.delete(user_id)
 
-    def _new_turn(self, user_id: str, loop: asyncio.AbstractEventLoop) -> _Write:
+    def _new_turn(
+        self, turns: Turns[_Write], user_id: str, loop: asyncio.AbstractEventLoop
+    ) -> _Write:
         # Until the end, reads stay on the side they are on.
-        return _Write(loop, to_other=self.takes(user_id))
+        return _Write(turns, user_id, loop, to_other=self.takes(user_id))
 
     def _fall_behind(self, users: Iterable[str]) -> None:
         for user_id in users:

@@ -129,7 +129,7 @@ class WriteThrough(Layer):
             try:
                 snapshot = check_state(await self.origin.get_latest(user_id), user_id, self)
             except BaseException:
-                self._copies.unwatch(user_id, mark)
+                self._copies.unwatch(mark)
                 raise
             await self._copies.fill(user_id, snapshot, mark)
         except Exception as exc:
@@ -174,8 +174,8 @@ class WriteThrough(Layer):
                 if not await self._copies.fill(user_id, loaded.get(user_id), mark):
                     break
         finally:
-            for user_id, mark in marks.items():
-                self._copies.unwatch(user_id, mark)
+            for mark in marks.values():
+                self._copies.unwatch(mark)
         return found, len(missing), copies.failed
 
     async def upsert_latest(self, snapshot: StateSnapshot) -> None:
@@ -185,10 +185,7 @@ class WriteThrough(Layer):
             if self._guard is not None:
                 await self._guard.upsert_latest(snapshot)
                 return
-            turn = await self._copies.begin(user_id, Op.UPSERT_LATEST)
-            try:
-                # Until the copy was changed with success, nobody may read it.
-                self._copies.doubt(user_id)
+            with await self._copies.begin(user_id, Op.UPSERT_LATEST):
                 try:
                     stands = await self._write(snapshot)
                 except BaseException as exc:
@@ -196,11 +193,6 @@ class WriteThrough(Layer):
                     raise
                 if self._knows_what_stands(call):
                     await self._copies.put(user_id, stands)
-            except BaseException as exc:
-                turn.failed(exc)
-                raise
-            finally:
-                self._copies.end(user_id, turn)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = check_snapshots(snapshots, self.snapshot_type, self)
@@ -208,13 +200,8 @@ class WriteThrough(Layer):
             if self._guard is not None:
                 await self._guard.upsert_latest_many(batch)
                 return
-            turns = {}
-            try:
-                # In one order everywhere, so that two batches never wait for each other.
-                for user_id in sorted({snapshot.user_id for snapshot in batch}):
-                    turns[user_id] = await self._copies.begin(user_id, Op.UPSERT_LATEST_MANY)
-                for user_id in turns:
-                    self._copies.doubt(user_id)
+            users = {snapshot.user_id for snapshot in batch}
+            with await self._copies.begin_all(users, Op.UPSERT_LATEST_MANY) as turns:
                 try:
                     stands = await self._write_many(batch)
                 except BaseException as exc:
@@ -225,13 +212,6 @@ class WriteThrough(Layer):
                     for user_id in turns:
                         if not await self._copies.put(user_id, stands[user_id]):
                             break
-            except BaseException as exc:
-                for turn in turns.values():
-                    turn.failed(exc)
-                raise
-            finally:
-                for user_id, turn in turns.items():
-                    self._copies.end(user_id, turn)
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
@@ -252,20 +232,13 @@ class WriteThrough(Layer):
             log_event("erasure_complete", layer=self.name)
 
     async def _delete(self, user_id: str) -> None:
-        turn = await self._copies.begin(user_id, Op.DELETE)
-        try:
-            self._copies.doubt(user_id)
+        with await self._copies.begin(user_id, Op.DELETE):
             try:
                 await self.origin.delete(user_id)
             except BaseException as exc:
                 self._unknown(user_id, exc)
                 raise
             await self._copies.bury(user_id)
-        except BaseException as exc:
-            turn.failed(exc)
-            raise
-        finally:
-            self._copies.end(user_id, turn)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         return check_history(await self.origin.get_history(user_id, limit), user_id, self.name)

@@ -18,7 +18,7 @@ from layered_store import (
     StoreTimeoutError,
 )
 from layered_store.testing import FakeClock
-from layered_store.turns import Turn
+from layered_store.turns import Turn, Turns
 from tests.unit.growth import MOST, Spent, growth
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ async def test_writers_of_one_user() -> None:
     """Each is given the turn in the order in which they came."""
 
     async def costs(count: int) -> list[float]:
-        turn = Turn(asyncio.get_running_loop())
-        assert await turn.take()
+        turn = await Turns(Turn, "Layer").begin("u")
         waiting = [asyncio.ensure_future(turn.take()) for _ in range(count)]
         await asyncio.sleep(0)
         with Spent() as spent:

@@ -13,7 +13,7 @@ from layered_store.turns import Turn, Turns
 
 
 def new() -> Turns[Turn]:
-    return Turns(lambda _, loop: Turn(loop), "Layer")
+    return Turns(Turn, "Layer")
 
 
 async def test_who_came_first_goes_first_and_nobody_cuts_in() -> None:
@@ -24,12 +24,12 @@ async def test_who_came_first_goes_first_and_nobody_cuts_in() -> None:
         turn = await turns.begin("u")
         order.append(name)
         await asyncio.sleep(0)
-        turns.end("u", turn)
+        turn.end()
 
     first = await turns.begin("u")
     waiting = [asyncio.create_task(write(name)) for name in "abc"]
     await asyncio.sleep(0)
-    turns.end("u", first)
+    first.end()
     await asyncio.gather(write("late"), *waiting)
     assert order == ["a", "b", "c", "late"]
     assert turns.users == {}
@@ -39,8 +39,8 @@ async def test_users_do_not_wait_for_each_other() -> None:
     """Each has turns of its own."""
     turns = new()
     one, other = await turns.begin("u"), await turns.begin("v")
-    turns.end("u", one)
-    turns.end("v", other)
+    one.end()
+    other.end()
     assert turns.users == {}
 
 
@@ -53,12 +53,12 @@ async def test_who_is_cancelled_keeps_no_turn(given: bool) -> None:
     next_one = asyncio.create_task(turns.begin("u"))
     await asyncio.sleep(0)
     if given:
-        turns.end("u", first)
+        first.end()
         cancelled.cancel()
     else:
         cancelled.cancel()
-        turns.end("u", first)
-    turns.end("u", await next_one)
+        first.end()
+    (await next_one).end()
     assert cancelled.cancelled()
     assert turns.users == {}
 
@@ -70,13 +70,13 @@ async def test_behind_a_store_that_hangs_nobody_waits_for_all_before() -> None:
     await settle()
     first = await before[0]
     first.failed(StoreTimeoutError("no answer"))
-    turns.end("u", first)  # the others came while it tried
+    first.end()  # the others came while it tried
     await settle()
     later = [asyncio.create_task(turns.begin("u")) for _ in range(2)]
     second = await before[1]
     await settle()
     second.failed(StoreTimeoutError("no answer"))
-    turns.end("u", second)
+    second.end()
     for task in before[2:]:
         with pytest.raises(StoreTimeoutError, match="was not sent") as caught:
             await task
@@ -85,8 +85,31 @@ async def test_behind_a_store_that_hangs_nobody_waits_for_all_before() -> None:
         assert error.retryable and not error.outcome_unknown
     third = await later[0]
     third.failed(UnavailableError("refused, which takes no time"))
-    turns.end("u", third)
-    turns.end("u", await later[1])
+    third.end()
+    (await later[1]).end()
+    assert turns.users == {}
+
+
+async def test_what_is_raised_with_turns_is_noted_and_they_are_passed_on() -> None:
+    """Of one user or of several."""
+    turns = new()
+    before: list[asyncio.Task[Turn]] = []
+    with pytest.raises(StoreTimeoutError, match="no answer"), await turns.begin("b"):
+        before = [asyncio.create_task(turns.begin("b")) for _ in range(2)]
+        await settle()
+        raise StoreTimeoutError("no answer")
+    many = asyncio.create_task(turns.begin_all(["b", "a"], Op.UPSERT_LATEST_MANY))
+    alone = asyncio.create_task(turns.begin("a"))
+    await settle()
+    assert turns.users["a"].busy  # in the order of their names
+    with pytest.raises(StoreTimeoutError, match="no answer"), await before[0]:
+        raise StoreTimeoutError("no answer")
+    with pytest.raises(StoreTimeoutError, match="was not sent"):
+        await before[1]
+    with await many as both:
+        assert list(both) == ["a", "b"]
+        assert not alone.done()
+    (await alone).end()
     assert turns.users == {}
 
 
@@ -122,7 +145,7 @@ async def test_nothing_is_kept_of_who_left_the_queue() -> None:
         waiting.cancel()
         await asyncio.wait([waiting])
     assert not first._waiting
-    turns.end("u", first)
+    first.end()
     assert turns.users == {}
 
 
@@ -132,9 +155,9 @@ async def test_who_only_looks_on_takes_no_turn() -> None:
     seen = turns.enter("u")
     turn = await turns.begin("u")
     assert turn is seen and seen.busy
-    turns.end("u", turn)
+    turn.end()
     assert turns.users == {"u": seen} and not seen.busy
-    turns.leave("u", seen)
+    turns.leave(seen)
     assert turns.users == {}
 
 
@@ -149,8 +172,8 @@ def test_two_event_loops_cannot_write_one_user() -> None:
     assert caught.value.layer == "Layer"
     one.close()
     after = other.run_until_complete(turns.begin("u"))
-    turns.end("u", turn)  # late, as a coroutine that is collected does
+    turn.end()  # late, as a coroutine that is collected does
     assert turns.users == {"u": after}
-    turns.end("u", after)
+    after.end()
     assert turns.users == {}
     other.close()

@@ -20,6 +20,7 @@ from layered_store.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from layered_store.interface import Op
 from layered_store.layers.retry import Retry
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
@@ -35,11 +36,8 @@ async def fill(copies: LocalCopies) -> None:
 
 
 async def write(copies: LocalCopies, state: StateSnapshot | None) -> None:
-    user = await copies.begin("u-1")
-    try:
+    with await copies.begin("u-1", Op.UPSERT_LATEST):
         await copies.put("u-1", state)
-    finally:
-        copies.end("u-1", user)
 
 
 STEPS: dict[str, Callable[[LocalCopies], Coroutine[Any, Any, object]]] = {
@@ -65,8 +63,9 @@ async def test_a_closed_tier_is_told_and_leaves_nothing_under_way(step: str) -> 
     assert told.value.outcome_unknown == committed, "a caller must not take it for refused"
     assert not copies.failures["read"] and not copies.failures["erase"]
     async with asyncio.timeout(5):
-        copies.end("u-1", await copies.begin("u-1"))  # nobody holds the user's turn
-    copies.unwatch("u-1", other)
+        with await copies.begin("u-1", Op.UPSERT_LATEST):
+            pass  # nobody holds the user's turn
+    copies.unwatch(other)
 
 
 async def test_a_write_that_left_nothing_removes_the_copy() -> None:
@@ -84,7 +83,7 @@ async def test_a_write_that_left_nothing_removes_the_copy() -> None:
 async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_way() -> None:
     """Turns are kept by one loop; the error says what to do instead."""
     copies = LocalCopies(MemoryStore(), FakeClock())
-    user = await copies.begin("u-1")
+    user = await copies.begin("u-1", Op.UPSERT_LATEST)
     errors: list[BaseException] = []
 
     def elsewhere() -> None:
@@ -101,7 +100,7 @@ async def test_one_user_from_two_event_loops_is_refused_while_a_write_is_under_w
     await other_thread()
     (error,) = errors
     assert "use one stack per loop" in str(error)
-    copies.end("u-1", user)
+    user.end()
     await other_thread()
     assert len(errors) == 1
     assert (await copies.read("u-1")).snapshot == STATE
@@ -126,7 +125,7 @@ async def test_users_whom_another_event_loop_reads_are_read_and_left_to_it() -> 
     assert await tier.get_latest("u-1") is None
     assert await tier.get_latest("u-2") == mine
     await store.upsert_latest(mine)
-    store._copies.unwatch("u-1", reading)
+    store._copies.unwatch(reading)
     assert store._copies._turns.users == {}
 
 
@@ -138,10 +137,9 @@ async def test_a_change_that_began_in_doubt_is_not_believed_though_it_ends_after
         copies.doubt("u-1", quarantine=True)
         assert copies.watch("u-1") is None  # nothing read now may be stored
         await clock.advance(QUARANTINE_SECONDS - 1.0)
-        user = await copies.begin("u-1")
-        await clock.advance(2.0)
-        await copies.put("u-1", state)
-        copies.end("u-1", user)
+        with await copies.begin("u-1", Op.UPSERT_LATEST):
+            await clock.advance(2.0)
+            await copies.put("u-1", state)
         assert not copies.usable("u-1")
         assert (await copies.read("u-1")).fillable
         await fill(copies)
