@@ -265,8 +265,9 @@ class StateSnapshot(msgspec.Struct, frozen=True, gc=False, metaclass=_SnapshotMe
                 )
             if not _is_share(value):
                 raise self._refuse("axes", "has a value that is not a finite number from 0 to 1")
-        if len(_good_names) < _MOST_NAMES:
-            _good_names.update(axes)
+        if len(_good_names) >= _MOST_NAMES:
+            _good_names.clear()  # names that came once must not keep out those that come again
+        _good_names.update(axes)
 
     def _check_added_fields(self) -> None:
         """Refuse what a backend would keep and could not read again, or not keep at all."""

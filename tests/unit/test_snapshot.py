@@ -777,3 +777,15 @@ def test_type_checkers_know_what_is_built() -> None:
     hints = get_type_hints(type(StateSnapshot).__call__)
     assert isinstance(hints["return"], TypeVar)
     assert hints["cls"].__args__ == (hints["return"],)
+
+
+def test_names_that_came_once_keep_out_none_that_come_again() -> None:
+    """However many names were seen, those in use are known: else each write looks at each axis."""
+    from layered_store.snapshot import _axes_hold, _good_names
+
+    for number in range(3_000):
+        StateSnapshot("u-1", axes={f"once_{number}_{part}": 0.5 for part in "abc"}).validate()
+    assert len(_good_names) <= 4_200
+    used = {f"used_{number}": 0.5 for number in range(23)}
+    StateSnapshot("u-1", axes=used).validate()
+    assert _axes_hold(used)
