@@ -179,8 +179,10 @@ def _routes(stack: StateStore) -> list[Route]:
         body, content_type = exposition(_registry(stack), accept)
         return Response(body, headers={"content-type": content_type})
 
-    async def openapi(_: Request) -> Response:
-        return JSONResponse(document())
+    async def openapi(request: Request) -> Response:
+        root = request.scope.get("root_path", "")
+        # Its paths would else be those of the whole host, when this is mounted in an application.
+        return JSONResponse({**document(), **({"servers": [{"url": root}]} if root else {})})
 
     return [
         Route("/v1/state", upsert, methods=["POST"]),

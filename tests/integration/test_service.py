@@ -623,6 +623,10 @@ async def test_mounted_in_another_application() -> None:
         assert (await client.get("/states/v1/state/u-1")).status_code == 401
         headers = {"Authorization": f"Bearer {KEY}"}
         assert (await client.get("/states/v1/state/u-1", headers=headers)).status_code == 404
+        document = (await client.get("/states/openapi.json")).json()
+        assert document["servers"] == [{"url": "/states"}]
+    async with _client(MemoryStore()) as client:
+        assert "servers" not in (await client.get("/openapi.json")).json()
 
 
 def test_refuses_a_public_address_without_a_key(tmp_path: Path) -> None:
