@@ -49,7 +49,8 @@ _CANCELLED: Final = 128
 
 
 async def check_layer(
-    factory: Callable[..., StateStore | Awaitable[StateStore]],
+    factory: Callable[[StateStore], StateStore | Awaitable[StateStore]]
+    | Callable[[], StateStore | Awaitable[StateStore]],
     *,
     limit: float = _LAW_SECONDS,
 ) -> Report:

@@ -164,6 +164,7 @@ async def kit() -> None:
     assert_type(path[0].outcome, str)
     assert_type(await check_store(Mine), Report)
     assert_type(await check_layer(lambda inner: Slow(inner, seconds=0)), Report)
+    assert_type(await check_layer(lambda: Slow(MemoryStore(), seconds=0)), Report)
 
     async def scenario(schedule: Schedule) -> None:
         await schedule.clock.sleep(1)
