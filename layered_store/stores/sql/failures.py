@@ -21,6 +21,7 @@ _MISSING_TABLE: Final = (
     "a table does not exist; create it (create_tables=True does) or check the table names"
 )
 _REFUSED: Final = "the database refused the login; check user, password and rights"
+_NO_RIGHTS: Final = "the database's user has no right to do this; grant it"
 _NO_DATABASE: Final = "the database does not exist; create it or check the URL"
 _READ_ONLY: Final = "the database is read-only"
 _FULL: Final = "the database has no room left"
@@ -61,7 +62,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "25P04": (_SLOW, True),
     "3D000": (_NO_DATABASE, False),
     "42P01": (_MISSING_TABLE, False),
-    "42501": (_REFUSED, False),
+    "42501": (_NO_RIGHTS, False),
     "3F000": (_MISSING_TABLE, False),
     "55000": (_BUSY, True),
     "55P03": (_CONFLICT, True),
@@ -77,7 +78,8 @@ _POSTGRES: Final[dict[str, _Rule]] = {
 }
 # By error number: MariaDB knowledge base, "MariaDB Error Codes".
 _MYSQL: Final[dict[int, _Rule]] = {
-    **dict.fromkeys((1044, 1045, 1142, 1698, 1130), (_REFUSED, False)),
+    **dict.fromkeys((1044, 1045, 1698, 1130), (_REFUSED, False)),
+    **dict.fromkeys((1142, 1143), (_NO_RIGHTS, False)),
     # Another way to log in, an expired password, a locked account, TLS alone.
     **dict.fromkeys((1251, 1820, 1862, 3118, 3159, 4151), (_REFUSED, False)),
     **dict.fromkeys((1205, 1213, 1020, 1062), (_CONFLICT, True)),

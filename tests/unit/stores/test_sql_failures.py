@@ -97,6 +97,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     ("takes no logins now", postgres("55000"), UnavailableError, "or is not ready", True),
     ("standby", postgres("25006"), UnavailableError, "read-only", True),
     ("password", postgres("28P01"), UnavailableError, LOGIN, False),
+    ("no rights", postgres("42501"), UnavailableError, "the database's user has no right", False),
     ("no table", postgres("42P01"), UnavailableError, "a table does not exist", False),
     ("no database", postgres("3D000"), UnavailableError, "the database does not exist", False),
     ("syntax", postgres("42601"), StoreError, f"{REFUSED} (PostgresSyntaxError)", False),
