@@ -247,6 +247,35 @@ async def test_each_call_has_its_own_time_limit() -> None:
     await batcher.drain()
 
 
+async def test_a_call_after_a_quiet_time_has_its_limit_still() -> None:
+    """And whoever is told of calls that got no answer learns when the first of them began."""
+    clock, told = FakeClock(), []
+
+    async def run(batch: Batch) -> list[Any]:
+        if batch.entries[0][0].value:
+            await asyncio.Event().wait()
+        return [1 for _ in batch.entries]
+
+    batcher = Writes(
+        run, about_one, clock, 2.0, out=1, stoppable=True, expired=told.append
+    )  # fmt: skip
+    for _ in range(2):
+        assert await batcher.submit(Put(b"u", 0)) == 1
+        await clock.advance(10.0)
+    assert told == []
+    begun = clock.monotonic()
+    hangs = batcher.submit(Put(b"u", 1))
+    await clock.advance(1.0)
+    later = batcher.submit(Put(b"v", 1))
+    await clock.advance(1.0)
+    assert isinstance(await hangs, StoreTimeoutError)
+    assert told == [begun]
+    assert not later.done()
+    await clock.advance(1.0)
+    assert isinstance(await later, StoreTimeoutError)
+    await batcher.drain()
+
+
 @pytest.mark.parametrize(
     ("stoppable", "committing", "unknown"),
     [(True, False, False), (True, True, True), (False, False, True)],
@@ -399,6 +428,27 @@ async def test_a_batch_that_nobody_waits_for_is_cut_off() -> None:
     gate.cancel()
 
 
+async def test_a_batch_that_cannot_be_stopped_goes_on_though_nobody_waits() -> None:
+    """As in a thread, where it ends as it would have."""
+    gate, stopped = asyncio.Event(), []
+
+    async def run(batch: Batch) -> list[Any]:
+        await gate.wait()
+        return [1]
+
+    batcher = Writes(
+        run, about_one, FakeClock(), 5.0, out=1, stoppable=False, stop=stopped.append
+    )  # fmt: skip
+    batcher.submit(Put(b"u", 1))
+    await asyncio.sleep(0)
+    (future,) = [future for batch in batcher.out for _, future in batch.entries]
+    future.cancel()
+    batcher.left()
+    gate.set()
+    await batcher.drain()
+    assert stopped == []
+
+
 async def test_a_batch_is_cut_off_once() -> None:
     """However many leave: what a driver does to stop the server's work is not cut off in turn.
 
@@ -530,6 +580,38 @@ async def test_of_many_reads_those_whose_caller_left_are_not_done() -> None:
     futures[MAX_BATCH].cancel()
     await reads.drain()
     assert seen == [[*range(1, MAX_BATCH), MAX_BATCH + 1]]
+
+
+@pytest.mark.parametrize("kind", [Reads, Writes])
+async def test_a_call_that_was_cancelled_before_it_left_is_not_done(kind: Any) -> None:
+    """However many of those that wait are."""
+    seen: list[Any] = []
+
+    async def run(batch: Batch) -> list[Any]:
+        seen.extend(what for what, _ in batch.entries)
+        return [1 for _ in batch.entries]
+
+    batcher = kind(run, about_one, FakeClock(), 5.0, out=2, stoppable=True)
+    calls = [Put(b"%d" % n, n) for n in range(40)]
+    futures = [batcher.submit(call) for call in calls]
+    for future in futures[1:]:
+        future.cancel()
+    await batcher.drain()
+    assert seen == calls[:1]
+    assert futures[0].result() == 1
+
+
+async def test_what_is_no_error_of_ours_reaches_each_caller_as_it_is() -> None:
+    """A driver's that nobody translated, or a mistake."""
+    error = KeyError("x")
+
+    async def run(batch: Batch) -> list[Any]:
+        raise error
+
+    batcher = Writes(run, about_one, FakeClock(), 5.0, out=1, stoppable=True)
+    futures = [batcher.submit(Put(b"%d" % n, n)) for n in range(3)]
+    await batcher.drain()
+    assert [future.result() for future in futures] == [error] * 3
 
 
 async def test_a_batch_that_the_end_of_the_loop_cuts_off_leaves_nobody_waiting() -> None:

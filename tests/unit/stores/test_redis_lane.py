@@ -65,11 +65,28 @@ async def test_reads_of_the_turn_in_which_a_lane_ends_were_not_sent() -> None:
         sent = lane.send(PING)
         await other.hear(len(PING))
         read, gone = lane.read(b"a"), lane.read(b"b")
+        several = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        lane.put(several, PING + PING)
         gone.cancel()
         lane.close()
         assert isinstance(sent.result(), ConnectionLostError)
-        assert isinstance(read.result(), NotSentError)
+        for unsent in (read, *several):
+            assert isinstance(unsent.result(), NotSentError)
         assert gone.cancelled()
+
+
+async def test_a_connection_that_is_reset_fails_its_calls_at_once() -> None:
+    """No end of the stream comes before it; nobody waits for the time limit."""
+    async with peer() as other:
+        lane = other.lane()
+        call = lane.send(PING)
+        await settle()
+        other.end.close()  # with what was sent unread in it
+        async with asyncio.timeout(5):
+            result = await call
+        assert isinstance(result, ConnectionResetError | ConnectionLostError)
+        assert not lane.open
+        assert other.changes == [False]
 
 
 async def test_many_reads_of_a_turn_do_not_all_wait_for_its_end() -> None:
@@ -136,11 +153,12 @@ async def test_what_a_full_socket_held_back_was_not_sent() -> None:
         lane = other.lane()
         first = lane.send(b"x" * (8 << 20))
         await asyncio.sleep(0)
-        held = lane.send(PING)
+        held = [lane.send(PING), lane.read(b"key")]
         await asyncio.sleep(0)
         lane.close()
         assert isinstance(await first, ConnectionLostError)
-        assert isinstance(await held, NotSentError)
+        for call in held:
+            assert isinstance(await call, NotSentError)
 
 
 async def test_a_socket_that_empties_with_nothing_held_back_sends_nothing() -> None:
@@ -174,6 +192,13 @@ async def test_all_who_wait_for_the_end_of_the_calls_are_told() -> None:
         assert not later.done()
         await other.say(b"+PONG\r\n")
         await asyncio.gather(again, later)
+        read = lane.read(b"key")
+        assert not lane.idle, "it has not left yet"
+        last = asyncio.create_task(lane.drain())
+        await settle()
+        assert not last.done()
+        await other.say(b"$-1\r\n")
+        await asyncio.gather(read, last)
         await lane.aclose()
 
 
