@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
+from layered_store.call import next_order
 from layered_store.errors import UnavailableError
 from layered_store.stores.erasures import Began, KnownErasures
 from layered_store.testing.clock import FakeClock
@@ -148,3 +151,90 @@ async def test_within_a_short_round_trip_the_order_is_guessed() -> None:
     assert known.guess(now, at(now + 0.001), 5_000) is True
     assert known.guess(now, at(now - 0.001), 5_000) is False
     assert known.guess(now, at(now + 0.001), 3_000) is None
+
+
+async def test_of_its_own_erasures_a_process_knows_the_order() -> None:
+    """Of this very erasure; nothing follows from it for another one of the user, or of others."""
+    known = KnownErasures(FakeClock())
+    before, made, after = next_order(), next_order(), next_order()
+    known.made(b"u", 7, made)
+    known.saw(b"u", 7)  # a write has met it: that takes nothing back
+    assert known.knows(b"u", 7, before) is True
+    assert known.knows(b"u", 7, after) is False
+    assert known.knows(b"u", 8, before) is None
+    assert known.knows(b"v", 7, before) is None
+    assert known.known_before(b"u", after) == 7
+    assert known.known_before(b"u", before) is None
+    assert known.known_before(b"v", after) is None
+
+
+async def test_what_begins_after_an_erasure_was_met_comes_after_it() -> None:
+    """Since it was met first; what began before may be on either side."""
+    known = KnownErasures(FakeClock())
+    before = next_order()
+    known.saw(b"u", 7)
+    after = next_order()
+    known.saw(b"u", 7)
+    assert known.knows(b"u", 7, after) is False
+    assert known.knows(b"u", 7, before) is None
+    known.saw(b"u", 9)
+    assert known.knows(b"u", 9, after) is None
+    assert known.knows(b"u", 9, next_order()) is False
+
+
+async def test_what_is_known_of_erasures_is_bounded() -> None:
+    """By their number and by time; the newest are kept."""
+    clock = FakeClock()
+    known = KnownErasures(clock, seconds=30.0, most=3)
+    for number in range(10):
+        known.made(b"%d" % number, 1, number)
+    assert list(known._known) == [b"7", b"8", b"9"]
+    await clock.advance(20)
+    known.made(b"7", 2, 10)
+    await clock.advance(11)
+    known.made(b"new", 1, 11)
+    assert list(known._known) == [b"7", b"new"]
+
+
+@dataclass
+class Write:
+    """A write of ``u`` that began at some time."""
+
+    started: float
+    order: int
+    digest: bytes = b"u"
+
+
+async def test_the_server_is_asked_for_its_time_until_the_order_is_clear_and_no_more() -> None:
+    """A long round trip hides it, a short one tells; of an erasure of its own nobody is asked."""
+    clock = FakeClock()
+    await clock.advance(100)
+    trips = [0.5, 0.5, 0.002, 0.002]
+    asked = 0
+
+    async def ask() -> int:
+        nonlocal asked
+        trip = trips[asked]
+        asked += 1
+        await clock.advance(trip / 2)
+        now_us = at(clock.monotonic())
+        await clock.advance(trip / 2)
+        return now_us
+
+    def write(ago: float) -> Write:
+        return Write(clock.monotonic() - ago, next_order())
+
+    known = KnownErasures(clock)
+    late = write(2.0)
+    erased_at = at(clock.monotonic() - 1.99)
+    assert await known.began_before(late, 1, erased_at, answer(clock, trip=0.5), ask, 2) is None
+    assert asked == 2
+    # What began before it was met may be on either side still.
+    assert await known.began_before(late, 1, erased_at, answer(clock, trip=0.5), ask, 2) is True
+    assert asked == 3
+    in_time = write(0.0)
+    assert await known.began_before(in_time, 1, erased_at, answer(clock), ask, 2) is False
+    known.made(b"u", 2, next_order())
+    erased_at = at(clock.monotonic())
+    assert await known.began_before(in_time, 2, erased_at, answer(clock, trip=0.5), ask, 2) is True
+    assert asked == 3
