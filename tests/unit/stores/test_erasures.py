@@ -232,8 +232,10 @@ async def test_the_server_is_asked_for_its_time_until_the_order_is_clear_and_no_
     # What began before it was met may be on either side still.
     assert await known.began_before(late, 1, erased_at, answer(clock, trip=0.5), ask, 2) is True
     assert asked == 3
+    # What begins since it was met comes after it, however little the clocks tell.
     in_time = write(0.0)
-    assert await known.began_before(in_time, 1, erased_at, answer(clock), ask, 2) is False
+    unclear = answer(clock, trip=9.0)
+    assert await known.began_before(in_time, 1, erased_at, unclear, ask, 2) is False
     known.made(b"u", 2, next_order())
     erased_at = at(clock.monotonic())
     assert await known.began_before(in_time, 2, erased_at, answer(clock, trip=0.5), ask, 2) is True

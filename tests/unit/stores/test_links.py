@@ -16,7 +16,7 @@ from layered_store.stores.redis.address import Address
 from layered_store.stores.redis.client_link import ClientLink
 from layered_store.stores.redis.failures import ConnectionLostError, NotSentError, ReplyError
 from layered_store.stores.redis.links import _PENDING, LaneLink, Limits
-from layered_store.testing.clock import FakeClock
+from layered_store.testing.clock import FakeClock, settle
 
 
 async def test_a_lane_that_is_lost_at_once_does_not_stop_the_loop() -> None:
@@ -69,6 +69,58 @@ async def test_whoever_waits_for_a_connection_waits_in_order_and_in_time() -> No
     await link.aclose()
     assert isinstance(late.result().__cause__, ClosedError)
     assert isinstance(link.send_now(b"later").result().__cause__, ClosedError)
+
+
+async def test_each_who_waits_for_a_place_has_a_limit_of_its_own() -> None:
+    """Also after others were given up, for want of time or of a server."""
+    clock = FakeClock()
+    link = LaneLink(Address(), Limits(1.0, 1.0, 1, clock))
+    refused = OSError("refused")
+
+    async def open_lane() -> Exception | None:
+        return refused
+
+    link._open_lane = open_lane  # type: ignore[method-assign]
+    full = Kept()
+    full.pending = (None,) * _PENDING
+    for afterwards_refused in (False, True, False):
+        link._lanes = [full]  # type: ignore[list-item]
+        first = link.send_now(b"first")
+        await clock.advance(0.5)
+        second = link.send_now(b"second")
+        await clock.advance(1.4)
+        assert not first.done()
+        await clock.advance(0.2)
+        assert isinstance(first.result().__cause__, TimeoutError)
+        assert not second.done()
+        await clock.advance(0.5)
+        assert isinstance(second.result().__cause__, TimeoutError)
+        link._lanes.clear()
+        if afterwards_refused:
+            assert (await link.send_now(b"none")).__cause__ is refused
+    await link.aclose()
+
+
+async def test_no_more_connections_are_made_than_may_be() -> None:
+    """Whoever finds them all full waits for a place."""
+    link = LaneLink(Address(), Limits(1.0, 1.0, 2, FakeClock()))
+    attempts = 0
+
+    async def open_lane() -> Exception | None:
+        nonlocal attempts
+        attempts += 1
+        lane = Kept()
+        lane.pending = (None,) * _PENDING
+        link._lanes.append(lane)  # type: ignore[arg-type]
+        return None
+
+    link._open_lane = open_lane  # type: ignore[method-assign]
+    calls = [link.send_now(b"call") for _ in range(5)]
+    await settle()
+    assert attempts == 2
+    assert not any(call.done() for call in calls)
+    link._lanes.clear()
+    await link.aclose()
 
 
 async def test_who_comes_late_into_an_attempt_has_the_next_one_too() -> None:
