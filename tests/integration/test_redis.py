@@ -506,16 +506,23 @@ def test_bad_options(options: dict[str, Any]) -> None:
         RedisStore()
 
 
-def test_exit_without_closing_is_silent(server: Server) -> None:
-    """A process that never closes the store ends without a warning, also with warnings on."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_exit_without_closing_is_silent(kept: bool, server: Server) -> None:
+    """A process that never closes the store ends without a warning, also with warnings on.
+
+    An event loop that ends closes the connections that were made on it.
+    """
     program = f"""
-import asyncio
+import asyncio, gc
 from layered_store.stores.redis import RedisStore
 from layered_store.snapshot import StateSnapshot
+kept = RedisStore("{server.url}")
 async def main():
-    store = RedisStore("{server.url}")
+    store = kept if {kept} else RedisStore("{server.url}")
     await store.upsert_latest(StateSnapshot("u-1"))
-asyncio.run(main())
+for _ in range(2):
+    asyncio.run(main())
+    gc.collect()
 """
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-W", "always", "-c", program], capture_output=True, check=False

@@ -466,6 +466,31 @@ async def test_closing_ends_refreshes() -> None:
 # Bounds
 
 
+async def test_the_store_is_closed_when_refreshes_have_ended_and_not_before() -> None:
+    """One that was cancelled may still have something to tidy up there."""
+    steps: list[str] = []
+
+    class Tidy(Minimal):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            try:
+                return await super().get_latest(user_id)
+            finally:
+                await settle()
+                steps.append("read")
+
+        async def aclose(self) -> None:
+            steps.append("close")
+
+    clock = FakeClock()
+    cache = Cached(Tidy(), ttl=100, refresh_ahead=0.5, clock=clock)
+    await cache.upsert_latest(OLD)
+    await clock.advance(60)
+    assert await cache.get_latest("u-1") == OLD
+    await asyncio.sleep(0)
+    await cache.aclose()
+    assert steps == ["read", "close"]
+
+
 async def test_memory_is_bounded_by_max_entries() -> None:
     """However many users come, at most so many are kept, and evictions are counted."""
     cache = Cached(Minimal(), max_entries=10, negative_ttl=60, clock=FakeClock())

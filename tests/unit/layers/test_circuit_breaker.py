@@ -649,6 +649,31 @@ async def test_each_failed_trial_in_a_row_may_double_the_wait() -> None:
             assert await call(breaker) == [UnavailableError]
 
 
+async def test_a_trial_that_hangs_may_double_the_wait_as_one_that_fails() -> None:
+    """And its late answer neither closes the circuit nor counts."""
+
+    class Longest(random.Random):
+        def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+            return b
+
+    clock, gate = FakeClock(), Gate()
+    breaker, _ = await opened(
+        gate, None, clock=clock, window=10, open_for=5, max_open_for=1000, random=Longest()
+    )
+    await clock.advance(5)
+    trial = asyncio.create_task(breaker.get_latest("u-1"))
+    await gate.entered.wait()
+    await clock.advance(10)
+    with pytest.raises(CircuitOpenError) as caught:
+        await breaker.delete("u-1")
+    assert caught.value.retry_after == 10
+    gate.open()
+    await trial
+    assert await call(breaker) == [CircuitOpenError]
+    await clock.advance(10)
+    assert await call(breaker) == [None]
+
+
 @pytest.mark.parametrize("window", [1e-320, 1e308])
 async def test_a_window_of_any_length_counts(window: float) -> None:
     """Calls of one moment are in it however short it is."""

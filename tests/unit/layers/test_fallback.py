@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from layered_store.call import current_call
 from layered_store.coherence.contract import Authority
 from layered_store.errors import (
     CircuitOpenError,
@@ -29,6 +30,7 @@ from layered_store.layers.timeout import Timeout
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Sample
 from layered_store.stores.memory import MemoryStore
+from layered_store.testing.clock import settle
 from layered_store.testing.scripted import Gate, Scripted
 
 STATE = StateSnapshot("u-1", 1, axes={"warmth": 0.5})
@@ -351,6 +353,32 @@ async def test_closing_closes_both() -> None:
     assert [store.closed for store in stores] == [1, 1]
     with pytest.raises(ClosedError):
         await fallback.get_latest("u-1")
+
+
+async def test_an_erasure_under_way_comes_to_its_end_before_the_stores_are_closed() -> None:
+    """On both, as one: a repeat of it is known by its id wherever it arrives."""
+    gate, erased = Gate(), []
+
+    class Slow(MemoryStore):
+        async def delete(self, user_id: str) -> None:
+            await gate.pass_through()
+            erased.append((self, current_call().write_id))
+            await super().delete(user_id)
+
+    fallback = Fallback(Slow(), secondary=Slow())
+    erasing = asyncio.create_task(fallback.delete("u-1"))
+    await gate.entered.wait()
+    closing = asyncio.create_task(fallback.aclose())
+    await settle()
+    assert not closing.done()
+    gate.open()
+    await erasing
+    await closing
+    (inner, one), (secondary, other) = erased
+    assert (inner, secondary) == (fallback.inner, fallback.secondary)
+    assert one == other
+    with pytest.raises(ClosedError):
+        await secondary.get_latest("u-1")
 
 
 def test_it_is_no_system_of_record() -> None:
