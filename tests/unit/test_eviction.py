@@ -86,11 +86,14 @@ def test_the_oldest_is_never_one_that_is_gone() -> None:
     assert next(cache.oldest()) is cache.nodes["b"]
 
 
-def test_queues_do_not_grow_when_entries_come_and_go() -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_queues_do_not_grow_when_entries_come_and_go(used: bool) -> None:
     """Removed entries are cleared away though the cache never fills."""
     cache = S3FIFOCache(1000)
     for index in range(10_000):
         cache[index] = index
+        if used:
+            cache[index] = cache[index] + 1
         del cache[index]
     assert len(cache._small) + len(cache._main) <= 64
     cache[1] = 1

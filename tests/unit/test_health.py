@@ -218,6 +218,8 @@ async def test_all_probers_are_cancelled() -> None:
     for caller in callers:
         caller.cancel()
     await asyncio.wait(callers)
+    await asyncio.sleep(0.001)
+    assert check.ended == 1
     check.gate.set()
     assert (await probe.run(check)).status is HEALTHY
     assert (check.asked, check.ended) == (2, 2)
