@@ -120,18 +120,18 @@ async def test_who_is_cancelled_as_it_is_refused_gives_away_nobodys_turn() -> No
     await settle()
     first = await before[0]
     first.failed(StoreTimeoutError("no answer"))
-    turns.end("u", first)
+    first.end()
     second = await before[1]
     later = [asyncio.create_task(turns.begin("u")) for _ in range(2)]
     await settle()
     second.failed(StoreTimeoutError("no answer"))
-    turns.end("u", second)
+    second.end()
     before[2].cancel()  # it was refused and does not know yet
     await settle()
     assert before[2].cancelled()
     assert [task.done() for task in later] == [True, False]
     for task in later:
-        turns.end("u", await task)
+        (await task).end()
     assert turns.users == {}
 
 
