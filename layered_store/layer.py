@@ -8,21 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
+from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError, ConfigError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, declares
-from layered_store.interface import (
-    Op,
-    StateStore,
-    ability_of,
-    check_history,
-    check_state,
-    check_states,
-    listed,
-    report_of,
-    snapshot_type_of,
-)
+from layered_store.interface import Op, StateStore, ability_of, report_of, snapshot_type_of
 from layered_store.options import check_store
 
 if TYPE_CHECKING:

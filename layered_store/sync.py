@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from layered_store.checks import listed
 from layered_store.errors import ClosedError, ConfigError, StoreTimeoutError, UnsupportedError
-from layered_store.interface import Op, StateStore, listed
+from layered_store.interface import Op, StateStore
 from layered_store.options import Seconds, check_seconds
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from layered_store.call import call_continues, current_call
+from layered_store.checks import is_state_of
 from layered_store.coherence.outcomes import (
     CALLER_ERRORS,
     QUARANTINE_SECONDS,
@@ -18,7 +19,7 @@ from layered_store.coherence.outcomes import (
     may_take_effect,
 )
 from layered_store.errors import ErasureIncompleteError, UnsupportedError
-from layered_store.interface import Op, is_state_of
+from layered_store.interface import Op
 from layered_store.stack import tier_name
 from layered_store.turns import Together, Turn, Turns, timed_out, unsent
 

@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 from cachetools import Cache
 
 from layered_store.call import call_begins
+from layered_store.checks import (
+    check_history,
+    check_snapshot,
+    check_snapshots,
+    check_state,
+    check_user_ids,
+    is_state_of,
+    not_of_user,
+    states_by_user,
+)
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations, Notice
 from layered_store.errors import (
@@ -28,19 +38,7 @@ from layered_store.flights import AGAIN, LEAD, NO_VALUE, Failure, Flight, Stale,
 from layered_store.holdings import LEFT_OUT, NEVER, Entry, Holdings
 from layered_store.hotpath import HitCount, HotPath, Trust
 from layered_store.identity import check_user_id
-from layered_store.interface import (
-    Op,
-    StateStore,
-    ability_of,
-    check_history,
-    check_snapshot,
-    check_snapshots,
-    check_state,
-    check_user_ids,
-    is_state_of,
-    not_of_user,
-    states_by_user,
-)
+from layered_store.interface import Op, StateStore, ability_of
 from layered_store.layer import Layer
 from layered_store.options import (
     Seconds,

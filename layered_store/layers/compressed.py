@@ -6,9 +6,10 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from layered_store.checks import is_state_of
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.errors import CorruptDataError
-from layered_store.interface import is_state_of, snapshot_type_of
+from layered_store.interface import snapshot_type_of
 from layered_store.layers.translating import TranslatingLayer
 from layered_store.options import check_count
 from layered_store.sealed import SealedSnapshot

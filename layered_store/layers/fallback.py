@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
+from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.coherence.outcomes import pending_of
 from layered_store.errors import (
@@ -22,15 +23,7 @@ from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
-from layered_store.interface import (
-    Op,
-    StateStore,
-    check_history,
-    check_state,
-    check_states,
-    listed,
-    report_of,
-)
+from layered_store.interface import Op, StateStore, report_of
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.running import UnderWay

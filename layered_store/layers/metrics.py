@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
+from layered_store.checks import not_of_user
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import (
     ConfigError,
@@ -16,7 +17,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.hotpath import HitCount, HotPath, hot_path_of
-from layered_store.interface import Op, not_of_user
+from layered_store.interface import Op
 from layered_store.layer import AroundLayer
 from layered_store.limits import call_limits
 from layered_store.metrics.exemplars import Exemplar, ExemplarHook, checked

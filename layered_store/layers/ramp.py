@@ -11,6 +11,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from layered_store.call import call_begins, call_continues, current_call
+from layered_store.checks import (
+    check_history,
+    check_limit,
+    check_snapshot,
+    check_snapshots,
+    check_state,
+    check_states,
+    check_user_ids,
+    states_by_user,
+)
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Invalidations
 from layered_store.coherence.outcomes import (
@@ -30,20 +40,7 @@ from layered_store.errors import (
 )
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
-from layered_store.interface import (
-    Op,
-    StateStore,
-    ability_of,
-    check_history,
-    check_limit,
-    check_snapshot,
-    check_snapshots,
-    check_state,
-    check_states,
-    check_user_ids,
-    report_of,
-    states_by_user,
-)
+from layered_store.interface import Op, StateStore, ability_of, report_of
 from layered_store.layer import Layer
 from layered_store.layers.translating import TranslatingLayer
 from layered_store.masking import masked

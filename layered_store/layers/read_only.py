@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
+from layered_store.checks import check_snapshot, check_snapshots
 from layered_store.coherence.contract import Authority
 from layered_store.coherence.offering import offered
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import RejectedError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
-from layered_store.interface import Op, check_snapshot, check_snapshots
+from layered_store.interface import Op
 from layered_store.layer import Layer
 from layered_store.stats import Sample
 

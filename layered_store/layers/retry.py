@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.call import current_call
+from layered_store.checks import not_of_user
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.outcomes import may_take_effect, not_happened
 from layered_store.errors import (
@@ -19,7 +20,7 @@ from layered_store.errors import (
     StoreTimeoutError,
 )
 from layered_store.hotpath import HotPath, hot_path_of
-from layered_store.interface import Op, not_of_user
+from layered_store.interface import Op
 from layered_store.layer import AroundLayer, Layer
 from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
 from layered_store.stats import Sample

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from layered_store.call import Call, call_begins, call_continues, current_call
+from layered_store.checks import check_snapshot, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.offering import offered
@@ -18,14 +19,7 @@ from layered_store.coherence.views import View, view_of
 from layered_store.errors import ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
-from layered_store.interface import (
-    Op,
-    StateStore,
-    check_snapshot,
-    check_snapshots,
-    check_user_ids,
-    report_of,
-)
+from layered_store.interface import Op, StateStore, report_of
 from layered_store.layer import Layer
 from layered_store.options import (
     Seconds,

@@ -13,6 +13,14 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.call import call_begins
+from layered_store.checks import (
+    check_limit,
+    check_snapshot,
+    check_snapshots,
+    check_user_ids,
+    not_of_user,
+    states_by_user,
+)
 from layered_store.coherence.contract import (
     Authority,
     CacheTier,
@@ -24,16 +32,7 @@ from layered_store.coherence.views import View, view_of
 from layered_store.enumerable import Enumerable, UserPage, enumerable_of
 from layered_store.errors import CorruptDataError, StoreError
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import (
-    Op,
-    ability_of,
-    check_limit,
-    check_snapshot,
-    check_snapshots,
-    check_user_ids,
-    not_of_user,
-    states_by_user,
-)
+from layered_store.interface import Op, ability_of
 from layered_store.layer import Layer
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Sample

@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import call_begins
+from layered_store.checks import (
+    check_history,
+    check_snapshot,
+    check_snapshots,
+    check_state,
+    check_states,
+    check_user_ids,
+)
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import (
     TRUST_SECONDS,
@@ -22,19 +30,7 @@ from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
-from layered_store.interface import (
-    Op,
-    StateStore,
-    ability_of,
-    check_history,
-    check_snapshot,
-    check_snapshots,
-    check_state,
-    check_states,
-    check_user_ids,
-    report_of,
-    snapshot_type_of,
-)
+from layered_store.interface import Op, StateStore, ability_of, report_of, snapshot_type_of
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
 from layered_store.running import UnderWay

@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from layered_store.checks import check_history, is_state_of, not_of_user
 from layered_store.errors import (
     CircuitOpenError,
     ClosedError,
@@ -24,7 +25,7 @@ from layered_store.errors import (
     ValidationError,
 )
 from layered_store.health import HealthStatus
-from layered_store.interface import Op, check_history, is_state_of, not_of_user, report_of
+from layered_store.interface import Op, report_of
 from layered_store.metrics.prometheus import exposition
 from layered_store.options import Seconds, check_count, check_seconds, check_store
 from layered_store.service.guard import Guard, error_body

@@ -11,13 +11,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from layered_store.call import current_call, next_order
+from layered_store.checks import check_limit, check_snapshot, check_snapshots
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
 from layered_store.coherence.tombstones import TOMBSTONE_SECONDS, too_late
 from layered_store.enumerable import Enumerable, UserPage
 from layered_store.explaining import Held, Peek
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
+from layered_store.interface import Op
 from layered_store.options import check_a, check_count, check_snapshot_type
 from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layered_store.checks import check_user_ids, listed
 from layered_store.coherence.contract import Authority
 from layered_store.errors import ClosedError
-from layered_store.interface import Op, StateStore, check_user_ids, listed
+from layered_store.interface import Op, StateStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

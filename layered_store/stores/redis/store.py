@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 from layered_store.call import current_call, next_order
+from layered_store.checks import check_limit, check_snapshot, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.enumerable import Enumerable, UserPage
@@ -34,15 +35,7 @@ from layered_store.errors import ClosedError, ConfigError, StoreError, Unsupport
 from layered_store.explaining import Held, Peek
 from layered_store.health import HealthReport, SharedProbe
 from layered_store.identity import check_user_id, digest_function
-from layered_store.interface import (
-    Op,
-    StateStore,
-    changes,
-    check_limit,
-    check_snapshot,
-    check_snapshots,
-    check_user_ids,
-)
+from layered_store.interface import Op, StateStore, changes
 from layered_store.masking import mask_url
 from layered_store.options import (
     Seconds,

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from layered_store.call import current_call, next_order
+from layered_store.checks import check_limit, check_snapshot, check_snapshots
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.codec import CodecError, SnapshotCodec
 from layered_store.coherence.contract import ABSENT, Change, Changes, Versioned
@@ -23,7 +24,7 @@ from layered_store.errors import (
 from layered_store.explaining import Held, Peek
 from layered_store.health import SharedProbe
 from layered_store.identity import PrivateStr, check_user_id, digest_function
-from layered_store.interface import Op, check_limit, check_snapshot, check_snapshots
+from layered_store.interface import Op
 from layered_store.masking import mask_url
 from layered_store.options import (
     Seconds,
