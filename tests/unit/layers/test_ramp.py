@@ -37,7 +37,7 @@ from layered_store import (
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.enumerable import Enumerable
 from layered_store.layer import Layer
-from layered_store.layers import ramp as module
+from layered_store.ramping import to_alternative as module
 from layered_store.sharing import place_of
 from layered_store.testing import check_layer, check_store
 from layered_store.testing.clock import FakeClock, settle
@@ -232,7 +232,7 @@ async def test_a_write_that_passed_the_layer_by_is_not_missed_by_it() -> None:
     await write
     assert read in (state(value=0.1), state(value=0.2))
     assert await ramp.get_latest(LOW) == state(value=0.2)
-    assert ramp._direct == {}
+    assert ramp._ways.direct == {}
 
 
 async def test_a_write_that_overlaps_one_that_passed_the_layer_by_passes_it_too() -> None:
@@ -341,8 +341,7 @@ async def test_a_change_of_the_share_shows_nobody_an_older_state() -> None:
                 await asyncio.sleep(0)
 
         await asyncio.gather(write(), read(), read(), turn())
-        assert ramp._turns.users == {}
-        assert ramp._direct == {}
+        assert not (ramp._ways.direct if layered else ramp._ways.turns.users)
         await ramp.aclose()
 
     for layered in (True, False):
@@ -740,7 +739,7 @@ async def test_a_write_that_began_in_doubt_leaves_its_user_at_inner_though_it_en
         await ramp.upsert_latest(StateSnapshot(LOW, 1))
     other.error = None
     for call in (lambda: ramp.upsert_latest(StateSnapshot(LOW, 2)), lambda: ramp.delete(LOW)):
-        ramp._doubt([LOW])
+        ramp._ways.doubt([LOW])
         await clock.advance(4.0)
         other.gate = asyncio.Event()
         task = asyncio.create_task(call())
@@ -956,7 +955,7 @@ async def test_who_is_in_doubt_is_forgotten_in_time() -> None:
         await fail(f"w-{number}")
     await clock.advance(5)
     await fail(LOW)
-    assert list(ramp._doubtful) == [LOW]
+    assert list(ramp._ways.doubtful) == [LOW]
 
 
 async def test_closing_tells_what_the_layer_could_not_end() -> None:
@@ -1123,7 +1122,7 @@ async def test_while_a_write_goes_through_the_layer_reads_stay_on_their_side() -
     gate.set()
     await writer
     assert (await ramp.get_latest(LOW)).get_axis("a") == 0.2  # type: ignore[union-attr]
-    assert not ramp._pins
+    assert not ramp._ways.pins
     await ramp.aclose()
 
 
@@ -1153,7 +1152,7 @@ async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
     await ramp.upsert_latest(state(value=0.4))
     assert ramp.takes(LOW)
     assert ramp.behind == 0
-    assert ramp._turns.users == {}
+    assert ramp._ways.turns.users == {}
 
 
 async def test_too_many_behind_send_everybody_to_inner(monkeypatch: pytest.MonkeyPatch) -> None:
