@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
+from layered_store.deadlines import Deadlines
 from layered_store.errors import StoreError, StoreTimeoutError
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_seconds
+from layered_store.running import running_loop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -59,25 +62,41 @@ class Timeout(AroundLayer):
     def __post_init__(self) -> None:
         self._seconds = check_seconds(self.seconds, "seconds", self)
         check_a(self.clock, Clock, "clock", self)
+        self._deadlines: dict[asyncio.AbstractEventLoop, Deadlines] = {}
         super().__post_init__()
 
     async def around(
         self, op: Op, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        limit = self.clock.timeout(self._seconds)
+        loop = running_loop()
+        deadlines = self._deadlines.get(loop) or self._deadlines_of(loop)
+        call = deadlines.begin()
         try:
-            async with limit as timer:
-                return await method(*args, **kwargs)
+            return await method(*args, **kwargs)
+        except asyncio.CancelledError as exc:
+            if not deadlines.end(call):
+                raise
+            raise self._over(op) from exc
         except TimeoutError as exc:
             # The store's own time limit, or a StoreError that tells more than ours would.
-            if isinstance(exc, StoreError) or not timer.expired():
+            if isinstance(exc, StoreError) or not call.expired:
                 raise
-            raise StoreTimeoutError(
-                f"no answer within {self._seconds:g} s",
-                operation=op,
-                layer=self.name,
-                outcome_unknown=op.is_write,
-            ) from exc
+            raise self._over(op) from exc
+        finally:
+            deadlines.end(call)
+
+    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
+        for other in [each for each in self._deadlines if each.is_closed()]:
+            self._deadlines.pop(other, None)
+        return self._deadlines.setdefault(loop, Deadlines(loop, self._seconds, self.clock))
+
+    def _over(self, op: Op) -> StoreTimeoutError:
+        return StoreTimeoutError(
+            f"no answer within {self._seconds:g} s",
+            operation=op,
+            layer=self.name,
+            outcome_unknown=op.is_write,
+        )
 
     def hot_path(self) -> HotPath | None:
         return hot_path_of(self.inner)

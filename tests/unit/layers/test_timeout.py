@@ -2,7 +2,7 @@
 
 import asyncio
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -185,3 +185,93 @@ async def test_a_hit_below_passes_without_the_layer() -> None:
     assert timeout.hot_path() == cached.hot_path()
     assert await timeout.get_latest("u-1") == STATE
     assert Timeout(MemoryStore(), seconds=1).hot_path() is None
+
+
+async def test_calls_under_way_share_a_timer() -> None:
+    """Each has its own time all the same, whichever of them end before."""
+    clock = FakeClock()
+    gates = [Gate() for _ in range(4)]
+    timeout = Timeout(Scripted(*gates), seconds=1, clock=clock)
+    calls = []
+    for _ in range(4):
+        calls.append(asyncio.create_task(timeout.get_latest("u-1")))
+        await clock.advance(0.2)
+    assert clock.pending == 1
+    gates[0].open(STATE)
+    calls[1].cancel()
+    await clock.advance(0.59)
+    assert [call.done() for call in calls] == [True, True, False, False]
+    await clock.advance(0.02)
+    assert [call.done() for call in calls] == [True, True, True, False]
+    assert isinstance(calls[2].exception(), StoreTimeoutError)
+    await clock.advance(0.2)
+    assert isinstance(calls[3].exception(), StoreTimeoutError)
+    assert clock.pending == 0
+
+
+class Hanging(MemoryStore):
+    """Never answers; notes which users' calls have ended."""
+
+    ended: ClassVar[list[int]] = []
+
+    async def get_latest(self, user_id: str) -> StateSnapshot | None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended.append(int(user_id))
+        return None
+
+
+async def test_many_calls_run_out_at_once() -> None:
+    """Behind a store that hangs, in the order in which they began."""
+    clock = FakeClock()
+    Hanging.ended.clear()
+    timeout = Timeout(Hanging(), seconds=1, clock=clock)
+    calls = [asyncio.create_task(timeout.get_latest(str(number))) for number in range(1_000)]
+    await clock.advance(1)
+    assert Hanging.ended == list(range(1_000))
+    assert all(isinstance(call.exception(), StoreTimeoutError) for call in calls)
+    assert [call.cancelling() for call in calls] == [0] * 1_000
+
+
+async def test_a_call_that_answers_its_cancellation_is_not_cancelled_later() -> None:
+    """What the limit did to its task is taken back also when the call went well."""
+
+    class Stubborn(MemoryStore):
+        async def get_latest(self, user_id: str) -> StateSnapshot | None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return STATE
+            return None
+
+    clock = FakeClock()
+    timeout = Timeout(Stubborn(), seconds=1, clock=clock)
+
+    async def caller() -> int:
+        assert await timeout.get_latest("u-1") == STATE
+        await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    task = asyncio.create_task(caller())
+    await clock.advance(1)
+    assert task.result() == 0
+
+
+def test_each_event_loop_has_timers_of_its_own() -> None:
+    """One that is closed with calls under way takes none of another's with it."""
+    timeout = Timeout(Hanging(), seconds=0.02)
+    for _ in range(2):
+        with pytest.raises(StoreTimeoutError):
+            asyncio.run(timeout.get_latest("1"))
+    assert len(timeout._deadlines) == 1
+
+    async def left_behind() -> None:
+        task = asyncio.create_task(timeout.get_latest("1"))
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    asyncio.run(left_behind())
+    asyncio.run(asyncio.sleep(0.03))
