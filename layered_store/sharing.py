@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-__all__ = ["place_of"]
+__all__ = ["belongs", "place_of"]
 
 
 def place_of(user_id: str, salt: str = "") -> float:
@@ -19,3 +19,8 @@ def place_of(user_id: str, salt: str = "") -> float:
     told = blake2b(user_id.encode(), digest_size=8, key=salt.encode(), person=b"ls-share").digest()
     # 53 bits, as many as a float holds, so that no place is rounded up to 1.
     return (int.from_bytes(told, "big") >> 11) / 2**53
+
+
+def belongs(user_id: str, share: float, salt: str = "") -> bool:
+    """Tell whether a user is in this share; of none and of all that takes no digest."""
+    return share >= 1.0 or (share > 0.0 and place_of(user_id, salt) < share)

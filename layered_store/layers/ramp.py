@@ -22,7 +22,7 @@ from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.ramping.around import layers_between, put_around, shown
 from layered_store.ramping.through_layer import ThroughLayer
 from layered_store.ramping.to_alternative import ToAlternative
-from layered_store.sharing import place_of
+from layered_store.sharing import belongs
 from layered_store.stack import staleness
 from layered_store.stats import Sample
 
@@ -130,10 +130,10 @@ class Ramp(Layer):
             self._ways = ThroughLayer(*ends, was_in_share=self._was_in_share)
 
     def _in_share(self, user_id: str) -> bool:
-        return place_of(user_id, self.salt) < self.share
+        return belongs(user_id, self.share, self.salt)
 
     def _was_in_share(self, user_id: str) -> bool:
-        return place_of(user_id, self.salt) < self._reached
+        return belongs(user_id, self._reached, self.salt)
 
     def takes(self, user_id: str) -> bool:
         """Tell whether reads of a user go the other way now."""

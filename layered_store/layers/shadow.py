@@ -30,7 +30,7 @@ from layered_store.options import (
     check_share,
     check_store,
 )
-from layered_store.sharing import place_of
+from layered_store.sharing import belongs
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class Shadow(Layer):
     # The background
 
     def _mirrors(self, user_id: str) -> bool:
-        return self.share > 0.0 and place_of(user_id, self.salt) < self.share
+        return belongs(user_id, self.share, self.salt)
 
     def _lane(self, user_id: str) -> _Lane:
         lane = self._lanes.get(user_id)

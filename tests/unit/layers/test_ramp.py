@@ -38,7 +38,7 @@ from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.enumerable import Enumerable
 from layered_store.layer import Layer
 from layered_store.ramping import to_alternative as module
-from layered_store.sharing import place_of
+from layered_store.sharing import belongs, place_of
 from layered_store.testing import check_layer, check_store
 from layered_store.testing.clock import FakeClock, settle
 from layered_store.testing.explore import LoopClock, explore
@@ -159,6 +159,9 @@ def test_places_are_the_same_for_ever() -> None:
     assert round(place_of("u-1"), 6) == PLACES["u-1"]
     assert round(place_of("ünal", "salt"), 6) == PLACES["ünal"]
     assert all(0.0 <= place_of(user_id) < 1.0 for user_id in USERS)
+    for share in (0.0, 5e-324, 0.5, 1.0 - 2**-53, 1.0):
+        of = [user_id for user_id in USERS if belongs(user_id, share)]
+        assert of == [user_id for user_id in USERS if place_of(user_id) < share]
 
 
 PLACES = {"u-1": 0.493796, "ünal": 0.14815}
