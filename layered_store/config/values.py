@@ -48,8 +48,7 @@ def converted(option: Option, value: Any) -> Any:
 
 def _converted(option: Option, value: Any) -> Any:
     accepts = option.accepts
-    text_too = str in option.free or "none" in option.choices
-    if isinstance(value, str) and value == "none" and option.nullable and not text_too:
+    if isinstance(value, str) and value == "none" and _none_is_a_word(option):
         return None  # TOML has no null
     if value is None:
         if option.nullable:
@@ -134,6 +133,11 @@ _ITEMS: Final = {
 }
 
 
+def _none_is_a_word(option: Option) -> bool:
+    text_too = str in option.free or "none" in option.choices
+    return option.nullable and not text_too
+
+
 def expected(option: Option) -> str:
     free = option.free
     kinds = [name for kind, name in _NAMES.items() if kind in free]
@@ -145,6 +149,8 @@ def expected(option: Option) -> str:
         kinds = ['seconds or a duration such as "30s"']
     if option.limited:
         kinds.insert(0, "one of " + ", ".join(repr(choice) for choice in option.choices))
+    if kinds and _none_is_a_word(option):
+        kinds.append('"none"')
     return " or ".join(kinds) or "left out"
 
 

@@ -379,6 +379,15 @@ def test_a_misspelt_option_is_not_said_to_be_missing_too(table: dict[str, Any], 
     assert paths[2:] == ["store.id"]
 
 
+def test_what_stands_for_none_is_told() -> None:
+    """A file has no null; where None is no value, nor is the word."""
+    table = {"use": "sql", "url": "sqlite+aiosqlite://"}
+    with pytest.raises(ConfigError, match='must be a whole number or "none", not text'):
+        load_stack({**table, "history_limit": "None"})
+    with pytest.raises(ConfigError, match="must be a whole number, not text"):
+        load_stack({**table, "pool_size": "None"})
+
+
 def test_nearest_choice() -> None:
     """Of an option that takes one of a few words; where none is near, none is named."""
     table = {"use": "sql", "url": "sqlite+aiosqlite://"}
