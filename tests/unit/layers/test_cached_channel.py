@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
@@ -867,6 +868,42 @@ async def test_a_notice_finds_whoever_is_about_to_be_kept(*, read: bool) -> None
     await (cache.get_latest("u-1") if read else cache.upsert_latest(NEW))
     assert not found
     assert cache._held.by_digest == {DIGEST("u-1"): "u-1"}
+
+
+@pytest.mark.parametrize("way", ["read", "batch", "write"])
+async def test_a_notice_that_comes_in_another_thread_as_something_is_kept_takes_it_away(
+    way: str,
+) -> None:
+    """It waits until that is there, and so cannot miss it."""
+
+    class Meeting(FakeClock):
+        """Lets another thread go on when this one reads the time."""
+
+        other: threading.Thread | None = None
+
+        def monotonic(self) -> float:
+            other, self.other = self.other, None
+            if other is not None:
+                other.start()
+                other.join(0.05)
+            return super().monotonic()
+
+    gate, clock = Gate(), Meeting()
+    tier = Tier(gate, NEW)
+    cache = Cached(tier, clock=clock, ttl=600)
+    tier.channel.lease(clock.monotonic() + 100)
+    calls: dict[str, Callable[[], Any]] = {
+        "read": lambda: cache.get_latest("u-1"),
+        "batch": lambda: cache.get_latest_many(["u-1"]),
+        "write": lambda: cache.upsert_latest(OLD),
+    }
+    call = asyncio.create_task(calls[way]())
+    await gate.entered.wait()
+    clock.other = told = threading.Thread(target=tier.channel.say, args=(9,))
+    gate.open({"u-1": OLD} if way == "batch" else OLD)
+    await call
+    await asyncio.to_thread(told.join)
+    assert await cache.get_latest("u-1") == NEW
 
 
 class Moody(Tier):
