@@ -42,6 +42,7 @@ from layered_store.sharing import belongs, place_of
 from layered_store.testing import check_layer, check_store
 from layered_store.testing.clock import FakeClock, settle
 from layered_store.testing.explore import LoopClock, explore
+from layered_store.testing.recorded import Recorded
 
 RETRY = {"use": "retry"}
 USERS = [f"u-{n}" for n in range(200)]
@@ -972,6 +973,41 @@ async def test_closing_tells_what_the_layer_could_not_end() -> None:
     with pytest.raises(UnavailableError, match="stuck"):
         await Ramp(inner, layer=Stuck).aclose()
     assert inner._closed
+
+
+@pytest.mark.parametrize("operation", ["upsert_latest", "upsert_latest_many", "delete"])
+async def test_what_is_under_way_reaches_both_sides_before_they_are_closed(operation: str) -> None:
+    """One of them would miss it for good otherwise."""
+    inner, alternative = Down(), MemoryStore()
+    ramp = Ramp(inner, alternative=alternative)
+    await ramp.upsert_latest(state(value=0.1))
+    inner.gate = asyncio.Event()
+    calls: dict[str, Any] = {
+        "upsert_latest": lambda: ramp.upsert_latest(state()),
+        "upsert_latest_many": lambda: ramp.upsert_latest_many([state(), state(HIGH)]),
+        "delete": lambda: ramp.delete(LOW),
+    }
+    call = asyncio.create_task(calls[operation]())
+    await settle()
+    closing = asyncio.create_task(ramp.aclose())
+    await settle()
+    assert not closing.done()
+    inner.gate.set()
+    await call
+    await closing
+    for store in (inner, alternative):
+        assert store._closed
+
+
+@pytest.mark.parametrize("user_id", [LOW, HIGH])
+async def test_with_a_layer_an_erasure_reaches_the_store_once(user_id: str) -> None:
+    """A second one could take away what was written since the first."""
+    inner = Recorded(MemoryStore())
+    ramp = Ramp(inner, layer=BEST, share=0.5)
+    await ramp.upsert_latest(state(user_id))
+    await ramp.delete(user_id)
+    assert inner.operations.count("delete") == 1
+    assert await ramp.get_latest(user_id) is None
 
 
 async def test_while_a_write_is_under_way_reads_stay_on_their_side() -> None:
