@@ -138,10 +138,13 @@ async def test_the_change_log_ends_however_much_was_overwritten(
         assert not (await store.changes(cursor, 3)).items
 
 
-async def test_tombstones_leave_no_entry_behind(path: Path) -> None:
-    """When their time is over their place in the log goes with them."""
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_tombstones_leave_no_entry_behind(path: Path, at_once: int) -> None:
+    """When their time is over their place in the log goes with them, however many erased at once.
+    """
     async with build(path) as store:
-        await store.delete("old")
+        await store.upsert_latest(state("old"))
+        await asyncio.gather(*(store.delete("old") for _ in range(at_once)))
         with closing(sqlite3.connect(path)) as database, database:
             database.execute("UPDATE layered_store_latest SET purge_at = 1")
         await store.upsert_latest_many([state(f"u{number}") for number in range(64)])

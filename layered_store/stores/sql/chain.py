@@ -137,14 +137,14 @@ def chain_statements(statements: Statements) -> None:
         .order_by(history.c.position)
         .limit(max_rows)
     )
-    # A tombstone's entry is alone; it goes first, while the row still says where it is.
+    # A tombstone has an entry of each erasure that made it; they go first, while the row still says
+    # where they are.
+    over = _chain(
+        tables,
+        and_(latest.c.digest == digest, latest.c.purge_at < bindparam("due", type_=BigInteger)),
+    )
     statements.purge_history = delete(history).where(
-        history.c.position.in_(
-            select(latest.c.position).where(
-                latest.c.digest == digest,
-                latest.c.purge_at < bindparam("due", type_=BigInteger),
-            )
-        )
+        history.c.position.in_(select(over.c.position))
     )
 
 
