@@ -68,6 +68,31 @@ async def test_a_stale_copy_is_one_that_was_trusted_and_is_no_tombstone(setting:
     assert setting.store.reads.stale == 1
 
 
+WEEK = 7 * 24 * 3600.0
+
+
+@pytest.mark.parametrize(
+    ("ttl", "lives"), [(None, WEEK), (30.0, 30.0), (2 * WEEK, WEEK)], ids=["none", "short", "long"]
+)
+@pytest.mark.parametrize("way", ["filled", "written", "erased"])
+async def test_a_copy_lives_no_longer_than_its_ttl_and_than_tombstones_do(
+    way: str, ttl: float | None, lives: float, redis_url: str, sqlite_url: str
+) -> None:
+    """When the system of record has forgotten an erasure, no copy of before can be left."""
+    store = RedisStore(redis_url, ttl=ttl)
+    async with SQLStore(sqlite_url) as record, WriteThrough(store, origin=record) as stack:
+        setting = Setting(store, stack)
+        if way == "filled":
+            await record.upsert_latest(state())
+            await stack.get_latest("u-1")
+        else:
+            await stack.upsert_latest(state())
+        if way == "erased":
+            await stack.delete("u-1")
+        left = await store.command("PTTL", setting.key("u-1"))
+        assert lives - 20 < left / 1000 <= lives
+
+
 async def test_what_is_no_copy_is_a_miss_of_a_trusted_tier(setting: Setting) -> None:
     """A damaged one, or another user's, is counted and goes; one of another generation stays."""
     await setting.stack.upsert_latest_many([state("u-1"), state("u-2"), state("u-3")])
