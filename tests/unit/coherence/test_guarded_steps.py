@@ -28,6 +28,7 @@ from layered_store.coherence.guarded import GuardedCopies, backlog, repair, seen
 from layered_store.coherence.guarded.erasing import MARGIN_SECONDS
 from layered_store.coherence.guarded.leases import LEASE_SECONDS
 from layered_store.coherence.guarded.startup import READY_SECONDS
+from layered_store.coherence.guarded.watch import Watch
 from layered_store.coherence.outcomes import QUARANTINE_SECONDS
 from layered_store.errors import (
     ClosedError,
@@ -639,6 +640,24 @@ async def test_a_pass_that_hangs_costs_the_first_calls_a_second_and_the_others_n
         await settle()
         assert call.done()
     await world.guard.aclose()
+
+
+@pytest.mark.parametrize("first", ["repaired", "leased"])
+async def test_the_first_callers_go_on_when_there_was_a_pass_and_a_lease(first: str) -> None:
+    """Whichever comes first; where nobody follows the channel a pass is enough."""
+    watch = Watch(FakeClock())
+    watch.begin(asyncio.get_running_loop())
+    assert watch.ready is not None
+    watch.listening = True
+    watch.note(repaired=first == "repaired", leased=first == "leased")
+    assert not watch.ready.is_set()
+    watch.note(repaired=first == "leased", leased=first == "repaired")
+    assert watch.ready.is_set()
+    watch = Watch(FakeClock())
+    watch.begin(asyncio.get_running_loop())
+    assert watch.ready is not None
+    watch.note(repaired=True)
+    assert watch.ready.is_set()
 
 
 @pytest.mark.parametrize("write", ["a write", "a batch"])
