@@ -677,6 +677,31 @@ async def test_tombstones_are_forgotten_after_their_time(bench: Bench) -> None:
 
 
 @about_tables
+@pytest.mark.parametrize("order", ["arrival", "snapshot_time"])
+@pytest.mark.parametrize("many", [False, True], ids=["one", "several"])
+async def test_who_is_written_again_after_an_erasure_is_not_forgotten_with_it(
+    bench: Bench, order: str, many: bool
+) -> None:
+    """When the time of tombstones is over, the state and its history stay."""
+    store = bench.build(order=order)
+    users = ["u", "v"] if many else ["u"]
+    for user in users:
+        await store.write(state(user, 0.1))
+        await store.erase(user)
+    if many:
+        await store.write_many([state(user, 0.2) for user in users])
+    else:
+        await store.write(state("u", 0.2))
+    table = store.metadata.tables[store.latest_table]
+    tombstones = table.update().where(table.c.purge_at.is_not(None)).values(purge_at=1)
+    await bench.execute(store, tombstones, {})
+    await store.write_many([state(f"u{index}") for index in range(64)])
+    for user in users:
+        assert (await store.get_latest(user)).get_axis("a") == 0.2
+        assert len(await store.get_history(user, 10)) == 1
+
+
+@about_tables
 @pytest.mark.parametrize("batch", [1, 2])
 async def test_a_write_older_than_tombstones_is_refused(bench: Bench, batch: int) -> None:
     """An erasure since it began may be forgotten, so nobody can tell whether it is late."""
