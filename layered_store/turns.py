@@ -177,7 +177,10 @@ class Turns(Generic[T]):
         """
         loop = asyncio.get_running_loop()
         turn = self.users.get(user_id)
-        if turn is not None and turn.loop is not loop:
+        if turn is None:
+            # In one step, since a loop of another thread may come by.
+            turn = self.users.setdefault(user_id, self._new(self, user_id, loop))
+        if turn.loop is not loop:
             if not turn.loop.is_closed():
                 raise UnsupportedError(
                     "one user is written from two event loops at the same time; use one stack per"
@@ -186,8 +189,7 @@ class Turns(Generic[T]):
                     layer=self._layer,
                     user_id=user_id,
                 )
-            turn = None  # what that loop left behind will never end
-        if turn is None:
+            # What that loop left behind will never end.
             turn = self.users[user_id] = self._new(self, user_id, loop)
         turn.holders += 1
         return turn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -175,5 +176,28 @@ def test_two_event_loops_cannot_write_one_user() -> None:
     turn.end()  # late, as a coroutine that is collected does
     assert turns.users == {"u": after}
     after.end()
+    assert turns.users == {}
+    other.close()
+
+
+async def test_of_two_event_loops_that_come_at_once_one_is_refused() -> None:
+    """In whatever moment the other thread comes; the turn is with one of them."""
+    other = asyncio.new_event_loop()
+    had: list[Turn] = []
+
+    def interrupted(turns: Turns[Turn], user: str, loop: asyncio.AbstractEventLoop) -> Turn:
+        turn = Turn(turns, user, loop)
+        if loop is not other:
+            begin = turns.begin(user)
+            thread = threading.Thread(target=lambda: had.append(other.run_until_complete(begin)))
+            thread.start()
+            thread.join()
+        return turn
+
+    turns = Turns(interrupted, "Layer")
+    with pytest.raises(UnsupportedError, match="use one stack per loop"):
+        await turns.begin("u")
+    assert turns.users == {"u": had[0]}
+    had[0].end()
     assert turns.users == {}
     other.close()
