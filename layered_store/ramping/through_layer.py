@@ -42,9 +42,8 @@ class ThroughLayer(Ways):
     def takes(self, user_id: str) -> bool:
         if user_id in self.direct or self.doubted(user_id):
             return False
-        if user_id in self.pins:
-            return self.pins[user_id][1]
-        return self.in_share(user_id)
+        pin = self.pins.get(user_id)
+        return self.in_share(user_id) if pin is None else pin[1]
 
     async def write(self, batch: Sequence[StateSnapshot], op: Op, call: Call) -> None:
         with self._writing({each.user_id: None for each in batch}) as ways:
@@ -65,13 +64,14 @@ class ThroughLayer(Ways):
         Further writes of the user do too, or the layer could keep what lost against the first.
         While one goes through it, reads stay on their side: inner may have it before the layer.
         """
-        ways = {user_id: self._way(user_id) for user_id in users}
-        direct = [user_id for user_id, way in ways.items() if way is self.inner]
-        pinned = [user_id for user_id, way in ways.items() if way is not self.inner]
-        for user_id in pinned:
-            count, through = self.pins.get(user_id) or (0, self.takes(user_id))
-            self.pins[user_id] = (count + 1, through)
-        self.direct.update(direct)
+        with self.lock:
+            ways = {user_id: self._way(user_id) for user_id in users}
+            direct = [user_id for user_id, way in ways.items() if way is self.inner]
+            pinned = [user_id for user_id, way in ways.items() if way is not self.inner]
+            for user_id in pinned:
+                count, through = self.pins.get(user_id) or (0, self.takes(user_id))
+                self.pins[user_id] = (count + 1, through)
+            self.direct.update(direct)
         try:
             yield ways
         except BaseException as exc:
@@ -79,14 +79,15 @@ class ThroughLayer(Ways):
                 self.doubt(direct)
             raise
         finally:
-            for user_id in pinned:
-                count, through = self.pins.pop(user_id)
-                if count > 1:
-                    self.pins[user_id] = (count - 1, through)
-            for user_id in direct:
-                self.direct[user_id] -= 1
-                if not self.direct[user_id]:
-                    del self.direct[user_id]
+            with self.lock:
+                for user_id in pinned:
+                    count, through = self.pins.pop(user_id)
+                    if count > 1:
+                        self.pins[user_id] = (count - 1, through)
+                for user_id in direct:
+                    self.direct[user_id] -= 1
+                    if not self.direct[user_id]:
+                        del self.direct[user_id]
 
     def _way(self, user_id: str) -> StateStore:
         """Return the way of a user's write that begins now."""

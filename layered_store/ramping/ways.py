@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ class Ways(ABC):
     Attributes:
         reads: how many went each way.
         doubtful: users of whom a write may still take effect, and until when.
+        lock: held while what is kept of users is changed.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Ways(ABC):
         self.clock = clock
         self.reads: Counter[str] = Counter({"inner": 0, "other": 0})
         self.doubtful: OrderedDict[str, float] = OrderedDict()
+        # What is kept of users is changed by event loops of several threads; as in ``Holdings``.
+        self.lock = threading.RLock()
 
     @abstractmethod
     def takes(self, user_id: str) -> bool:
@@ -141,8 +145,9 @@ class Ways(ABC):
     def doubt(self, users: Iterable[str]) -> None:
         """Note that a write of these users may still take effect."""
         now = self.clock.monotonic()
-        for user_id in users:
-            self.doubtful.pop(user_id, None)
-            self.doubtful[user_id] = now + QUARANTINE_SECONDS
-        while self.doubtful and self.doubtful[first := next(iter(self.doubtful))] <= now:
-            del self.doubtful[first]
+        with self.lock:
+            for user_id in users:
+                self.doubtful.pop(user_id, None)
+                self.doubtful[user_id] = now + QUARANTINE_SECONDS
+            while self.doubtful and self.doubtful[first := next(iter(self.doubtful))] <= now:
+                del self.doubtful[first]

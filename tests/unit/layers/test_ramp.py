@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -1229,6 +1230,42 @@ def test_one_user_written_from_two_loops_is_told_the_remedy() -> None:
         await task
 
     asyncio.run(hang())
+
+
+def test_event_loops_of_two_threads_write_one_user_through_a_layer() -> None:
+    """Also when they begin in the very same moment; nothing is kept of their writes."""
+    entered, over = threading.Event(), threading.Event()
+    main = threading.current_thread()
+    results: list[object] = []
+
+    class Held(MemoryStore):
+        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+            if threading.current_thread() is not main:
+                entered.set()
+                over.wait()
+            await super().upsert_latest(snapshot)
+
+    def elsewhere() -> None:
+        try:
+            results.append(asyncio.run(ramp.upsert_latest(state())))
+        except Exception as exc:  # noqa: BLE001
+            results.append(exc)
+
+    other = threading.Thread(target=elsewhere, daemon=True)
+
+    class Interrupted(Ramp):
+        def takes(self, user_id: str) -> bool:
+            if other.ident is None:
+                other.start()
+                entered.wait(0.2)  # it cannot come so far, when one waits for the other
+            return super().takes(user_id)
+
+    ramp = Interrupted(Held(), layer=Layer, share=1.0)
+    asyncio.run(ramp.upsert_latest(state()))
+    over.set()
+    other.join()
+    assert results == [None]
+    assert ramp._pins == {}
 
 
 async def test_open_and_health_with_an_alternative() -> None:
