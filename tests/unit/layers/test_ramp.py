@@ -1265,7 +1265,7 @@ def test_event_loops_of_two_threads_write_one_user_through_a_layer() -> None:
     over.set()
     other.join()
     assert results == [None]
-    assert ramp._pins == {}
+    assert ramp._ways.pins == {}
 
 
 async def test_open_and_health_with_an_alternative() -> None:
