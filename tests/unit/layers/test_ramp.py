@@ -1253,14 +1253,16 @@ def test_event_loops_of_two_threads_write_one_user_through_a_layer() -> None:
 
     other = threading.Thread(target=elsewhere, daemon=True)
 
-    class Interrupted(Ramp):
-        def takes(self, user_id: str) -> bool:
-            if other.ident is None:
-                other.start()
-                entered.wait(0.2)  # it cannot come so far, when one waits for the other
-            return super().takes(user_id)
+    ramp = Ramp(Held(), layer=Layer, share=1.0)
+    takes = ramp._ways.takes
 
-    ramp = Interrupted(Held(), layer=Layer, share=1.0)
+    def interrupted(user_id: str) -> bool:
+        if other.ident is None:
+            other.start()
+            entered.wait(0.2)  # it cannot come so far, when one waits for the other
+        return takes(user_id)
+
+    ramp._ways.takes = interrupted  # type: ignore[method-assign]
     asyncio.run(ramp.upsert_latest(state()))
     over.set()
     other.join()
