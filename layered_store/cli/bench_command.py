@@ -138,7 +138,7 @@ def command(
         await bench.run(store)
 
     try:
-        run(stack, work)
+        run(stack, work, made=True)
     finally:
         # Also when it was interrupted: what was measured until then.
         if workload.calls:

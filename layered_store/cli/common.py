@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from urllib.parse import unquote
 
 import click
 from rich.console import Console
@@ -105,8 +106,25 @@ def source_of(stack: str | None) -> Any:
     return {"store": {"use": kind, "url": stack.replace("${", "$${")}}
 
 
-def build(stack: str | None, *, quiet: bool = False) -> StateStore:
-    """Return the stack that an argument names, telling the linter's warnings on stderr."""
+def refuse_missing(stack: str | None) -> None:
+    """Refuse the URL of an SQLite file that is not there: a mistyped one would be made, empty."""
+    scheme, _, place = (stack or "").partition("://")
+    path = unquote(place.partition("?")[0])[1:]
+    made_up = not path or path.startswith((":memory:", "file:"))
+    if scheme.startswith("sqlite") and not made_up and not Path(path).exists():
+        raise ConfigError("there is no such SQLite file; check its name", path="store.url")
+
+
+def build(stack: str | None, *, quiet: bool = False, made: bool = False) -> StateStore:
+    """Return the stack that an argument names, telling the linter's warnings on stderr.
+
+    Args:
+        stack: the argument.
+        quiet: leave the warnings out.
+        made: whether an SQLite file that is not there may be made.
+    """
+    if not made:
+        refuse_missing(stack)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         built = load_stack(source_of(stack))
@@ -181,11 +199,19 @@ def quick_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def run(stack: str | None, work: Callable[[StateStore], Awaitable[T]]) -> T:
-    """Build the stack, open it, await ``work`` on it and close it; on uvloop where there is one."""
+def run(
+    stack: str | None, work: Callable[[StateStore], Awaitable[T]], *, made: bool = False
+) -> T:
+    """Build the stack, open it, await ``work`` on it and close it; on uvloop where there is one.
+
+    Args:
+        stack: see :func:`build`.
+        work: what to do.
+        made: see there too.
+    """
 
     async def whole() -> T:
-        async with build(stack) as store:
+        async with build(stack, made=made) as store:
             return await work(store)
 
     def started() -> T:

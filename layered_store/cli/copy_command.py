@@ -96,7 +96,7 @@ def command(source: str, target: str, state: Path, page: int, *, as_json: bool) 
 
 async def _copy(source: str, target: str, place: _Place, page: int) -> tuple[Progress, Counts]:
     reached = place.read()
-    async with build(source) as old, build(target) as new:
+    async with build(source) as old, build(target, made=True) as new:
         if old.snapshot_type is not new.snapshot_type:
             raise ConfigError(
                 f"FROM keeps states of the class {old.snapshot_type.__name__}, TO of"

@@ -74,7 +74,7 @@ def command(
         raise click.UsageError("an axis is given twice")
     # Before the loop runs, which an interruption would not reach while this waits for input.
     text = b"" if source_file is None else guarded(source_file.read)
-    run(stack, work)
+    run(stack, work, made=True)
 
 
 def _axis(text: str) -> tuple[str, float]:

@@ -102,7 +102,7 @@ def command(
         )
     app = guarded(
         lambda: create_app(
-            build(stack),
+            build(stack, made=True),
             api_key=key,
             max_body=max_body,
             max_in_flight=max_in_flight,

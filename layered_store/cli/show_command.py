@@ -29,7 +29,7 @@ def command(stack: str | None, *, as_json: bool) -> None:
     caller should know, such as how old an answer may be, and the block's id. Without STACK: the
     SQLite file layered_store.db in this directory, cached, with metrics.
     """
-    blocks = guarded(lambda: describe(build(stack, quiet=True)))
+    blocks = guarded(lambda: describe(build(stack, quiet=True, made=True)))
     if as_json:
         click.echo(json.dumps([asdict(block) for block in blocks], default=_plain, indent=2))
         return

@@ -207,10 +207,37 @@ def test_a_class_of_the_project_is_found(tmp_path: Path) -> None:
     assert shown.stdout == "MemoryStore(snapshot_type=Member)\n"
 
 
-def test_a_copy_of_nobody_is_told(tmp_path: Path) -> None:
-    """A mistyped name is an empty SQLite file, which would look like a copy that went well."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("get", "sqlite:///a.bd", "u-1"),
+        ("history", "sqlite+aiosqlite:///a.bd", "u-1"),
+        ("erase", "sqlite:///a.bd", "u-1", "--yes"),
+        ("export", "sqlite:///a.bd", "--all"),
+        ("check", "sqlite:///a.bd?timeout=1"),
+        ("copy", "sqlite:///a.bd", "sqlite:///b.db"),
+    ],
+)
+def test_a_mistyped_file_is_not_made(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """It would be an empty database, in which nobody has a state."""
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.bd", "sqlite:///b.db"],
+        [sys.executable, "-m", "layered_store", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "there is no such SQLite file" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_nobody_is_told(tmp_path: Path) -> None:
+    """The wrong file, empty, would look like a copy that went well."""
+    (tmp_path / "a.db").touch()
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.db", "sqlite:///b.db"],
         capture_output=True,
         text=True,
         timeout=60,

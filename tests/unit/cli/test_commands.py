@@ -214,7 +214,7 @@ def test_schema() -> None:
         (("check", "STACK", "--timeout", "nan"), 2, "'nan' is not a number"),
         (("serve", "STACK", "--patience", "nan"), 2, "'nan' is not a number"),
         (("serve", "STACK", "--patience", "inf"), 2, "Invalid value for '--patience'"),
-        (("copy", "sqlite:////nowhere/\udcff", "STACK"), 1, "cannot be opened"),
+        (("copy", "STACK", "sqlite:////nowhere/\udcff"), 1, "cannot be opened"),
         (("export", "STACK", "--all", "--output", "/nowhere/x"), 1, "/nowhere/x: No such file"),
         (("copy", "STACK", "STACK", "--state", "/nowhere/x"), 1, "cannot write /nowhere/x"),
         (("show", "."), 2, "ends in .toml or .json"),
