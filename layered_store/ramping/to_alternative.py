@@ -116,39 +116,39 @@ class ToAlternative(Ways):
 
     async def write(self, batch: Sequence[StateSnapshot], op: Op, call: Call) -> None:
         """Write to ``inner``, which acknowledges, then to the alternative."""
-        users = sorted({snapshot.user_id for snapshot in batch})
+        users = {snapshot.user_id for snapshot in batch}
         with self._calls.call(), await self.turns.begin_all(users, op) as turns:
             # What an earlier write may still do, on either side, could come after this one.
-            settled = [user_id for user_id in users if not self.doubted(user_id)]
+            settled = [user_id for user_id in turns if not self.doubted(user_id)]
             try:
                 await _upsert(self.inner, batch, op)
             except BaseException as exc:
                 if not not_happened(exc):
-                    self._fall_behind(users)
+                    self._fall_behind(turns)
                 if may_take_effect(exc):
-                    self.doubt(users)
+                    self.doubt(turns)
                 raise
-            in_share = any(map(self.in_share, users))
+            in_share = any(map(self.in_share, turns))
             if call.superseded:
                 # An erasure or a newer state won in inner; who knows what would here.
-                self._fall_behind(users)
+                self._fall_behind(turns)
                 return
             own = call.again()
             try:
                 await self._follow(batch, op, own, turns.values())
             except Exception as exc:
-                self._fall_behind(users)
+                self._fall_behind(turns)
                 if may_take_effect(exc):
-                    self.doubt(users)
+                    self.doubt(turns)
                 if in_share:
                     raise self._unknown(exc, op) from exc
             except BaseException:
-                self._fall_behind(users)
-                self.doubt(users)  # cut off, it may still take effect
+                self._fall_behind(turns)
+                self.doubt(turns)  # cut off, it may still take effect
                 raise
             else:
                 if own.superseded:  # it has something else for the latest state
-                    self._fall_behind(users)
+                    self._fall_behind(turns)
                 else:
                     self._catch_up(settled)
 
