@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -348,6 +349,7 @@ class Shadow(Layer):
         All users, whatever the share is now: it may have been larger before.
         """
         lane = self._lane(user_id)
+        here = lane.loop is asyncio.get_running_loop()
         lane.held += 1
         lane.deletes += 1
         wrote = lane.wrote
@@ -359,7 +361,9 @@ class Shadow(Layer):
             except Exception as exc:  # noqa: BLE001  whatever it was, the candidate must erase
                 first = exc
             # What waits was written before; the write that runs must not land after the erasure.
-            self._drop(lane)
+            # Another event loop goes on with it: the candidate is not erased from here.
+            if here:
+                self._drop(lane)
             second = await self._erase_candidate(user_id, lane)
             if first is not None and not isinstance(first, ErasureIncompleteError):
                 raise first
@@ -382,7 +386,11 @@ class Shadow(Layer):
                 self._copy_later(user_id)
             elif lane.wrote != wrote:
                 self._add_write(user_id, partial(self._copy, user_id))
-            self._start(user_id, lane)
+            if here:
+                self._start(user_id, lane)
+            else:
+                with contextlib.suppress(RuntimeError):  # it was closed
+                    lane.loop.call_soon_threadsafe(self._start, user_id, lane)
         return result
 
     async def _erase_candidate(self, user_id: str, lane: _Lane) -> Exception | None:

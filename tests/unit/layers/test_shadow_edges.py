@@ -686,3 +686,42 @@ def test_an_event_loop_that_ends_leaves_nothing_of_the_background(
     assert store._lanes == {}
     assert store._pending == 0
     assert store.mirrored == {"ok": 0, "error": 0, "dropped": 3}
+
+
+async def test_an_erasure_from_another_event_loop_takes_nothing_from_the_candidate() -> None:
+    """It says that the candidate may hold the user; what is mirrored here goes on."""
+    entered, over = threading.Event(), threading.Event()
+
+    class Held(MemoryStore):
+        async def erase(self, user_id: str, tiers: Any = ()) -> int:
+            version = await super().erase(user_id, tiers)
+            entered.set()
+            over.wait()
+            return version
+
+    candidate = Simple()
+    candidate.gate = asyncio.Event()
+    shadow = Shadow(Held(), candidate=candidate)
+    await shadow.upsert_latest(OLD)
+    await settle()
+
+    def elsewhere() -> None:
+        with pytest.raises(ErasureIncompleteError) as caught:
+            asyncio.run(shadow.delete("u-1"))
+        assert caught.value.pending == ("Simple",)
+
+    erasing = asyncio.create_task(asyncio.to_thread(elsewhere))
+    await asyncio.to_thread(entered.wait)
+    candidate.gate.set()
+    await shadow.upsert_latest(NEW)
+    await settle()
+    over.set()
+    await erasing
+    await settle()
+    assert await shadow.get_latest("u-1") == NEW
+    assert candidate.kept == {"u-1": NEW}
+    assert shadow.mirrored == {"ok": 2, "error": 0, "dropped": 0}
+    await settle()
+    assert not shadow._lanes
+    await shadow.delete("u-1")
+    assert candidate.kept == {}
