@@ -414,9 +414,8 @@ class Cached(Layer):
             left = dict(led)
             answers = {}
             try:
-                while left:
-                    user_id = next(iter(left))
-                    answers[user_id] = await self._failed(user_id, left[user_id], exc)
+                for user_id, flight in led.items():
+                    answers[user_id] = await self._failed(user_id, flight, exc)
                     del left[user_id]
             except BaseException:
                 for user_id, flight in left.items():

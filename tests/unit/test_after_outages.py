@@ -61,6 +61,25 @@ async def test_the_end_of_doubt(layer: Callable[[FakeClock], StateStore]) -> Non
     assert await growth(costs, FEW, MANY) < MOST
 
 
+async def test_a_large_batch_of_reads_that_failed() -> None:
+    """Each of its loads is ended once."""
+
+    class Down(MemoryStore):
+        async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
+            raise StoreTimeoutError("no answer")
+
+    async def cost(count: int) -> float:
+        stack = Cached(Down())
+        users = [f"u-{n}" for n in range(count)]
+        begun = time.process_time()
+        with suppress(StoreTimeoutError):
+            await stack.get_latest_many(users)
+        return (time.process_time() - begun) / count
+
+    one = min([await cost(FEW) for _ in range(3)])
+    assert await cost(4 * MANY) < 3 * one
+
+
 async def test_writers_of_one_user() -> None:
     """Each is given the turn in the order in which they came."""
 
