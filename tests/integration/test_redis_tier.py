@@ -362,6 +362,58 @@ async def bare(redis_url: str) -> AsyncIterator[Bare]:
         yield made
 
 
+async def test_scripts_that_the_server_lost_are_loaded_by_the_next_call(bare: Bare) -> None:
+    """However often that comes about; the call that meets it says so."""
+    for _ in range(3):
+        await bare.trust()
+        assert (await bare.tier.read("u-1")).trusted
+        await bare.store.command("SCRIPT", "FLUSH")
+        with pytest.raises(UnavailableError, match="server of the cache tier changed"):
+            await bare.tier.read("u-1")
+    assert (await bare.tier.read("u-1")).trusted
+
+
+async def test_a_load_that_failed_is_tried_again_by_the_next_call(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may be back."""
+
+    async def refuse(_: str) -> Any:
+        raise UnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bare.store, "new_connection", refuse)
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await bare.tier.read("u-1")
+    await bare.trust()
+    assert (await bare.tier.read("u-1")).trusted
+
+
+async def test_what_another_event_loop_is_loading_holds_nobody_up(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one loop waits for can be awaited there only."""
+    here, go_on, real = asyncio.get_running_loop(), asyncio.Event(), bare.store.new_connection
+
+    async def new_connection(bucket: Any) -> Any:
+        if asyncio.get_running_loop() is here:
+            await go_on.wait()
+        return await real(bucket)
+
+    monkeypatch.setattr(bare.store, "new_connection", new_connection)
+    first = asyncio.create_task(bare.tier.read("u-1"))
+    await settle()
+
+    async def read() -> bool:
+        async with asyncio.timeout(5):
+            return (await bare.tier.read("u-1")).trusted
+
+    assert await asyncio.to_thread(asyncio.run, read()) is False
+    go_on.set()
+    assert not (await first).trusted
+
+
 DIGEST = digest_function(b"")("u-1")
 OTHER = b"\x01" + b"o" * 15
 """A generation that is not the tier's."""
