@@ -638,6 +638,20 @@ async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
         assert (after.generation == begun.generation) is not renewed
 
 
+async def test_the_register_tells_until_when_a_lease_runs(bare: Bare) -> None:
+    """Of every process but the one that asks; who leaves holds nothing any more."""
+    before = (await bare.tier.holders("u-1", "another")).now
+    await bare.tier.ping("me", 1.0, before, 1)
+    found = await bare.tier.holders("u-1", "another")
+    assert (await bare.tier.bury("u-1", 1, "another")).others == found.others
+    until, _ = found.others["me"]
+    assert before + 0.99 <= until <= found.now + 1.01
+    assert not (await bare.tier.holders("u-1", "me")).others
+    await bare.tier.ping("me", -1.0, before, 0)
+    left = await bare.tier.holders("u-1", "another")
+    assert all(until < left.now for until, _ in left.others.values())
+
+
 async def test_leases_that_ended_long_ago_are_forgotten_where_there_are_many(bare: Bare) -> None:
     """So that the register of a service whose processes come and go is bounded."""
     await bare.tier.ping("me", 1.0, 0.0, 1)
