@@ -958,7 +958,10 @@ async def test_a_bad_exemplar_is_left_out(registry: CollectorRegistry, hook: Any
     assert list(parse_open(body))
 
 
-async def test_exemplars_are_those_of_the_operation() -> None:
+@pytest.mark.parametrize(
+    ("operation", "other"), [("delete", "get_latest"), ("get_latest", "delete")]
+)
+async def test_exemplars_are_those_of_the_operation(operation: str, other: str) -> None:
     """A slow erasure is no trace of a slow read."""
     stack = Metrics(
         MemoryStore(),
@@ -967,9 +970,10 @@ async def test_exemplars_are_those_of_the_operation() -> None:
         exemplar=lambda: {"trace_id": "a1"},
         clock=FakeClock(),
     )
-    await stack.delete("u-1")
-    assert stack.exemplars("get_latest") == {}
-    assert [each.labels for each in stack.exemplars("delete").values()] == [{"trace_id": "a1"}]
+    await getattr(stack, operation)("u-1")
+    assert stack.exemplars(other) == {}
+    assert [each.labels for each in stack.exemplars(operation).values()] == [{"trace_id": "a1"}]
+    assert Sample("operations", 1, (operation, "ok")) in set(stack.samples())
 
 
 async def test_another_registry_shows_nothing_of_it() -> None:
