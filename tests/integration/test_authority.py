@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import literal_column, select, text
 
 from layered_store.call import Call, _current, call_begins, next_order
 from layered_store.coherence.contract import ABSENT, Change
@@ -699,6 +699,26 @@ async def test_who_is_written_again_after_an_erasure_is_not_forgotten_with_it(
     for user in users:
         assert (await store.get_latest(user)).get_axis("a") == 0.2
         assert len(await store.get_history(user, 10)) == 1
+
+
+@about_tables
+async def test_tombstones_that_cannot_be_forgotten_fail_no_write(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writes they would have gone with are committed; later ones try again."""
+    store = bench.build()
+    await store.erase("old")
+    table = store.metadata.tables[store.latest_table]
+    await bench.execute(store, table.update().values(purge_at=1), {})
+    with monkeypatch.context() as patch:
+        broken = select(literal_column("no_such_column")).select_from(table)
+        patch.setattr(store._access.statements, "purgeable", broken)
+        for index in range(64):
+            await store.write(state(f"u{index}"))
+    assert (await store.get_latest("u63")).get_axis("a") == 0.5
+    for start in range(0, 1024, 256):
+        await store.write_many([state(f"v{start + index}") for index in range(256)])
+    assert await store.read("old") == ABSENT
 
 
 @about_tables
