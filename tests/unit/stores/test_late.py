@@ -145,3 +145,18 @@ async def test_a_server_that_does_not_tell_its_time_fails_the_write(told: object
         await met(store, known, begun(clock), erased_at)
     assert not caught.value.outcome_unknown
     assert store.stored == []
+
+
+@pytest.mark.parametrize(
+    "reply", [2, None, b"OK", [], [7, 1], [7, 1, 1, 1], [7, b"1", 1], [None, 1, 1], "1"]
+)
+async def test_a_reply_that_is_none_of_the_scripts_is_an_outage_with_an_unknown_end(
+    reply: object,
+) -> None:
+    """What was written may stand; nothing is made of numbers that are not there."""
+    clock = FakeClock()
+    store: Any = Told(clock, 0.001, 0.001)
+    with pytest.raises(UnavailableError) as caught:
+        await settle(store, KnownErasures(clock), begun(clock), reply, 0.0, "upsert_latest")
+    assert caught.value.outcome_unknown
+    assert not store.asked and not store.stored
