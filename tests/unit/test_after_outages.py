@@ -68,16 +68,14 @@ async def test_a_large_batch_of_reads_that_failed() -> None:
         async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
             raise StoreTimeoutError("no answer")
 
-    async def cost(count: int) -> float:
+    async def costs(count: int) -> list[float]:
         stack = Cached(Down())
         users = [f"u-{n}" for n in range(count)]
-        begun = time.process_time()
-        with suppress(StoreTimeoutError):
+        with Spent() as spent, suppress(StoreTimeoutError):
             await stack.get_latest_many(users)
-        return (time.process_time() - begun) / count
+        return [spent.seconds]
 
-    one = min([await cost(FEW) for _ in range(3)])
-    assert await cost(4 * MANY) < 3 * one
+    assert await growth(costs, FEW, 4 * MANY) < MOST
 
 
 async def test_writers_of_one_user() -> None:
