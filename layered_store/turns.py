@@ -227,7 +227,7 @@ class Turns(Generic[T]):
             for user_id in sorted(users):
                 together[user_id] = await self.begin(user_id, op)
         except BaseException as exc:
-            together.__exit__(type(exc), exc, None)
+            together.end(exc)
             raise
         return together
 
@@ -239,5 +239,9 @@ class Together(dict[str, T]):
         return self
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        self.end(exc)
+
+    def end(self, exc: BaseException | None = None) -> None:
+        """Pass all of them on, after noting what the call raised."""
         for turn in self.values():
             turn.end(exc)
