@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from layered_store.background import Background, Job, Lane
 from layered_store.call import Call, call_begins, call_continues, current_call
 from layered_store.checks import check_snapshot, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK, Clock
@@ -37,7 +36,6 @@ from layered_store.stats import Sample
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-    from layered_store.clock import TimerHandle
     from layered_store.snapshot import StateSnapshot
 
 __all__ = ["Shadow"]
@@ -47,58 +45,6 @@ T = TypeVar("T")
 
 _WRITES = ("ok", "error", "dropped")
 _RESULTS = ("same", "missing", "extra", "older", "newer", "value", "history", "error", "dropped")
-
-
-class _Lane:
-    """What goes to the candidate for one user, one thing after another.
-
-    Args:
-        jobs: what is to be done yet.
-        task: does them, while there are any.
-        writing: writes of the user under way in ``inner``.
-        overlapped: whether two of them ever ran at the same time, so that nobody here knows which
-            of them won.
-        deletes: deletes of the user that began; one that overlaps a write decides about it.
-        held: deletes that wait for their turn; nothing else begins meanwhile.
-        wrote: writes that ended while a delete was held, so that it may not have erased them.
-        compares: whether a comparison waits already; one is enough.
-    """
-
-    __slots__ = (
-        "compares",
-        "deletes",
-        "held",
-        "jobs",
-        "loop",
-        "overlapped",
-        "task",
-        "writing",
-        "wrote",
-    )
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.jobs: deque[_Job] = deque()
-        self.task: asyncio.Task[None] | None = None
-        self.writing = 0
-        self.overlapped = False
-        self.deletes = 0
-        self.held = 0
-        self.wrote = 0
-        self.compares = False
-
-    @property
-    def idle(self) -> bool:
-        return not (self.jobs or self.task or self.writing or self.held)
-
-
-@dataclass(slots=True)
-class _Job:
-    """One thing to do at the candidate, and how it is counted."""
-
-    work: Callable[[], Awaitable[str]]
-    counts: Counter[str]
-    compares: bool = False
 
 
 @dataclass(eq=False, repr=False)
@@ -160,9 +106,7 @@ class Shadow(Layer):
         check_count(self.max_pending, "max_pending", self)
         self._drain = check_seconds(self.drain_seconds, "drain_seconds", self, positive=False)
         check_a(self.clock, Clock, "clock", self)
-        self._lanes: dict[str, _Lane] = {}
-        self._pending = 0
-        self._timers: set[TimerHandle] = set()
+        self._background = Background(self._timeout, self.max_pending, self.clock)
         self._mirrored: Counter[str] = Counter(dict.fromkeys(_WRITES, 0))
         self._compared: Counter[str] = Counter(dict.fromkeys(_RESULTS, 0))
         super().__post_init__()
@@ -190,7 +134,7 @@ class Shadow(Layer):
             yield Sample("shadow_comparisons", value, (result,))
         for outcome, value in self._mirrored.items():
             yield Sample("shadow_writes", value, (outcome,))
-        yield Sample("shadow_pending", self._pending)
+        yield Sample("shadow_pending", self._background.pending)
 
     # Reading
 
@@ -222,7 +166,7 @@ class Shadow(Layer):
         if theirs == found:
             return "same"
         # Written meanwhile, here or elsewhere: then it tells nothing.
-        if self._lanes[user_id].writing or await self.inner.get_latest(user_id) != found:
+        if self._background.lanes[user_id].writing or await self.inner.get_latest(user_id) != found:
             return ""
         if theirs is None:
             return "missing"
@@ -239,7 +183,7 @@ class Shadow(Layer):
         length = min(len(found), len(theirs))
         if theirs and theirs[:length] == list(found[:length]):
             return "same"
-        if self._lanes[user_id].writing:
+        if self._background.lanes[user_id].writing:
             return ""
         again = await self.inner.get_history(user_id, limit)
         return "history" if list(again) == list(found) else ""
@@ -269,7 +213,7 @@ class Shadow(Layer):
             user_id = snapshot.user_id
             places.setdefault(user_id, []).append(index)
             if user_id not in lanes and self._mirrors(user_id):
-                lane = lanes[user_id] = self._lane(user_id)
+                lane = lanes[user_id] = self._background.lane(user_id)
                 if lane.writing:
                     lane.overlapped = True
                 lane.writing += 1
@@ -311,16 +255,7 @@ class Shadow(Layer):
 
     def _copy_later(self, user_id: str) -> None:
         """Give the candidate what ``inner`` holds, once a write that failed has had its time."""
-        if len(self._timers) >= self.max_pending or self._closed:
-            self._mirrored["dropped"] += 1
-            return
-
-        def due() -> None:
-            self._timers.discard(timer)
-            self._add_write(user_id, partial(self._copy, user_id))
-
-        timer = self.clock.call_later(self._timeout, due)
-        self._timers.add(timer)
+        self._background.add_later(user_id, Job(partial(self._copy, user_id), self._mirrored))
 
     async def _copy(self, user_id: str) -> str:
         with call_begins(self.clock):
@@ -329,12 +264,12 @@ class Shadow(Layer):
                 await self.candidate.upsert_latest(found)
         return "ok"
 
-    def _left(self, lanes: Mapping[str, _Lane]) -> dict[str, _Lane]:
+    def _left(self, lanes: Mapping[str, Lane]) -> dict[str, Lane]:
         for user_id, lane in lanes.items():
             lane.writing -= 1
             if not lane.writing:
                 lane.overlapped = False
-            self._tidy(user_id, lane)
+            self._background.tidy(user_id, lane)
         return {}
 
     # Erasing
@@ -348,8 +283,7 @@ class Shadow(Layer):
 
         All users, whatever the share is now: it may have been larger before.
         """
-        lane = self._lane(user_id)
-        here = lane.loop is asyncio.get_running_loop()
+        lane = self._background.lane(user_id)
         lane.held += 1
         lane.deletes += 1
         wrote = lane.wrote
@@ -362,8 +296,8 @@ class Shadow(Layer):
                 first = exc
             # What waits was written before; the write that runs must not land after the erasure.
             # Another event loop goes on with it: the candidate is not erased from here.
-            if here:
-                self._drop(lane)
+            if lane.loop is asyncio.get_running_loop():
+                self._background.drop(lane)
             second = await self._erase_candidate(user_id, lane)
             if first is not None and not isinstance(first, ErasureIncompleteError):
                 raise first
@@ -386,14 +320,10 @@ class Shadow(Layer):
                 self._copy_later(user_id)
             elif lane.wrote != wrote:
                 self._add_write(user_id, partial(self._copy, user_id))
-            if here:
-                self._start(user_id, lane)
-            else:
-                with contextlib.suppress(RuntimeError):  # it was closed
-                    lane.loop.call_soon_threadsafe(self._start, user_id, lane)
+            self._background.start_there(user_id, lane)
         return result
 
-    async def _erase_candidate(self, user_id: str, lane: _Lane) -> Exception | None:
+    async def _erase_candidate(self, user_id: str, lane: Lane) -> Exception | None:
         try:
             if lane.loop is not asyncio.get_running_loop():
                 raise StoreError("mirrored calls of this user run in another event loop")
@@ -411,92 +341,13 @@ class Shadow(Layer):
     def _mirrors(self, user_id: str) -> bool:
         return belongs(user_id, self.share, self.salt)
 
-    def _lane(self, user_id: str) -> _Lane:
-        lane = self._lanes.get(user_id)
-        if lane is not None and lane.loop.is_closed():
-            # What that loop left behind will never run.
-            self._pending -= lane.task is not None
-            self._drop(lane)
-            lane = None
-        if lane is None:
-            lane = self._lanes[user_id] = _Lane(asyncio.get_running_loop())
-        return lane
-
-    def _tidy(self, user_id: str, lane: _Lane) -> None:
-        if lane.idle and self._lanes.get(user_id) is lane:
-            del self._lanes[user_id]
-
     def _add_write(self, user_id: str, work: Callable[[], Awaitable[str]]) -> None:
-        self._add(user_id, _Job(work, self._mirrored))
+        self._background.add(user_id, Job(work, self._mirrored))
 
     def _add_comparison(self, user_id: str, work: Callable[[], Awaitable[str]]) -> None:
-        lane = self._lanes.get(user_id)
-        if lane is not None and lane.compares:
-            return
-        self._add(user_id, _Job(work, self._compared, compares=True))
-
-    def _add(self, user_id: str, job: _Job) -> None:
-        lane = self._lane(user_id)
-        here = lane.loop is asyncio.get_running_loop()
-        if self._pending >= self.max_pending or not here or self._closed:
-            job.counts["dropped"] += 1
-            self._tidy(user_id, lane)
-            return
-        self._pending += 1
-        lane.compares = lane.compares or job.compares
-        lane.jobs.append(job)
-        self._start(user_id, lane)
-
-    def _drop(self, lane: _Lane) -> None:
-        """Forget what waits, since the user is being erased; that is no loss and not counted."""
-        self._pending -= len(lane.jobs)
-        lane.jobs.clear()
-        lane.compares = False
-
-    def _lose(self, lane: _Lane) -> None:
-        """Forget what waits and will not be done."""
-        for job in lane.jobs:
-            job.counts["dropped"] += 1
-        self._drop(lane)
-
-    def _start(self, user_id: str, lane: _Lane) -> None:
-        if lane.jobs and lane.task is None and not lane.held and not self._closed:
-            # A context of its own: what is done here is nobody's call.
-            task = lane.loop.create_task(self._run(lane), context=contextvars.Context())
-            if task.done():  # an eager one
-                self._ended(user_id, lane, task)
-                return
-            lane.task = task
-            # Not by the task: one that is cancelled as soon as it is made runs none of its code.
-            task.add_done_callback(lambda ended: self._ended(user_id, lane, ended))
-        else:
-            self._tidy(user_id, lane)
-
-    async def _run(self, lane: _Lane) -> None:
-        """Do what waits for one user, until nothing does or the user is being erased."""
-        while lane.jobs and not lane.held:
-            job = lane.jobs.popleft()
-            if job.compares:
-                lane.compares = False
-            try:
-                async with self.clock.timeout(self._timeout):
-                    result = await job.work()
-            except Exception:  # noqa: BLE001  nothing of the candidate may reach a caller
-                result = "error"
-            except asyncio.CancelledError:
-                job.counts["dropped"] += 1
-                raise
-            finally:
-                self._pending -= 1
-            if result:
-                job.counts[result] += 1
-
-    def _ended(self, user_id: str, lane: _Lane, task: asyncio.Task[None]) -> None:
-        lane.task = None
-        if task.cancelled():
-            # The event loop ends: another task would be left behind on it.
-            self._lose(lane)
-        self._start(user_id, lane)
+        lane = self._background.lanes.get(user_id)
+        if lane is None or not lane.compares:
+            self._background.add(user_id, Job(work, self._compared, compares=True))
 
     # The rest of a layer
 
@@ -524,27 +375,7 @@ class Shadow(Layer):
 
     async def aclose(self) -> None:
         self._refuse_operations()
-        for timer in self._timers:
-            timer.cancel()
-            self._mirrored["dropped"] += 1
-        self._timers.clear()
-        here = asyncio.get_running_loop()
-        tasks = [
-            lane.task
-            for lane in self._lanes.values()
-            if lane.task is not None and lane.loop is here
-        ]
-        if tasks:
-            try:
-                async with self.clock.timeout(self._drain):
-                    await asyncio.wait(tasks)
-            except TimeoutError:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-        for lane in self._lanes.values():
-            self._lose(lane)
-        self._lanes.clear()
+        await self._background.aclose(self._drain)
         await self._close_children()
 
 

@@ -55,7 +55,7 @@ async def traffic(store: StateStore, seed: int, calls: int = 60) -> None:
 
 async def settled(shadow: Shadow) -> None:
     for _ in range(6_000):
-        if not shadow._lanes:
+        if not shadow._background.lanes:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the background does not end")

@@ -35,8 +35,8 @@ def test_a_candidate_that_never_waits_gets_every_write() -> None:
                 assert await store.get_latest("u-1") == StateSnapshot("u-1", number)
             await store.delete("u-1")
             assert await candidate.get_latest("u-1") is None
-            assert store._lanes == {}
-            assert store._pending == 0
+            assert store._background.lanes == {}
+            assert store._background.pending == 0
 
     eagerly(scenario)
 

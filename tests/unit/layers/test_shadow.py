@@ -254,7 +254,7 @@ async def test_errors_of_inner_are_the_callers_and_nothing_is_mirrored() -> None
     await settle()
     assert candidate.calls == []
     assert mirrored(shadow) == {}
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_the_background_is_bounded_and_what_is_too_much_is_counted() -> None:
@@ -267,14 +267,14 @@ async def test_the_background_is_bounded_and_what_is_too_much_is_counted() -> No
     await settle()
     assert candidate.most_inside == 3
     assert mirrored(shadow) == {"dropped": 7}
-    assert len(shadow._lanes) == 3
+    assert len(shadow._background.lanes) == 3
     for number in range(10):
         await shadow.get_latest(f"u-{number}")
     assert seen(shadow) == {"dropped": 10}
     candidate.gate.set()
     await settle()
     assert mirrored(shadow) == {"dropped": 7, "ok": 3}
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_one_comparison_of_a_user_waits_at_a_time() -> None:
@@ -488,7 +488,7 @@ async def test_what_waits_for_the_candidate_does_not_bring_a_user_back() -> None
     await task
     await settle()
     assert candidate.kept == {}
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
     await shadow.upsert_latest(state(value=0.4))
     await settle()
     assert candidate.kept["u-1"] == state(value=0.4)
@@ -568,7 +568,7 @@ async def test_a_write_that_stands_behind_an_erasure_under_way_reaches_the_candi
     await settle()
     assert await inner.get_latest("u-1") == state()
     assert await candidate.get_latest("u-1") == state()
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_comparisons_go_on_after_an_erasure() -> None:
@@ -589,7 +589,7 @@ async def test_comparisons_go_on_after_an_erasure() -> None:
     await shadow.get_latest("u-1")
     await settle()
     assert seen(shadow) == {"same": 2}
-    assert shadow._pending == 0
+    assert shadow._background.pending == 0
 
 
 async def test_a_cancelled_delete_leaves_nothing_held() -> None:
@@ -609,7 +609,7 @@ async def test_a_cancelled_delete_leaves_nothing_held() -> None:
     await shadow.upsert_latest(state(value=0.9))
     await clock.advance(1)
     assert await candidate.get_latest("u-1") == state(value=0.9)
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_erasures_are_final_under_every_interleaving() -> None:
@@ -637,7 +637,7 @@ async def test_erasures_are_final_under_every_interleaving() -> None:
         await clock.sleep(2)
         assert await candidate.get_latest("u-1") == await inner.get_latest("u-1")
         assert not {"value", "extra", "missing"} & set(seen(shadow))
-        assert shadow._lanes == {}
+        assert shadow._background.lanes == {}
         await shadow.aclose()
 
     found = await asyncio.to_thread(explore, scenario, schedules=150, seed=5)
@@ -813,7 +813,7 @@ def test_a_loop_that_ended_leaves_no_user_stuck() -> None:
     asyncio.run(hang())
     asyncio.run(go_on())
     assert mirrored(shadow)["ok"] == 1
-    assert shadow._pending == 0
+    assert shadow._background.pending == 0
 
 
 async def test_an_unfinished_delete_says_all_that_is_left() -> None:
@@ -826,7 +826,7 @@ async def test_an_unfinished_delete_says_all_that_is_left() -> None:
         await shadow.delete("u-1")
     assert caught.value.pending == ("redis", "l1", "Trial")
     assert (caught.value.layer, caught.value.user_id) == ("Shadow", "u-1")
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_both_down_is_down() -> None:
@@ -855,7 +855,7 @@ async def test_writes_that_failed_are_copied_later_within_bounds() -> None:
     await MemoryStore.upsert_latest(inner, state("u-0"))
     await clock.advance(1)
     await settle()
-    assert shadow._timers == set()
+    assert not shadow._background._timers
     assert await MemoryStore.get_latest(candidate, "u-0") == state("u-0")
     assert await MemoryStore.get_latest(candidate, "u-1") is None
     assert mirrored(shadow) == {"dropped": 1, "ok": 2}

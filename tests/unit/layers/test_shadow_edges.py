@@ -120,7 +120,7 @@ async def test_a_refused_write_lets_nothing_run_at_the_same_time() -> None:
     await settle()
     assert candidate.most_inside == 1
     assert candidate.kept["u-1"] == NEW
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_writes_that_overlap_no_more_are_mirrored_as_they_are() -> None:
@@ -152,13 +152,13 @@ async def test_while_a_user_is_erased_the_candidate_is_left_alone() -> None:
     await shadow.upsert_latest(NEW)
     await settle()
     assert candidate.calls == []
-    assert shadow._lanes["u-1"].task is None
+    assert shadow._background.lanes["u-1"].task is None
     gate.set()
     await erasing
     await settle()
     assert inner.kept == {}
     assert candidate.kept == {}
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 async def test_a_write_around_a_whole_erasure_does_not_bring_the_user_back() -> None:
@@ -174,7 +174,7 @@ async def test_a_write_around_a_whole_erasure_does_not_bring_the_user_back() -> 
     await settle()
     assert inner.kept == {}
     assert candidate.kept == {}
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 @pytest.mark.parametrize("held", [None, NEW])
@@ -342,12 +342,12 @@ async def test_a_write_in_between_does_not_make_a_second_comparison_wait() -> No
     await shadow.get_latest("u-1")  # waits behind the write
     await shadow.upsert_latest(state(0.3))
     await shadow.get_latest("u-1")
-    assert shadow._pending == 4
+    assert shadow._background.pending == 4
     second = candidate.gate = asyncio.Event()
     first.set()
     await settle()  # the second write runs now, the comparison waits still
     await shadow.get_latest("u-1")
-    assert shadow._pending == 3
+    assert shadow._background.pending == 3
     candidate.gate = None
     second.set()
     await settle()
@@ -431,9 +431,9 @@ def test_a_user_whose_calls_run_on_another_event_loop() -> None:
             await shadow.delete("u-1")
         assert caught.value.pending == ("Simple",)
         assert candidate.calls == ["upsert"]
-        for timer in shadow._timers:
+        for timer in shadow._background._timers:
             timer.cancel()  # of this loop, which ends here
-        shadow._timers.clear()
+        shadow._background._timers.clear()
 
     other = threading.Thread(target=lambda: asyncio.run(busy()))
     other.start()
@@ -462,7 +462,7 @@ def test_what_a_closed_event_loop_left_counts_no_more() -> None:
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
-    assert shadow._pending == 2
+    assert shadow._background.pending == 2
 
     async def go_on() -> None:
         candidate.gate = None
@@ -472,7 +472,7 @@ def test_what_a_closed_event_loop_left_counts_no_more() -> None:
     asyncio.run(go_on())
     assert candidate.kept["u-1"] == state(0.9)
     assert mirrored(shadow) == {"ok": 1}
-    assert shadow._pending == 0
+    assert shadow._background.pending == 0
 
 
 # Ends
@@ -493,7 +493,7 @@ async def test_what_ends_after_the_layer_was_closed_starts_nothing() -> None:
     await asyncio.gather(reading, writing)
     assert mirrored(shadow) == {"dropped": 1}
     assert seen(shadow) == {"dropped": 1}
-    assert (shadow._lanes, shadow._pending, clock.pending) == ({}, 0, 0)
+    assert (shadow._background.lanes, shadow._background.pending, clock.pending) == ({}, 0, 0)
     assert asyncio.all_tasks() <= before
     assert candidate.calls == []
 
@@ -518,7 +518,7 @@ async def test_a_delete_that_ends_while_the_layer_closes_starts_nothing() -> Non
     await closing
     assert mirrored(shadow)["ok"] == 1
     assert candidate.calls == ["upsert", "delete"]
-    assert (shadow._lanes, shadow._pending) == ({}, 0)
+    assert (shadow._background.lanes, shadow._background.pending) == ({}, 0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -552,7 +552,7 @@ async def test_closing_leaves_no_count_of_what_waited() -> None:
     await closing
     assert candidate.calls == ["upsert"]
     assert mirrored(shadow) == {"dropped": 3}
-    assert (shadow._lanes, shadow._pending) == ({}, 0)
+    assert (shadow._background.lanes, shadow._background.pending) == ({}, 0)
     assert asyncio.all_tasks() < before
 
 
@@ -645,7 +645,7 @@ async def test_its_authority_refuses_what_is_none() -> None:
         with pytest.raises(ValidationError):
             await wrong
     assert candidate.calls == []
-    assert shadow._lanes == {}
+    assert shadow._background.lanes == {}
 
 
 def test_options_at_their_bounds_and_what_names_them() -> None:
@@ -683,8 +683,8 @@ def test_an_event_loop_that_ends_leaves_nothing_of_the_background(
     asyncio.run(main())
     gc.collect()
     assert not caplog.records, "such as: task was destroyed but it is pending"
-    assert store._lanes == {}
-    assert store._pending == 0
+    assert store._background.lanes == {}
+    assert store._background.pending == 0
     assert store.mirrored == {"ok": 0, "error": 0, "dropped": 3}
 
 
@@ -722,6 +722,6 @@ async def test_an_erasure_from_another_event_loop_takes_nothing_from_the_candida
     assert candidate.kept == {"u-1": NEW}
     assert shadow.mirrored == {"ok": 2, "error": 0, "dropped": 0}
     await settle()
-    assert not shadow._lanes
+    assert not shadow._background.lanes
     await shadow.delete("u-1")
     assert candidate.kept == {}
