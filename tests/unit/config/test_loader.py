@@ -123,12 +123,14 @@ def test_a_dict_may_hold_the_class_itself() -> None:
 
 
 def test_overrides_take_the_place_and_keep_the_layers() -> None:
-    """An override stands where the block stood; the replaced block is not even built."""
+    """An override stands where the block stood, under its id; the replaced block is not built."""
     mine = MemoryStore()
     config = {"use": "sql", "url": "${NOT_SET_ANYWHERE}", "id": "db", "layers": [{"use": "cached"}]}
     stack = load_stack(config, overrides={"db": mine}, environ={})
     assert find(stack, MemoryStore) == [mine]
     assert isinstance(stack, Cached)
+    other = MemoryStore()
+    assert find(replace(stack, "db", other), MemoryStore) == [other]
 
 
 def test_loading_imports_only_what_it_uses() -> None:
