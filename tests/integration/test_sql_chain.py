@@ -14,6 +14,7 @@ import pytest
 
 from layered_store import SQLStore, StateSnapshot
 from layered_store.call import call_begins
+from layered_store.coherence.tombstones import LATEST_SECONDS
 from layered_store.stores.sql import changelog
 from layered_store.testing import FakeClock
 
@@ -136,6 +137,20 @@ async def test_the_change_log_ends_however_much_was_overwritten(
         assert pages > 5
         assert await store.covers(cursor)
         assert not (await store.changes(cursor, 3)).items
+
+
+async def test_a_cursor_from_before_tombstones_may_be_forgotten_is_not_covered(path: Path) -> None:
+    """What was erased since then may not be told any more, so nothing of that time is believed."""
+    clock = FakeClock()
+    async with build(path, clock=clock) as store:
+        await store.upsert_latest(state("u"))
+        head = await store.head()
+        await clock.advance(LATEST_SECONDS - 1)
+        assert await store.covers(head)
+        later = await store.head()
+        await clock.advance(2)
+        assert not await store.covers(head)
+        assert await store.covers(later)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

@@ -268,6 +268,7 @@ async def test_bounded() -> None:
         (RuntimeError("marked 4711"), "RuntimeError"),
         (TimeoutError("marked"), "no answer within 1 s"),
         (StoreTimeoutError("no answer in 0.3 s", layer="SQLStore"), "SQLStore: no answer in 0.3 s"),
+        (asyncio.CancelledError(), "the health check was cancelled below"),
     ],
 )
 async def test_never_raises(answer: Any, message: str) -> None:
