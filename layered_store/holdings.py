@@ -171,7 +171,7 @@ class Holdings:
         It may be newer, and read before the channel told of it; whoever sees it must not see the
         older one afterwards.
         """
-        self._saw(user_id)
+        self.saw(user_id)
         if current is not None:
             if self.doubtful(user_id):
                 # It may have read before what this one saw took effect: nobody may join it now.
@@ -269,6 +269,14 @@ class Holdings:
         """Tell whether a user is being written, or was and nobody knows with what outcome."""
         return user_id in self.writing or user_id in self.quarantine
 
+    def saw(self, user_id: str) -> None:
+        """Note that a load told somebody what it found, perhaps while the user is written.
+
+        What was kept before the write may be older than that.
+        """
+        if (writers := self.writing.get(user_id)) is not None:
+            writers.before = None
+
     # The invalidation channel
 
     def invalidate(self, notice: Notice) -> None:
@@ -315,7 +323,7 @@ class Holdings:
             doubtful = self.doubtful(user_id)
             self._end_quarantines()
             if not lifetime or doubtful:
-                self._saw(user_id)
+                self.saw(user_id)
                 self.remove(user_id)
                 self._unindex(user_id, digest)
                 return
@@ -337,11 +345,6 @@ class Holdings:
         if self.s3 is not None and self.s3.first_deadline() + self._stale <= now:
             self._sweep(self.s3, now, user_id)
         self._put(entry)
-
-    def _saw(self, user_id: str) -> None:
-        """Note that a load told somebody what it found while the user is written."""
-        if (writers := self.writing.get(user_id)) is not None:
-            writers.before = None
 
     def _put_elsewhere(self, entry: Entry) -> None:
         self.store.put(entry.key, entry)

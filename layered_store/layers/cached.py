@@ -441,6 +441,7 @@ class Cached(Layer):
                 continue
             if value is None and flight.any_waits():
                 # Whoever asked for this user alone is told of a record that cannot be read.
+                self._held.saw(user_id)
                 flight.hand_over()
                 continue
             self._held.landed(user_id, flight, value, 0 if value is not None else LEFT_OUT)

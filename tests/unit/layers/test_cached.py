@@ -416,6 +416,28 @@ async def test_what_a_refused_write_leaves_is_not_older_than_what_was_seen(meanw
     assert not cache._held.writing
 
 
+async def test_a_refused_write_leaves_nobody_whom_a_batch_saw_absent() -> None:
+    """Also when whoever loads after the batch learns nothing."""
+    refused, batch = Gate(), Gate()
+    inner = Scripted(OLD, refused, batch, UnavailableError(), None)
+    cache = Cached(inner, clock=FakeClock())
+    await cache.get_latest("u-1")
+    write = asyncio.create_task(cache.upsert_latest(state(0.3)))
+    await settle()
+    many = asyncio.create_task(cache.get_latest_many(["u-1"]))
+    await settle()
+    alone = asyncio.create_task(cache.get_latest("u-1"))
+    await settle()
+    batch.open({})
+    assert await many == {}
+    with pytest.raises(UnavailableError):
+        await alone
+    refused.open(CircuitOpenError())
+    with pytest.raises(CircuitOpenError):
+        await write
+    assert await cache.get_latest("u-1") is None
+
+
 async def test_a_refused_write_leaves_nothing_older_than_a_load_that_it_met() -> None:
     """Whoever loads sees what it finds, after the write too; nobody sees less afterwards."""
     clock, loading = FakeClock(), Gate()
