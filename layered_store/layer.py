@@ -187,7 +187,8 @@ class AroundLayer(Layer):
             await self.around(Op.UPSERT_LATEST, self.inner.upsert_latest, snapshot)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        return await self.around(Op.GET_LATEST, super().get_latest, user_id)
+        found = await self.around(Op.GET_LATEST, self.inner.get_latest, user_id)
+        return check_state(found, user_id, self)
 
     async def delete(self, user_id: str) -> None:
         # A repeat of an erasure that took effect must not erase what was written since.
@@ -195,11 +196,13 @@ class AroundLayer(Layer):
             await self.around(Op.DELETE, self.inner.delete, user_id)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
-        return await self.around(Op.GET_HISTORY, super().get_history, user_id, limit)
+        found = await self.around(Op.GET_HISTORY, self.inner.get_history, user_id, limit)
+        return check_history(found, user_id, self.name)
 
     async def get_latest_many(self, user_ids: Iterable[str]) -> dict[str, StateSnapshot]:
         wanted = listed(user_ids, "user_ids", Op.GET_LATEST_MANY, self)
-        return await self.around(Op.GET_LATEST_MANY, super().get_latest_many, wanted)
+        found = await self.around(Op.GET_LATEST_MANY, self.inner.get_latest_many, wanted)
+        return check_states(found, wanted, self)
 
     async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
         batch = listed(snapshots, "snapshots", Op.UPSERT_LATEST_MANY, self)
