@@ -42,8 +42,9 @@ class Limited:
 class Deadlines:
     """The calls of one event loop, each of which may take the same time.
 
-    So they run out in the order in which they began, and one timer, for the first of them, serves
-    all; ``asyncio.timeout`` makes and unmakes one for each, which costs more than all else of it.
+    So they run out in the order in which they began, and one timer serves all: when it comes, it is
+    set for the first of those that are left. ``asyncio.timeout`` makes and unmakes one for each,
+    which costs more than all else of it.
     What becomes of a cancelled task is as there.
 
     Args:
@@ -76,10 +77,8 @@ class Deadlines:
         """End what :meth:`begin` began; tell whether the deadline alone cancelled the task."""
         if call.expired:
             return call.take_back()
+        # The timer stays, for the next call: it costs more than the rest.
         self._calls.pop(call, None)
-        if not self._calls and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         return False
 
     def _watch(self) -> None:
