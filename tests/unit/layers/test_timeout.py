@@ -212,6 +212,19 @@ async def test_calls_under_way_share_a_timer() -> None:
     assert clock.pending == 0
 
 
+async def test_a_later_call_has_its_whole_time() -> None:
+    """Though the timer is still that of one that has ended."""
+    clock = FakeClock()
+    timeout = Timeout(Scripted(STATE, Gate()), seconds=1, clock=clock)
+    assert await timeout.get_latest("u-1") == STATE
+    await clock.advance(0.5)
+    call = asyncio.create_task(timeout.get_latest("u-1"))
+    await clock.advance(0.9)
+    assert not call.done()
+    await clock.advance(0.2)
+    assert isinstance(call.exception(), StoreTimeoutError)
+
+
 class Hanging(MemoryStore):
     """Never answers; notes which users' calls have ended."""
 
