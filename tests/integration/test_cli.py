@@ -23,6 +23,16 @@ pytest.importorskip("aiosqlite")
 
 
 def run(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Return what the command prints."""
+    return ended(*arguments, cwd=cwd, code=code).stdout
+
+
+def told(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Return what the command says beside its output."""
+    return ended(*arguments, cwd=cwd, code=code).stderr
+
+
+def ended(*arguments: str, cwd: Path, code: int) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "layered_store", *arguments],
         capture_output=True,
@@ -34,7 +44,7 @@ def run(*arguments: str, cwd: Path, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    return done.stdout
+    return done
 
 
 def fill(path: Path, users: int, states: int) -> None:
@@ -220,46 +230,22 @@ def test_a_class_of_the_project_is_found(tmp_path: Path) -> None:
 )
 def test_a_mistyped_file_is_not_made(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """It would be an empty database, in which nobody has a state."""
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "layered_store", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert "there is no such SQLite file" in done.stderr
+    assert "there is no such SQLite file" in told(*arguments, cwd=tmp_path, code=2)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_of_nobody_is_told(tmp_path: Path) -> None:
     """The wrong file, empty, would look like a copy that went well."""
     (tmp_path / "a.db").touch()
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.db", "sqlite:///b.db"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert "warning: FROM has no users" in done.stderr
+    stderr = told("copy", "sqlite:///a.db", "sqlite:///b.db", cwd=tmp_path)
+    assert "warning: FROM has no users" in stderr
 
 
 def test_copy_of_something_else(tmp_path: Path) -> None:
     """The place kept of one copy is not taken for that of another."""
     (tmp_path / ".layered-store-copy.json").write_text('{"pair": "x"}')
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "layered_store", "copy", "sqlite:///a.db", "sqlite:///b.db"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1
-    assert "belongs to another copy" in done.stderr
+    stderr = told("copy", "sqlite:///a.db", "sqlite:///b.db", cwd=tmp_path, code=1)
+    assert "belongs to another copy" in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
