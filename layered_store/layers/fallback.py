@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 from layered_store.call import call_begins
 from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
-from layered_store.coherence.outcomes import pending_of
+from layered_store.coherence.outcomes import erased_in_part, erased_nowhere
 from layered_store.errors import (
-    ClosedError,
-    ErasureIncompleteError,
     RejectedError,
     StoreError,
     UnavailableError,
-    UnsupportedError,
 )
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
@@ -138,28 +135,21 @@ class Fallback(Layer):
             await self._delete(user_id)
 
     async def _delete(self, user_id: str) -> None:
-        pending: list[str] = []
-        errors: list[Exception] = []
+        failures: list[tuple[Exception, StateStore]] = []
         for store in (self.inner, self.secondary):
             try:
                 await store.delete(user_id)
             except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
-                errors.append(exc)
-                pending.extend(pending_of(exc, store))
-        if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
-            raise errors[0]  # nothing was erased anywhere, and repeating it would not help
-        if errors:
+                failures.append((exc, store))
+        if erased_nowhere(failures, of=2):
+            raise failures[0][0]
+        if failures:
             self._unfinished += 1
+            error = erased_in_part(failures, self.name, user_id)
             if not self._erasing_fails:
                 self._erasing_fails = True
-                log_event("erasure_incomplete", layer=self.name, pending=",".join(pending))
-            raise ErasureIncompleteError(
-                "not every store has the user erased; repeat the delete",
-                pending=pending,
-                operation=Op.DELETE,
-                layer=self.name,
-                user_id=user_id,
-            ) from errors[0]
+                log_event("erasure_incomplete", layer=self.name, pending=",".join(error.pending))
+            raise error from failures[0][0]
         if self._erasing_fails:
             self._erasing_fails = False
             log_event("erasure_complete", layer=self.name)

@@ -14,7 +14,7 @@ from layered_store.checks import check_snapshot, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.offering import offered
-from layered_store.coherence.outcomes import not_happened, pending_of
+from layered_store.coherence.outcomes import erased_in_part, not_happened
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
@@ -301,17 +301,10 @@ class Shadow(Layer):
             second = await self._erase_candidate(user_id, lane)
             if first is not None and not isinstance(first, ErasureIncompleteError):
                 raise first
-            failures = [exc for exc in (first, second) if exc is not None]
+            both = ((first, self.inner), (second, self.candidate))
+            failures = [(exc, store) for exc, store in both if exc is not None]
             if failures:
-                raise ErasureIncompleteError(
-                    "not every store has the user erased; repeat the delete",
-                    pending=[
-                        *(first.pending if first is not None else ()),
-                        *(pending_of(second, self.candidate) if second is not None else ()),
-                    ],
-                    layer=self.name,
-                    user_id=user_id,
-                ) from failures[0]
+                raise erased_in_part(failures, self.name, user_id) from failures[0][0]
             erased = True
         finally:
             lane.held -= 1

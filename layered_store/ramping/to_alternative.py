@@ -6,12 +6,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.call import call_continues, current_call
-from layered_store.coherence.outcomes import may_take_effect, not_happened, pending_of
+from layered_store.coherence.outcomes import (
+    erased_in_part,
+    erased_nowhere,
+    may_take_effect,
+    not_happened,
+)
 from layered_store.errors import (
-    ClosedError,
-    ErasureIncompleteError,
     UnavailableError,
-    UnsupportedError,
 )
 from layered_store.operations import Op
 from layered_store.ramping.ways import Ways
@@ -179,8 +181,7 @@ class ToAlternative(Ways):
         """Erase in ``inner``, then in the alternative."""
         with self._calls.call(), await self.turns.begin(user_id, Op.DELETE) as turn:
             settled = not self.doubted(user_id)
-            pending: list[str] = []
-            errors: list[Exception] = []
+            failures: list[tuple[Exception, StateStore]] = []
             # Until both have erased, only inner tells the truth.
             self._fall_behind([user_id])
             for store in (self.inner, self.other):
@@ -199,17 +200,11 @@ class ToAlternative(Ways):
                     if not isinstance(exc, Exception):
                         raise
                     # Whatever it was, the other must erase.
-                    errors.append(exc)
-                    pending.extend(pending_of(exc, store))
-            if errors[1:] and all(isinstance(e, UnsupportedError | ClosedError) for e in errors):
-                raise errors[0]  # nothing was erased anywhere, and repeating it would not help
-            if errors:
-                raise ErasureIncompleteError(
-                    "not every store has the user erased; repeat the delete",
-                    pending=pending,
-                    layer=self.block.name,
-                    user_id=user_id,
-                ) from errors[0]
+                    failures.append((exc, store))
+            if erased_nowhere(failures, of=2):
+                raise failures[0][0]
+            if failures:
+                raise erased_in_part(failures, self.block.name, user_id) from failures[0][0]
             if settled:
                 self._catch_up([user_id])
 

@@ -195,14 +195,16 @@ class Right(Scripted):
 async def test_an_erasure_that_is_not_finished_says_where(
     left: Exception | None, right: Exception | None, pending: tuple[str, ...]
 ) -> None:
-    """Both are always asked; those that failed are named; repeating is invited."""
+    """Both are always asked; those that failed are named; repeating is invited where it helps."""
     inner, secondary = Left(left), Right(right)
     fallback = Fallback(inner, secondary=secondary)
     with pytest.raises(ErasureIncompleteError) as caught:
         await fallback.delete("u-1")
     assert Sample("erasures_incomplete", 1) in fallback.samples()
     assert caught.value.pending == pending
-    assert caught.value.retryable
+    unable = isinstance(right, UnsupportedError)
+    assert caught.value.retryable is not unable
+    assert ("cannot delete" if unable else "repeat the delete") in str(caught.value)
     assert caught.value.__cause__ is (left or right)
     assert (caught.value.operation, caught.value.layer) == (Op.DELETE, "Fallback")
     assert caught.value.user_id == "u-1"
