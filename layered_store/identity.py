@@ -81,6 +81,8 @@ def check_user_id(
         _checked = user_id
         return
     if is_valid_user_id(user_id):
+        if type(user_id) is str:
+            _checked = user_id
         return
     if not isinstance(user_id, str):
         message = f"must be a str, not {type(user_id).__name__}"
