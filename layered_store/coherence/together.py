@@ -19,10 +19,17 @@ _AT_ONCE: Final = 1024
 tier longer than one of its replies may take."""
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(
+    work: Iterable[Coroutine[Any, Any, T]], *, whatever_fails: bool = True
+) -> list[T]:
     """Do all, many at once, so that they share round trips; a single one without a task of its own.
 
     The first failure is raised when all have ended: nothing is left running behind it.
+
+    Args:
+        work: what to do, each made when it begins.
+        whatever_fails: whether to go on with what is left when something failed. A tier that hangs
+            would cost reads its time limit again and again.
     """
     coroutines = iter(work)
     results: list[T | BaseException] = []
@@ -30,7 +37,13 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         if len(wave) == 1 and not results:
             return [await wave[0]]
         results += await asyncio.gather(*wave, return_exceptions=True)
+        if not whatever_fails:
+            _raise_first(results[-len(wave) :])
+    _raise_first(results)
+    return results  # type: ignore[return-value]
+
+
+def _raise_first(results: Iterable[object]) -> None:
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    return results  # type: ignore[return-value]

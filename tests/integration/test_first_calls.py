@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from servers import Server
 
-from layered_store import Cached, RedisStore, Retry, SQLStore, StateSnapshot, Timeout
+from layered_store import Cached, RedisStore, Retry, SQLStore, StateSnapshot, Timeout, WriteThrough
 from layered_store.stack import find
 
 STATE = StateSnapshot("u-1", 1, axes={"a": 0.1})
@@ -55,6 +55,25 @@ async def test_a_tier_that_hangs_from_the_start_costs_the_first_call_its_limits(
     await stack.upsert_latest(STATE)
     assert await stack.get_latest("u-1") == STATE
     assert loop_time() - begun < 3
+    server.cont()
+    await stack.aclose()
+
+
+async def test_a_tier_that_hangs_costs_a_large_batch_of_reads_its_limit_once(
+    redis_server: Callable[..., Server], sqlite_url: str
+) -> None:
+    """However many parts it is worked off in: all are read from the system of record."""
+    server = redis_server()
+    tier = RedisStore(
+        f"redis://127.0.0.1:{server.port}/0", timeout=0.5, connect_timeout=0.5, probe_seconds=0.5
+    )
+    stack = WriteThrough(tier, origin=SQLStore(sqlite_url))
+    await stack.upsert_latest(STATE)
+    assert await stack.get_latest("u-1") == STATE
+    server.stop()
+    begun = tier.clock.monotonic()
+    assert await stack.get_latest_many([f"u-{n}" for n in range(10_000)]) == {"u-1": STATE}
+    assert tier.clock.monotonic() - begun < 3  # ten parts
     server.cont()
     await stack.aclose()
 

@@ -178,7 +178,7 @@ class GuardedReads:
                 tickets[user_id] = read.ticket
             elif read.trusted and found is None:
                 absent.append(user_id)
-        taken = await together(self.tier.ticket(user_id) for user_id in absent)
+        taken = await together(map(self.tier.ticket, absent), whatever_fails=False)
         for user_id, ticket in zip(absent, taken, strict=True):
             if ticket is not None:
                 tickets[user_id] = ticket

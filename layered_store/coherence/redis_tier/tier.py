@@ -121,7 +121,7 @@ class RedisTier(CacheTier):
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
         # Calls of one turn of the loop share a round trip, so each is simply made.
-        reads = await together(self.read(user_id) for user_id in user_ids)
+        reads = await together(map(self.read, user_ids), whatever_fails=False)
         return dict(zip(user_ids, reads, strict=True))
 
     def _read(

@@ -39,3 +39,19 @@ async def test_a_failure_is_told_when_all_have_ended() -> None:
     with pytest.raises(ValueError, match="^10$"):
         await together(map(work, range(5_000)))
     assert sorted(ended) == list(range(5_000))
+
+
+async def test_what_is_left_need_not_be_tried_after_a_failure() -> None:
+    """Of reads that failed those behind them would fail too, each part after a wait of its own."""
+    ended = []
+
+    async def work(number: int) -> None:
+        await asyncio.sleep(0)
+        ended.append(number)
+        if number >= 10:
+            raise ValueError(number)
+
+    with pytest.raises(ValueError, match="^10$"):
+        await together(map(work, range(5_000)), whatever_fails=False)
+    assert 256 <= len(ended) <= 2_048
+    assert await together(map(work, range(9)), whatever_fails=False) == [None] * 9
