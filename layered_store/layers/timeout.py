@@ -86,8 +86,10 @@ class Timeout(AroundLayer):
             deadlines.end(call)
 
     def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
-        for other in [each for each in self._deadlines if each.is_closed()]:
-            self._deadlines.pop(other, None)
+        # Of all that are known in one step, since a loop of another thread may come by.
+        for other in tuple(self._deadlines):
+            if other.is_closed():
+                self._deadlines.pop(other, None)
         return self._deadlines.setdefault(loop, Deadlines(loop, self._seconds, self.clock))
 
     def _over(self, op: Op) -> StoreTimeoutError:

@@ -1,6 +1,7 @@
 """Timeout: its own expiry, and everybody else's."""
 
 import asyncio
+import threading
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -291,3 +292,22 @@ def test_each_event_loop_has_timers_of_its_own() -> None:
 
     asyncio.run(left_behind())
     asyncio.run(asyncio.sleep(0.03))
+
+
+def test_event_loops_of_several_threads_may_come_at_once() -> None:
+    """One that comes while another looks for those that are closed fails nobody's call."""
+    timeout = Timeout(MemoryStore(), seconds=1)
+    another = threading.Thread(target=lambda: asyncio.run(timeout.get_latest("1")))
+
+    class Loop(asyncio.SelectorEventLoop):
+        def is_closed(self) -> bool:
+            closed = super().is_closed()
+            if closed and another.ident is None:
+                another.start()
+                another.join()
+            return closed
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(timeout.get_latest("1"))
+    assert asyncio.run(timeout.get_latest("1")) is None
+    assert another.ident is not None
