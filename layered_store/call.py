@@ -55,9 +55,8 @@ class Call(msgspec.Struct, eq=False):
         order: place of the beginning among the writes and erasures of this process.
         version: the version the write was given, once known; 0 where nobody numbers writes.
         superseded: set when the write did not become the latest state, since an erasure or a newer
-            snapshot won; what it wrote must then not be cached. Set too
-            when an erasure was a repeat, which spares what was written since: nor is the user then
-            to be taken for absent.
+            snapshot won; what it wrote must then not be cached. Set too when an erasure was a
+            repeat, which spares what was written since: the user must not be taken for absent then.
         unsure: set when one attempt to store it went well, and another failed that may take effect
             later all the same.
         fresh: whether no store was asked for it yet; see :meth:`first_attempt`.
