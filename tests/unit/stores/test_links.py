@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from redis.exceptions import NoScriptError
+from redis.exceptions import ClusterError, NoScriptError
 
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError
@@ -361,6 +361,30 @@ async def test_a_clients_failure_is_returned() -> None:
     client.error = NoScriptError("of the driver")
     reply = await link.call(("EVALSHA", "f", 1, "k"))
     assert isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
+
+
+async def test_a_call_that_nodes_send_to_and_fro_is_made_again() -> None:
+    """A slot that moves: nothing was done yet, and the next look finds where it is."""
+
+    class Moving(Client):
+        left = 2
+
+        async def execute_command(self, *_: Any) -> bytes:
+            if self.left:
+                self.left -= 1
+                raise ClusterError("TTL exhausted.")
+            return b"value"
+
+    client, clock = Moving(), FakeClock()
+    link = ClientLink(Address(client=lambda: client, cluster=True), Limits(0.5, 1.0, 1, clock))
+    call = asyncio.create_task(link.call(("GET", "k")))
+    await clock.advance(0.1)
+    assert await call == b"value"
+    client.left = 1_000
+    call = asyncio.create_task(link.call(("GET", "k")))
+    await clock.advance(1)
+    assert isinstance(await call, TimeoutError)
+    await link.aclose()
 
 
 class Client:
