@@ -9,7 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
-from urllib.parse import unquote
 
 import click
 from rich.console import Console
@@ -106,12 +105,13 @@ def source_of(stack: str | None) -> Any:
     return {"store": {"use": kind, "url": stack.replace("${", "$${")}}
 
 
-def refuse_missing(stack: str | None) -> None:
+def refuse_missing(url: str) -> None:
     """Refuse the URL of an SQLite file that is not there: a mistyped one would be made, empty."""
-    scheme, _, place = (stack or "").partition("://")
-    path = unquote(place.partition("?")[0])[1:]
-    made_up = not path or path.startswith((":memory:", "file:"))
-    if scheme.startswith("sqlite") and not made_up and not Path(path).exists():
+    from layered_store.stores.sql.engines import in_memory, parse_url
+
+    parsed = parse_url(url, "SQLStore")
+    path = parsed.database or ""
+    if not (in_memory(parsed) or path.startswith("file:") or Path(path).exists()):
         raise ConfigError("there is no such SQLite file; check its name", path="store.url")
 
 
@@ -123,11 +123,11 @@ def build(stack: str | None, *, quiet: bool = False, made: bool = False) -> Stat
         quiet: leave the warnings out.
         made: whether an SQLite file that is not there may be made.
     """
-    if not made:
-        refuse_missing(stack)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         built = load_stack(source_of(stack))
+    if not made and stack and "://" in stack and stack.startswith("sqlite"):
+        refuse_missing(stack)
     if not quiet:
         for warning in caught:
             if issubclass(warning.category, LintWarning):
