@@ -11,11 +11,7 @@ from layered_store.call import call_begins
 from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.coherence.outcomes import erased_in_part, erased_nowhere
-from layered_store.errors import (
-    RejectedError,
-    StoreError,
-    UnavailableError,
-)
+from layered_store.errors import RejectedError, StoreError, UnavailableError
 from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of

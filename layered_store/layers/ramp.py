@@ -35,6 +35,7 @@ __all__ = ["Ramp"]
 
 C = TypeVar("C")
 
+
 @dataclass(eq=False, repr=False)
 class Ramp(Layer):
     """Send a share of the users through ``layer`` or to ``alternative``, the rest to ``inner``.

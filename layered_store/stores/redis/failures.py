@@ -168,18 +168,18 @@ def translate(exc: BaseException, *, operation: str, layer: str, write: bool) ->
         return OverloadedError("all connections are in use", **place)
     if isinstance(exc, TimeoutError) or name == "TimeoutError":
         return StoreTimeoutError(_SLOW, outcome_unknown=write, **place)
-    told = [str(cause) for cause in _causes(exc)]
+    causes = tuple(_causes(exc))
     for says, text in _WRONG_PLACE:
-        if any(map(says, told)):
+        if any(says(str(cause)) for cause in causes):
             return UnavailableError(text, retryable=False, **place)
     if isinstance(exc, ReplyError) or name.endswith("ResponseError"):
         return StoreError(f"the server refused the command ({code or name})", **place)
-    for cause in _causes(exc):
+    for cause in causes:
         # Of several servers that it tried, the driver tells in a text.
-        whole = f"{type(cause).__name__} {cause}"
-        if "CERTIFICATE_VERIFY_FAILED" in whole:
+        told = f"{type(cause).__name__} {cause}"
+        if "CERTIFICATE_VERIFY_FAILED" in told:
             return UnavailableError(_DISTRUSTED, retryable=False, **place)
-        if "AuthenticationError" in whole:
+        if "AuthenticationError" in told:
             return UnavailableError(_REFUSED, retryable=False, **place)
     if name in ("MasterNotFoundError", "SlaveNotFoundError"):
         return UnavailableError("no Sentinel knows a primary of this service", **place)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layered_store.stores.sql.dialects import Statements
     from layered_store.stores.sql.session import Rules
     from layered_store.stores.sql.transactions import Write
+    from layered_store.stores.sql.way import Attempt
 
 __all__ = ["LiteWay"]
 
@@ -95,10 +96,7 @@ class LiteWay(Way):
         return await self._in_thread(desk, read_rows, self._texts, digests)
 
     async def write_at_once(
-        self,
-        session: Session,
-        items: Sequence[Write],
-        attempt: Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]],
+        self, session: Session, items: Sequence[Write], attempt: Attempt
     ) -> list[Any]:
         nothing: list[Any] = [None] * len(items)
         if self.rules.by_snapshot_time or not all(item.fresh for item in items):

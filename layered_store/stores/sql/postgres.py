@@ -16,7 +16,7 @@ from layered_store.stores.sql.dialects import NOW_US, XID
 from layered_store.stores.sql.way import Way
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from layered_store.clock import Clock
     from layered_store.stores.erasures import KnownErasures
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from layered_store.stores.sql.schema import Tables
     from layered_store.stores.sql.session import Rules, Session
     from layered_store.stores.sql.transactions import Write
+    from layered_store.stores.sql.way import Attempt
 
 __all__ = ["PostgresWay"]
 
@@ -64,10 +65,7 @@ class PostgresWay(Way):
         return await read_histories(desk.driver, self.texts, longest, age_us)
 
     async def write_at_once(
-        self,
-        session: Session,
-        items: Sequence[Write],
-        attempt: Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]],
+        self, session: Session, items: Sequence[Write], attempt: Attempt
     ) -> list[Any]:
         nothing: list[Any] = [None] * len(items)
         if self.rules.by_snapshot_time or self.rules.max_age_us is not None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from layered_store.stores.sql.session import Rules
     from layered_store.stores.sql.transactions import Write
 
+    Attempt = Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]]
+    """Does a piece of work with a connection."""
+
 __all__ = ["Way"]
 
 T = TypeVar("T")
@@ -107,10 +110,7 @@ class Way:
         return await self.operate(session, each, desk)
 
     async def write_at_once(
-        self,
-        session: Session,
-        items: Sequence[Write],
-        attempt: Callable[[Callable[[Desk], Awaitable[Any]]], Awaitable[Any]],
+        self, session: Session, items: Sequence[Write], attempt: Attempt
     ) -> list[Any]:
         """Store what can be stored without a look at each row first.
 
