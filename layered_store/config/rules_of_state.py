@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.lint_view import RULES, At, Rule, Severity, is_a, number, rule
@@ -211,15 +211,16 @@ def shared_keys(stacks: list[StateStore]) -> Iterator[tuple[Place, str]]:
 
 
 def _server_of(url: str) -> object:
-    """Return which database of which server a URL names, whatever its login and options."""
+    """Return which database of which server a URL names, whatever its login and other options."""
     try:
         parts = urlsplit(url)
-        if parts.scheme == "unix":
-            return parts.path
         port = parts.port or 6379
-        return parts.hostname, port, parts.path.strip("/") or "0"
     except ValueError:  # several hosts
         return url
+    path, database = parts.path.strip("/"), parse_qs(parts.query).get("db", [""])[0]
+    if parts.scheme in ("redis", "rediss"):  # with others the path is a socket or a service
+        path, database = "", database or path
+    return parts.hostname, port, path, database or "0"
 
 
 def _record_of(place: Place, by_path: Mapping[str, StateStore]) -> object:

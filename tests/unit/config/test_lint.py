@@ -323,6 +323,14 @@ def test_two_stacks_on_one_redis() -> None:
         assert "LS013" in rules(one, Redis(url=url, prefix="p"))
     for url in ("redis://b", "redis://a:6380", "redis://a/1", "unix:///a", "redis+cluster://a,b"):
         assert "LS013" not in rules(one, Redis(url=url, prefix="p"))
+    for base in ("redis://a", "redis://a/1", "unix:///a.sock", "redis+sentinel://a/service"):
+        one = Redis(url=f"{base}?db=2", prefix="p")
+        assert "LS013" in rules(one, Redis(url=f"{base}?timeout=3&db=2", prefix="p"))
+        for url in (base, f"{base}?db=3"):
+            assert "LS013" not in rules(one, Redis(url=url, prefix="p"))
+    assert "LS013" in rules(Redis(url="redis://a/5?db=2"), Redis(url="redis://a/2"))
+    assert "LS013" in rules(Redis(url="unix:///a?db=0"), Redis(url="unix:///a"))
+    assert "LS013" not in rules(Redis(url="unix:///a"), Redis(url="unix:///b"))
 
 
 def test_one_tier_of_one_system_of_record() -> None:
