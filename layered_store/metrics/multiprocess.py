@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import weakref
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -166,8 +167,9 @@ class MultiprocessExporter(Exporter):
                 self._warn("the folder of several processes", type(exc).__name__)
 
     def _forked(self) -> None:
-        # The parent hands over what was counted before; the child begins from there.
-        self._gauges = {}
+        # The parent hands over what was counted before; the child begins from there. The client
+        # begins its file with a 0 for each series of the parent, closed stacks included.
+        self._gauges = dict.fromkeys(self._gauges, nan)
         for metrics in self.open_stacks():
             handed = self._handed[metrics] = _Handed()
             for key, value in self.figures(metrics):

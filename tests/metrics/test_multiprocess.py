@@ -187,6 +187,37 @@ def test_a_stack_built_before_the_fork_counts_each_call_once(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_stack_that_was_closed_before_the_fork_is_at_rest_in_the_child(tmp_path: Path) -> None:
+    """A preloading server that tried its stack and closed it has no unhealthy workers."""
+    run(
+        """
+        async def tried():
+            async with Metrics(Cached(MemoryStore()), name="s") as stack:
+                await use(stack, 1)
+                await stack.health_report()
+                assert set(figures("health_status").values()) == {2}
+        asyncio.run(tried())
+        stack = Metrics(Cached(MemoryStore()), name="other")
+        asyncio.run(stack.health_report())
+        done, go = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(go[1])
+            stack._exporter.flush()
+            os.write(done[1], b".")
+            os.read(go[0], 1)
+            os._exit(0)
+        os.read(done[0], 1)
+        assert set(figures("health_status").values()) == {2}, figures("health_status")
+        assert set(figures("cache_entries").values()) == {0}, figures("cache_entries")
+        os.write(go[1], b".")
+        os.waitpid(pid, 0)
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_an_old_health_check_of_one_process_counts_no_more_beside_a_new_one(
     tmp_path: Path,
 ) -> None:
