@@ -412,3 +412,37 @@ async def test_a_batch_of_which_the_database_refuses_a_part_says_that_it_took_ef
         assert caught.value.outcome_unknown
         assert values(await store.get_history("ann", 9)) == [1, 2]
         assert values(await store.get_history("bob", 9)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("code", "stored"), [("40001", True), ("23514", True), ("53100", False), ("57P01", False)]
+)
+async def test_a_lone_write_that_met_a_conflict_is_stored_in_a_transaction(
+    postgres_url: str, code: str, stored: bool
+) -> None:
+    """So is one that the server refused for what may concern it alone; a full disk, and an end of
+    which nobody knows the outcome, are told at once."""
+    async with SQLStore(postgres_url) as store:
+        await store.upsert_latest(state("ann", 1))
+        engine = create_async_engine(postgres_url)
+        async with engine.begin() as connection:
+            for command in (
+                "CREATE SEQUENCE tries",
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                " IF nextval('tries') = 1 THEN"
+                f" RAISE EXCEPTION USING ERRCODE = '{code}'; END IF; RETURN NULL; END $$",
+                "CREATE TRIGGER refusing BEFORE INSERT ON layered_store_history"
+                " FOR EACH STATEMENT EXECUTE FUNCTION refuse()",
+            ):
+                await connection.execute(text(command))
+        if stored:
+            await store.upsert_latest(state("ann", 2))
+        else:
+            with pytest.raises(UnavailableError) as caught:
+                await store.upsert_latest(state("ann", 2))
+            assert caught.value.outcome_unknown == (code == "57P01")
+        async with engine.begin() as connection:
+            tries = (await connection.execute(text("SELECT last_value FROM tries"))).scalar()
+        await engine.dispose()
+        assert tries == 1 + stored
+        assert values(await store.get_history("ann", 9)) == [1, 2][: tries]
