@@ -365,6 +365,23 @@ def test_loading_warns() -> None:
             load_stack({**CONFIG, "lint": {"allow": allow}})
 
 
+@pytest.mark.parametrize(
+    ("limit", "warns"), [(0, True), ("4s", True), (5, False), ("5m", False)]
+)
+def test_loading_compares_with_the_staleness_that_the_file_accepts(
+    limit: object, warns: bool
+) -> None:
+    """As a number of seconds or as text; a limit of 0 is one."""
+    config = {
+        "store": {"use": "memory", "layers": [{"use": "cached", "ttl": 5}]},
+        "lint": {"max_staleness": limit},
+    }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_stack(config)
+    assert any("LS034" in str(each.message) for each in told) == warns
+
+
 def test_loading_refuses_errors_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error refuses to build, with the rule's id; allowing the id builds it."""
     monkeypatch.setattr(Cached, "injects_faults", True, raising=False)
