@@ -114,7 +114,8 @@ class Exporter:
         self._past_durations: dict[Labels, Durations] = {}
         # What the last scrape showed of stacks that share a name: nobody tells when one is let go.
         self._shown: dict[weakref.ref[Metrics], _Counts] = {}
-        self._changing = threading.Lock()  # who scrapes may do so in another thread
+        # Who scrapes may do so in another thread, and threads have stacks of their own.
+        self._changing = threading.Lock()
 
     def add(self, metrics: Metrics) -> None:
         """Export one more stack; those of one name are added up."""
@@ -123,8 +124,9 @@ class Exporter:
             if isinstance(inner, Metrics) and inner.name == metrics.name:
                 self._warn(place.label, "a Metrics above has the same name; name them apart")
                 self._inside[inner] = weakref.ref(metrics)
-        self._stacks = [ref for ref in self._stacks if ref() is not None]
-        self._stacks.append(weakref.ref(metrics))
+        with self._changing:
+            self._stacks = [ref for ref in self._stacks if ref() is not None]
+            self._stacks.append(weakref.ref(metrics))
 
     def closed(self, metrics: Metrics) -> None:
         """Stop exporting a stack; its counts stay as long as another one of its name is open."""

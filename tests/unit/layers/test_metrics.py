@@ -1061,6 +1061,37 @@ def test_calls_of_several_threads_are_counted_exactly(registry: CollectorRegistr
     assert reads == {("s", "1.memory"): 20_000}
 
 
+async def test_a_stack_that_is_built_while_another_thread_closes_one_is_exported(
+    registry: CollectorRegistry,
+) -> None:
+    """Neither takes the other's change back."""
+    built = threading.Event()
+    kept: list[Metrics] = []
+
+    def build() -> None:
+        kept.append(Metrics(MemoryStore(), name="late", registry=registry))
+        built.set()
+
+    class Met(Metrics):
+        """One that ``aclose`` of another comes upon when it takes that one out."""
+
+        def __eq__(self, other: object) -> bool:
+            if other is None and not thread.ident:
+                thread.start()
+                built.wait(0.1)
+            return self is other
+
+        __hash__ = Metrics.__hash__
+
+    thread = threading.Thread(target=build)
+    kept.append(Met(MemoryStore(), name="met", registry=registry))
+    await Metrics(MemoryStore(), name="closed", registry=registry).aclose()
+    assert thread.ident
+    thread.join()
+    in_flight = figures(registry, "layered_store_operations_in_flight")
+    assert in_flight == {("met",): 0, ("late",): 0}
+
+
 @pytest.mark.parametrize("time_hits", [None, "sampled", "all"])
 async def test_what_is_no_user_id_is_refused_by_the_fast_path_as_by_any_other(
     registry: CollectorRegistry, time_hits: str | None
