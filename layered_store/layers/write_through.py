@@ -105,7 +105,9 @@ class WriteThrough(Layer):
         if tier is not None and self._authority is not None:
             if tier.digest.fingerprint != self._authority.digest.fingerprint:
                 raise ConfigError(
-                    "inner and origin must be built with the same digest_key=",
+                    "inner and origin must be built with the same digest_key=; and what changes the"
+                    " user ids (Prefixed, Encrypted with hash_user_ids) must be around both alike,"
+                    " or around this layer",
                     option="digest_key",
                     layer=self.name,
                 )

@@ -24,6 +24,7 @@ from layered_store.interface import Op, StateStore
 from layered_store.layer import Layer
 from layered_store.layers.bulkhead import Bulkhead
 from layered_store.layers.cached import Cached
+from layered_store.layers.prefixed import Prefixed
 from layered_store.layers.ramp import Ramp
 from layered_store.layers.timeout import Timeout
 from layered_store.layers.write_through import WriteThrough
@@ -118,6 +119,12 @@ def test_both_must_be_keyed_by_the_same_digest() -> None:
         WriteThrough(Digested("other"), origin=MemoryStore())
     assert (caught.value.option, caught.value.layer) == ("digest_key", "WriteThrough")
     assert "no versions" in str(describe(WriteThrough(Digested("other"), origin=Scripted())))
+
+
+def test_a_prefix_around_one_side_is_told_as_what_it_is() -> None:
+    """Neither side has a digest_key= that could be changed."""
+    with pytest.raises(ConfigError, match=r"Prefixed.* around both alike, or around this layer"):
+        WriteThrough(Digested(""), origin=Prefixed(MemoryStore(), prefix="acme"))
 
 
 async def test_every_answer_is_counted_once() -> None:
