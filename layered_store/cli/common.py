@@ -81,8 +81,13 @@ class NumberRange(click.FloatRange):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def source_of(stack: str | None) -> Any:
+def source_of(stack: str | None, *, counted: bool = False) -> Any:
     """Return what to load for an argument: a file, or a stack of the one backend of a URL.
+
+    Args:
+        stack: the argument.
+        counted: whether the backend of a URL gets metrics. No cache: other processes may write
+            there, and nothing would tell this one.
 
     Raises:
         ConfigError: it is neither.
@@ -102,7 +107,10 @@ def source_of(stack: str | None) -> Any:
     if kind == "sql" and (near := nearest(scheme, _REDIS)):
         raise ConfigError("is no URL of a backend", path="store.url", suggestion=f"{near}://")
     # Doubled, since what looks like a variable in a URL of the shell is none.
-    return {"store": {"use": kind, "url": stack.replace("${", "$${")}}
+    table: dict[str, Any] = {"use": kind, "url": stack.replace("${", "$${")}
+    if counted:
+        table["layers"] = [{"use": "metrics", "name": "default"}]
+    return {"store": table}
 
 
 def refuse_missing(url: str) -> None:
@@ -115,17 +123,20 @@ def refuse_missing(url: str) -> None:
         raise ConfigError("there is no such SQLite file; check its name", path="store.url")
 
 
-def build(stack: str | None, *, quiet: bool = False, made: bool = False) -> StateStore:
+def build(
+    stack: str | None, *, quiet: bool = False, made: bool = False, counted: bool = False
+) -> StateStore:
     """Return the stack that an argument names, telling the linter's warnings on stderr.
 
     Args:
         stack: the argument.
         quiet: leave the warnings out.
         made: whether an SQLite file that is not there may be made.
+        counted: whether the backend of a URL gets metrics.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        built = load_stack(source_of(stack))
+        built = load_stack(source_of(stack, counted=counted))
     if not made and stack and "://" in stack and stack.startswith("sqlite"):
         refuse_missing(stack)
     if not quiet:

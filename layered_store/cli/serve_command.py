@@ -7,10 +7,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from layered_store.cli.common import NumberRange, build, fail, guarded
+from layered_store.cli.common import NumberRange, build, fail, guarded, notices
+from layered_store.stack import kind_of, walk
+
+if TYPE_CHECKING:
+    from layered_store.interface import StateStore
 
 __all__ = ["command"]
 
@@ -77,7 +82,8 @@ def command(
 ) -> None:
     """Answer HTTP requests from STACK.
 
-    Without STACK: an SQLite file layered_store.db in this directory, cached, with metrics.
+    Without STACK: an SQLite file layered_store.db in this directory, cached, with metrics. A URL
+    is served with metrics and without a cache; a config file is served as it is written.
 
     \b
     layered-store serve
@@ -102,7 +108,7 @@ def command(
         )
     app = guarded(
         lambda: create_app(
-            build(stack, made=True),
+            _counted(build(stack, made=True, counted=True)),
             api_key=key,
             max_body=max_body,
             max_in_flight=max_in_flight,
@@ -126,6 +132,17 @@ def command(
             raise
         # The server has a code of its own for a port that is taken, and logged the reason.
     sys.exit(0 if server.started else 1)
+
+
+def _counted(stack: StateStore) -> StateStore:
+    """Return the stack; say so when nothing counts its calls."""
+    if not any(kind_of(place.store) == "metrics" for place in walk(stack)):
+        notices.print(
+            "note: this stack has no metrics, so /metrics tells nothing of it; put"
+            ' { use = "metrics", name = "..." } first in its layers',
+            markup=False,
+        )
+    return stack
 
 
 def _key(path: Path | None) -> str | None:

@@ -55,11 +55,17 @@ class Service:
         tmp_path: its working directory; blocks in a module ``slow`` there are found.
         arguments: of ``serve``.
         key: the API key in its environment.
-        stack: what it serves.
+        stack: the config file that it serves.
+        url: the URL of a backend that it serves instead.
     """
 
     def __init__(
-        self, tmp_path: Path, *arguments: str, key: str | None = None, stack: str = STACK
+        self,
+        tmp_path: Path,
+        *arguments: str,
+        key: str | None = None,
+        stack: str = STACK,
+        url: str = "stack.toml",
     ) -> None:
         (tmp_path / "stack.toml").write_text(stack)
         paths = (str(tmp_path), os.environ.get("PYTHONPATH", str(Path(__file__).parents[2])))
@@ -68,7 +74,7 @@ class Service:
         if key:
             env["LAYERED_STORE_API_KEY"] = key
         self.process = subprocess.Popen(  # noqa: S603
-            [*SERVE, "stack.toml", "--port", "0", *arguments],
+            [*SERVE, url, "--port", "0", *arguments],
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -116,6 +122,41 @@ def test_published_client(service: Service) -> None:
     assert client.get_state("u-1") is None
     with pytest.raises(RuntimeError):
         attuned.AttunedClient(service.url, api_key="wrong").get_state("u-1")
+
+
+def test_a_url_is_served_with_metrics_and_without_a_cache(tmp_path: Path) -> None:
+    """Its calls are counted; what another process writes to the backend shows at once."""
+    running = Service(tmp_path, url="sqlite+aiosqlite:///states.db")
+    assert "no metrics" not in "".join(running.lines)
+    with httpx.Client(base_url=running.url) as client:
+        body = StateSnapshot("u-1", axes={"warmth": 0.5}).to_json()
+        assert client.post("/v1/state", content=body).status_code == 204
+        assert client.get("/v1/state/u-1").status_code == 200
+        assert client.get("/ready").status_code == 200
+        done = subprocess.run(  # noqa: S603
+            [*SERVE[:3], "put", "sqlite+aiosqlite:///states.db", "u-1", "warmth=1"],
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0
+        assert client.get("/v1/state/u-1").json()["axes"] == {"warmth": 1}
+        text = client.get("/metrics").text
+    for line in (
+        'operations_total{operation="upsert_latest",outcome="ok",stack="default"} 1.0',
+        'operations_total{operation="get_latest",outcome="ok",stack="default"} 2.0',
+        'health_status{layer="1.sql",stack="default"} 2.0',
+    ):
+        assert f"layered_store_{line}\n" in text
+    assert running.stop()[0] == 0
+
+
+def test_a_config_file_without_metrics_is_served_as_it_is_and_told_of(tmp_path: Path) -> None:
+    """One line at the start; none when the file has them."""
+    running = Service(tmp_path)
+    assert "layered_store_" not in httpx.get(f"{running.url}/metrics").text
+    assert running.stop()[1].count("this stack has no metrics") == 1
+    counted = STACK.replace("[{", '[{ use = "metrics", name = "users" }, {')
+    assert "no metrics" not in Service(tmp_path, stack=counted).stop()[1]
 
 
 def test_graceful_end_and_silent_logs(service: Service) -> None:
