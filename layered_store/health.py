@@ -13,9 +13,9 @@ from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import StoreError, StoreTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
-__all__ = ["PROBE_SECONDS", "HealthReport", "HealthStatus", "SharedProbe"]
+__all__ = ["PROBE_SECONDS", "HealthReport", "HealthStatus", "SharedProbe", "SharedReport"]
 
 PROBE_SECONDS: Final = 1.0
 """Time limit of one backend's probe unless the backend says otherwise."""
@@ -70,11 +70,44 @@ class HealthReport:
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
 
-class SharedProbe:
-    """Asks one backend for its health, at most once at a time and never for long.
+class SharedReport:
+    """Has a report made at most once at a time, for all who ask meanwhile.
 
-    Callers that come while a probe runs wait for that one. A caller's cancellation leaves the
-    probe to the others and ends it when nobody waits.
+    A caller's cancellation leaves it to the others and ends it when nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[asyncio.AbstractEventLoop, _Making] = {}
+
+    async def share(self, make: Callable[[], Coroutine[Any, Any, HealthReport]]) -> HealthReport:
+        """Return the report that is made now, or is begun now."""
+        loop = asyncio.get_running_loop()
+        making = self._running.get(loop)
+        # An eager task that is done already is an answer of before this call.
+        if making is None or making.task.done():
+            # A context of its own: what belongs to the first caller is not the others'.
+            task = loop.create_task(make(), context=contextvars.Context())
+            making = self._running[loop] = _Making(task)
+            task.add_done_callback(self._ended)
+        making.waiting += 1
+        try:
+            return await asyncio.shield(making.task)
+        finally:
+            making.waiting -= 1
+            if not making.waiting and not making.task.done():
+                self._ended(making.task)
+                making.task.cancel()
+
+    def _ended(self, task: asyncio.Task[HealthReport]) -> None:
+        """Forget what is made; the next one may be under way by then."""
+        loop = task.get_loop()
+        making = self._running.get(loop)
+        if making is not None and making.task is task:
+            del self._running[loop]
+
+
+class SharedProbe(SharedReport):
+    """Asks one backend for its health, at most once at a time and never for long.
 
     Args:
         name: the backend's name, for the report.
@@ -85,36 +118,14 @@ class SharedProbe:
     def __init__(
         self, name: str, limit: float = PROBE_SECONDS, clock: Clock = SYSTEM_CLOCK
     ) -> None:
+        super().__init__()
         self._name = name
         self._limit = limit
         self._clock = clock
-        self._running: dict[asyncio.AbstractEventLoop, _Probe] = {}
 
     async def run(self, check: Callable[[], Awaitable[bool]]) -> HealthReport:
         """Return the report of a probe that runs now or is started now."""
-        loop = asyncio.get_running_loop()
-        probe = self._running.get(loop)
-        # An eager task that is done already is an answer of before this call.
-        if probe is None or probe.task.done():
-            # A context of its own: what belongs to the first caller is not the others'.
-            task = loop.create_task(self._probe(check), context=contextvars.Context())
-            probe = self._running[loop] = _Probe(task)
-            task.add_done_callback(self._ended)
-        probe.waiting += 1
-        try:
-            return await asyncio.shield(probe.task)
-        finally:
-            probe.waiting -= 1
-            if not probe.waiting and not probe.task.done():
-                self._ended(probe.task)
-                probe.task.cancel()
-
-    def _ended(self, task: asyncio.Task[HealthReport]) -> None:
-        """Forget a probe; the next one may be running by then."""
-        loop = task.get_loop()
-        probe = self._running.get(loop)
-        if probe is not None and probe.task is task:
-            del self._running[loop]
+        return await self.share(lambda: self._probe(check))
 
     async def _probe(self, check: Callable[[], Awaitable[bool]]) -> HealthReport:
         started = self._clock.monotonic()
@@ -145,6 +156,6 @@ class SharedProbe:
 
 
 @dataclass(slots=True)
-class _Probe:
+class _Making:
     task: asyncio.Task[HealthReport]
     waiting: int = 0

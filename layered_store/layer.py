@@ -11,7 +11,7 @@ from layered_store.call import call_begins
 from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import ClosedError, ConfigError
-from layered_store.health import HealthReport, HealthStatus
+from layered_store.health import HealthReport, HealthStatus, SharedReport
 from layered_store.hotpath import HotPath, declares
 from layered_store.interface import Op, StateStore, ability_of, report_of, snapshot_type_of
 from layered_store.options import check_store
@@ -75,7 +75,11 @@ class Layer(StateStore):
         await self.inner.upsert_latest_many(snapshots)
 
     async def health_check(self) -> bool:
-        return (await self.health_report()).status is not HealthStatus.UNHEALTHY
+        shared = self.__dict__.get("_shared_report")
+        if shared is None:
+            shared = self.__dict__["_shared_report"] = SharedReport()
+        report: HealthReport = await shared.share(self.health_report)
+        return report.status is not HealthStatus.UNHEALTHY
 
     async def health_report(self) -> HealthReport:
         below = await report_of(self.inner)

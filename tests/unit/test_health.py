@@ -196,6 +196,30 @@ async def test_shared_by_all_who_ask() -> None:
     assert check.asked == 2
 
 
+async def test_the_report_is_shared_too() -> None:
+    """Concurrent checks of a stack have its report made once; the next one is new."""
+
+    class Held(Layer):
+        made = 0
+        gate = asyncio.Event()
+
+        async def health_report(self) -> HealthReport:
+            self.made += 1
+            await self.gate.wait()
+            return await super().health_report()
+
+    stack = Held(Cached(MemoryStore()))
+    first, *others = [asyncio.create_task(stack.health_check()) for _ in range(100)]
+    await asyncio.sleep(0.001)
+    first.cancel()
+    await asyncio.wait([first])
+    stack.gate.set()
+    assert all(await asyncio.gather(*others))
+    assert stack.made == 1
+    assert await stack.health_check()
+    assert stack.made == 2
+
+
 async def test_one_prober_is_cancelled() -> None:
     """The others get their answer."""
     probe, check = SharedProbe("X"), Asked()
