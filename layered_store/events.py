@@ -7,6 +7,8 @@ or secret is ever among them.
 ==================== ======= =====================================================================
 event                level   when
 ==================== ======= =====================================================================
+backend_lost         WARNING a database hangs or failed twice running
+backend_back         INFO    it answers again, and nothing failed for a second
 circuit_opened       WARNING a breaker refuses calls from now on
 circuit_half_open    INFO    it lets one call through to see
 circuit_closed       INFO    calls pass again
@@ -22,6 +24,7 @@ erasure_complete     INFO    a delete finished everywhere again
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import suppress
 from typing import Final
@@ -29,6 +32,8 @@ from typing import Final
 __all__ = ["EVENTS", "log_event", "log_warning"]
 
 EVENTS: Final = {
+    "backend_lost": logging.WARNING,
+    "backend_back": logging.INFO,
     "circuit_opened": logging.WARNING,
     "circuit_half_open": logging.INFO,
     "circuit_closed": logging.INFO,
@@ -54,9 +59,14 @@ def log_event(event: str, **facts: str | float) -> None:
     """
     level = EVENTS[event]
     if _log.isEnabledFor(level):
-        text = "".join(f" {key}={value}" for key, value in facts.items())
+        text = "".join(f" {key}={_shown(value)}" for key, value in facts.items())
         with suppress(Exception):  # a program's filter or handler must not fail a call
             _log.log(level, "%s%s", event, text, extra={"event": event, "facts": facts})
+
+
+def _shown(value: str | float) -> str:
+    text = str(value)
+    return json.dumps(text) if " " in text else text
 
 
 def log_warning(text: str, *values: object) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "expression",
     "find",
+    "id_of",
     "kind_of",
     "options",
     "replace",
@@ -97,6 +98,16 @@ def tier_name(store: StateStore) -> str:
         if len(children_of(place.store)) != 1:
             return name_of_store(place.store)
     return name_of_store(store)
+
+
+def id_of(store: StateStore) -> str | None:
+    """Return the ``id`` by which log events call a store: its own, else that of what it wraps."""
+    for place in walk(store):
+        if (block_id := getattr(place.store, "block_id", None)) is not None:
+            return str(block_id)
+        if len(children_of(place.store)) != 1:
+            return None
+    return None
 
 
 def find(stack: StateStore, cls: type[T]) -> list[T]:

@@ -15,6 +15,7 @@ from layered_store.hotpath import Barrier, HitCount, HotPath, hot_path_of
 from layered_store.interface import report_of
 from layered_store.layer import AroundLayer
 from layered_store.options import Seconds, check_a, check_count, check_seconds, check_share
+from layered_store.stack import id_of
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class CircuitBreaker(AroundLayer):
         self._told = self._circuit.state
         after = round(self._circuit.retry_after, 3)
         facts: dict[str, str | float] = {"retry_after": after} if after else {}
-        log_event(_EVENTS[self._told], layer=getattr(self, "block_id", None) or self.name, **facts)
+        log_event(_EVENTS[self._told], layer=id_of(self) or self.name, **facts)
 
     @property
     def state(self) -> CircuitState:

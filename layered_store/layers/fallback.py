@@ -20,6 +20,7 @@ from layered_store.interface import Op, StateStore, report_of
 from layered_store.layer import Layer
 from layered_store.options import check_store
 from layered_store.running import UnderWay
+from layered_store.stack import id_of
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -144,11 +145,12 @@ class Fallback(Layer):
             error = erased_in_part(failures, self.name, user_id)
             if not self._erasing_fails:
                 self._erasing_fails = True
-                log_event("erasure_incomplete", layer=self.name, pending=",".join(error.pending))
+                pending = ",".join(error.pending)
+                log_event("erasure_incomplete", layer=id_of(self) or self.name, pending=pending)
             raise error from failures[0][0]
         if self._erasing_fails:
             self._erasing_fails = False
-            log_event("erasure_complete", layer=self.name)
+            log_event("erasure_complete", layer=id_of(self) or self.name)
 
     async def health_report(self) -> HealthReport:
         below = await asyncio.gather(report_of(self.inner), report_of(self.secondary))

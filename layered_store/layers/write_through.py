@@ -34,6 +34,7 @@ from layered_store.interface import Op, StateStore, ability_of, report_of, snaps
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
 from layered_store.running import UnderWay
+from layered_store.stack import id_of
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class WriteThrough(Layer):
                     option="digest_key",
                     layer=self.name,
                 )
-            self._guard = GuardedCopies(tier, self._authority, self.clock)
+            self._guard = GuardedCopies(tier, self._authority, self.clock, self.inner)
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST, self)
@@ -223,11 +224,12 @@ class WriteThrough(Layer):
             self._unfinished += 1
             if not self._erasing_fails:
                 self._erasing_fails = True
-                log_event("erasure_incomplete", layer=self.name, pending=",".join(exc.pending))
+                pending = ",".join(exc.pending)
+                log_event("erasure_incomplete", layer=id_of(self) or self.name, pending=pending)
             raise
         if self._erasing_fails:
             self._erasing_fails = False
-            log_event("erasure_complete", layer=self.name)
+            log_event("erasure_complete", layer=id_of(self) or self.name)
 
     async def _delete(self, user_id: str) -> None:
         with await self._copies.begin(user_id, Op.DELETE):

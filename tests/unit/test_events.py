@@ -5,13 +5,29 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
-from layered_store import CircuitBreaker, Fallback, MemoryStore, StateSnapshot, WriteThrough, events
-from layered_store.errors import ErasureIncompleteError, RejectedError, UnavailableError
+from layered_store import (
+    CircuitBreaker,
+    Fallback,
+    MemoryStore,
+    SQLStore,
+    StateSnapshot,
+    WriteThrough,
+    events,
+    load_stack,
+)
+from layered_store.errors import (
+    ErasureIncompleteError,
+    RejectedError,
+    StoreTimeoutError,
+    UnavailableError,
+)
 from layered_store.events import EVENTS, log_event
 from layered_store.health import HealthStatus
+from layered_store.stores.presence import Presence
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.scripted import Scripted
 
@@ -78,6 +94,86 @@ async def test_an_incomplete_erasure_is_told_once_until_one_is_complete(
         {"layer": layer.__name__},
     ]
     assert "u-marked" not in caplog.text
+
+
+async def test_a_database_that_is_lost_is_told_once_and_so_is_its_return(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Two failures in a row are a loss; a call that works is a return when a second was quiet."""
+    clock = FakeClock()
+    folder = tmp_path / "away"
+    store = SQLStore(f"sqlite+aiosqlite:///{folder}/states.db", clock=clock)
+    store.__dict__["block_id"] = "users"
+    with pytest.raises(UnavailableError):
+        await store.get_latest("u-marked")
+    assert told(caplog) == []
+    for _ in range(5):
+        with pytest.raises(UnavailableError):
+            await store.upsert_latest(StateSnapshot("u-marked"))
+    assert told(caplog) == ["backend_lost"]
+    assert caplog.records[0].getMessage() == (
+        'backend_lost backend=users reason="the database file cannot be opened; check that its'
+        ' directory exists"'
+    )
+    folder.mkdir()
+    await store.get_latest("u-marked")
+    assert told(caplog) == ["backend_lost"]
+    await clock.advance(1)
+    for _ in range(3):
+        await store.get_latest("u-marked")
+    assert told(caplog) == ["backend_lost", "backend_back"]
+    assert caplog.records[1].facts == {"backend": "users", "after": 1.0}  # type: ignore[attr-defined]
+    assert str(tmp_path) not in caplog.text
+    assert "u-marked" not in caplog.text
+    await store.aclose()
+
+
+def test_a_backend_that_hangs_once_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """And one that goes on failing now and then is lost once."""
+    clock = FakeClock()
+    store = MemoryStore()
+    presence = Presence(store, clock)
+    for _ in range(4):
+        presence.failed(UnavailableError("one connection"))
+        assert presence.doubtful
+        presence.answered()
+        assert not presence.doubtful
+    assert told(caplog) == []
+    for _ in range(4):
+        presence.failed(StoreTimeoutError("no answer"))
+        presence.answered()
+    assert told(caplog) == ["backend_lost"]
+    assert caplog.records[0].facts == {  # type: ignore[attr-defined]
+        "backend": "MemoryStore",
+        "reason": "no answer",
+    }
+
+
+async def test_blocks_are_called_by_their_ids(caplog: pytest.LogCaptureFixture) -> None:
+    """A layer without one by that of the backend below: of two breakers one knows which."""
+    stack = load_stack(
+        {
+            "store": {
+                "use": "write_through",
+                "id": "both",
+                "inner": {
+                    "use": "redis",
+                    "id": "cache",
+                    "url": "redis://127.0.0.1:1/0",
+                    "layers": [{"use": "circuit_breaker", "minimum_calls": 2}],
+                },
+                "origin": {"use": "sql", "url": "sqlite://"},
+            }
+        }
+    )
+    for _ in range(3):
+        with pytest.raises(ErasureIncompleteError):
+            await stack.delete("u-1")
+    await stack.aclose()
+    facts = {record.event: record.facts for record in caplog.records if hasattr(record, "event")}
+    assert facts["erasure_incomplete"]["layer"] == "both"
+    assert facts["circuit_opened"]["layer"] == "cache"
+    assert facts["tier_lost"] == {"tier": "cache", "reason": "UnavailableError"}
 
 
 async def test_calls_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:

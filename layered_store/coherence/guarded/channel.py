@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from layered_store.coherence.guarded.leases import LEASE_SECONDS
 from layered_store.coherence.guarded.watch import spawn
 from layered_store.errors import StoreError
-from layered_store.events import log_event, log_warning
+from layered_store.events import log_warning
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock
@@ -83,7 +83,7 @@ class Channel:
                 if stood and not self.watch.closed:
                     self._away = True
                     self.losses += 1
-                    log_event("channel_lost", tier=self.tier.tier_name)
+                    self.reach.tell("channel_lost")
                 if pings is not None:
                     pings.cancel()
                     # Not awaited itself: its cancellation would look like our own, or hide it.
@@ -94,7 +94,7 @@ class Channel:
     def _stands(self) -> None:
         if self._away:
             self._away = False
-            log_event("channel_back", tier=self.tier.tier_name)
+            self.reach.tell("channel_back")
 
     def _receive(self, notice: Notice) -> None:
         self._seen = max(self._seen, notice.sent)

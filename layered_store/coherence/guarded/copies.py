@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from layered_store.clock import Clock
     from layered_store.coherence.contract import Authority, CacheTier, LeasedCache
+    from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
     from layered_store.stats import Reads
 
@@ -40,16 +41,23 @@ class GuardedCopies(Invalidations):
         tier: holds the copies.
         authority: holds the truth.
         clock: source of time.
+        block: the store that offers the tier, for log events.
     """
 
-    def __init__(self, tier: CacheTier, authority: Authority, clock: Clock) -> None:
+    def __init__(
+        self,
+        tier: CacheTier,
+        authority: Authority,
+        clock: Clock,
+        block: StateStore | None = None,
+    ) -> None:
         self._tier = tier
         self._digest = authority.digest
         self._monotonic = clock.monotonic
         self._watch = watch = Watch(clock)
         self._seen = seen = Seen(clock, watch.repair_now)
         self._backlog = backlog = Backlog(authority.digest, clock)
-        self._reach = reach = Reachability(tier, clock, watch.repair_now)
+        self._reach = reach = Reachability(tier, clock, watch.repair_now, block)
         self._leases = leases = Leases(clock, watch)
         self._repair = repair = Repair(tier, authority, clock, watch, reach, backlog, leases)
         self._channel = channel = Channel(tier, clock, watch, reach, backlog, leases)

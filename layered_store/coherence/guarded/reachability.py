@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 from layered_store.errors import RejectedError, StoreError, StoreTimeoutError
 from layered_store.events import log_event
+from layered_store.stack import id_of
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock
     from layered_store.coherence.contract import CacheTier
     from layered_store.coherence.guarded.watch import Signal
+    from layered_store.interface import StateStore
 
 __all__ = ["Reachability"]
 
@@ -37,6 +39,7 @@ class Reachability:
         tier: the tier.
         clock: source of time.
         repair_now: has the next repair pass begin at once.
+        block: the store that offers the tier, whose ``id`` log events name.
 
     Attributes:
         up: whether the tier is asked now.
@@ -46,6 +49,7 @@ class Reachability:
     tier: CacheTier
     clock: Clock
     repair_now: Signal
+    block: StateStore | None = None
     up: bool = field(default=True, init=False)
     failures: Counter[str] = field(default_factory=Counter, init=False)
     _in_a_row: int = field(default=0, init=False)
@@ -68,7 +72,7 @@ class Reachability:
             soon = now - self._back_at < _STEADY_SECONDS
             self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _STEADY_SECONDS) if soon else 0.0
             self._passed_by_until = now + self._pause
-            log_event("tier_lost", tier=self.tier.tier_name, reason=type(exc).__name__)
+            self.tell("tier_lost", reason=type(exc).__name__)
         self.repair_now.set()
 
     def answered(self) -> None:
@@ -77,7 +81,12 @@ class Reachability:
         if not self.up and (now := self.clock.monotonic()) >= self._passed_by_until:
             self.up = True
             self._back_at = now
-            log_event("tier_back", tier=self.tier.tier_name)
+            self.tell("tier_back")
+
+    def tell(self, event: str, **facts: str | float) -> None:
+        """Log something about the tier."""
+        known = None if self.block is None else id_of(self.block)
+        log_event(event, tier=known or self.tier.tier_name, **facts)
 
     def was_away(self) -> bool:
         """Tell, once, whether the tier was lost since this was asked last."""

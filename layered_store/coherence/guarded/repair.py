@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from layered_store.coherence.contract import TRUST_SECONDS
 from layered_store.coherence.together import together
 from layered_store.errors import StoreError
-from layered_store.events import log_event, log_warning
+from layered_store.events import log_warning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,7 +101,7 @@ class Repair:
                     self.watch.ping_now.set()  # what the last ping was refused for is there now
             if self.reach.was_away() and self.repaired > repaired:
                 users = self.repaired - repaired
-                log_event("tier_repaired", tier=self.tier.tier_name, users=users)
+                self.reach.tell("tier_repaired", users=users)
             await self._settle(owed)
         except BaseException:
             # No replay comes upon them again.

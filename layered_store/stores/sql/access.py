@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from layered_store.clock import Clock
     from layered_store.stores.erasures import KnownErasures
+    from layered_store.stores.presence import Presence
     from layered_store.stores.sql.session import Rules, Session
 
 __all__ = ["Access"]
@@ -59,6 +60,7 @@ class Access:
         pool_size: most connections per event loop.
         clock: source of time.
         name: the store's name, for errors.
+        presence: logs whether the database answers.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Access:
         pool_size: int,
         clock: Clock,
         name: str,
+        presence: Presence,
     ) -> None:
         option = "url" if given is None else "engine"
         family = engines.family_of(address.get_backend_name(), option, name)
@@ -99,6 +102,7 @@ class Access:
         self._pool_size = pool_size
         self._clock = clock
         self._name = name
+        self._presence = presence
         # Until a pooler in transaction mode shows that prepared statements do not last.
         self._prepares = address.query.get("prepared_statement_cache_size") != "0"
         self._until_purge = _PURGE_SOON
@@ -138,7 +142,7 @@ class Access:
             return kind(
                 partial(run, home), way.concerns_one, self._clock, self._timeout,
                 out=out, stoppable=way.stoppable, stop=desks.stop,
-                expired=desks.distrust if way.stoppable else None,
+                expired=partial(self._expired, desks),
             )  # fmt: skip
 
         home.reads = batcher(Reads, self._read_batch, way.reads_out)
@@ -335,12 +339,9 @@ class Access:
             async with self._clock.timeout(self._timeout):
                 await asyncio.wait((task,))
         except TimeoutError:
-            if self.way.stoppable:
-                home.desks.distrust(begun)
+            error = self._expired(home.desks, begun)
             self._abandon(home, task)
-            raise StoreTimeoutError(
-                f"no answer within {self._timeout:g} s", operation=op, layer=self._name
-            ) from None
+            raise error.placed(op, self._name) from None
         except asyncio.CancelledError:
             self._abandon(home, task)
             raise
@@ -349,6 +350,14 @@ class Access:
         except StoreError as exc:
             exc.operation = op
             raise
+
+    def _expired(self, desks: Desks, begun: float) -> StoreTimeoutError:
+        """Note that what began then got no answer in time."""
+        if self.way.stoppable:
+            desks.distrust(begun)
+        error = StoreTimeoutError(f"no answer within {self._timeout:g} s")
+        self._presence.failed(error)
+        return error
 
     def _abandon(self, home: engines.Home, task: asyncio.Task[Any]) -> None:
         """Leave a task behind."""
@@ -411,6 +420,8 @@ class Access:
                     await self._make_ready(home, desk)
                 result = await work(desk)
                 broken = False
+                if self._presence.doubtful:
+                    self._presence.answered()
             except Exception as exc:
                 broken = not self._one_connection and await self.way.spoilt(
                     session, desk, exc, given=self._given is not None
@@ -428,6 +439,8 @@ class Access:
                 layer=self._name,
                 outcome_unknown=writes and session.sent,
             )
+            if not (self.way.concerns_one(error) or statement_lost(error)):
+                self._presence.failed(error)
             if error is exc:
                 raise
             raise error from exc

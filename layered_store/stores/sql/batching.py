@@ -114,7 +114,7 @@ class Batcher(ABC):
         out: int,
         stoppable: bool,
         stop: Callable[[asyncio.Task[None]], object] = asyncio.Task.cancel,
-        expired: Callable[[float], None] | None = None,
+        expired: Callable[[float], object] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.waiting: deque[Entry] = deque()

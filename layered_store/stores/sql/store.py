@@ -38,6 +38,7 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stats import Reads, Sample
 from layered_store.stores.erasures import KnownErasures
 from layered_store.stores.of_record import StoreOfRecord, outdone
+from layered_store.stores.presence import Presence
 from layered_store.stores.sql.changelog import ChangeLog
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ class SQLStore(StoreOfRecord, Enumerable):
             pool_size=self.pool_size,
             clock=self.clock,
             name=self.name,
+            presence=Presence(self, self.clock),
         )
 
     @property
