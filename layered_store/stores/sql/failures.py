@@ -27,6 +27,7 @@ _READ_ONLY: Final = "the database is read-only"
 _FULL: Final = "the database has no room left"
 _CONFLICT: Final = "another transaction was in the way (lock or serialization conflict)"
 _BUSY: Final = "the database accepts no more connections or is not ready"
+_MANY: Final = "the database accepts no more connections; lower pool_size, or raise its limit"
 _LOST: Final = "the connection to the database failed"
 _SLOW: Final = "the database did not answer within the time limit"
 _GARBAGE: Final = "the server does not answer as a database of this kind"
@@ -68,6 +69,7 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "55P03": (_CONFLICT, True),
     "57014": (_SLOW, True),
     "53100": (_FULL, True),
+    "53300": (_MANY, True),
     "08": (_LOST, True),
     "28": (_REFUSED, False),
     "40": (_CONFLICT, True),
@@ -85,7 +87,8 @@ _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1205, 1213, 1020, 1062), (_CONFLICT, True)),
     **dict.fromkeys((1290, 1792, 1836), (_READ_ONLY, True)),
     **dict.fromkeys((3, 28, 1021, 1114), (_FULL, True)),
-    **dict.fromkeys((1040, 1047, 1203, 1226, 1053, 1077, 1079), (_BUSY, True)),
+    **dict.fromkeys((1040, 1203, 1226), (_MANY, True)),
+    **dict.fromkeys((1047, 1053, 1077, 1079), (_BUSY, True)),
     **dict.fromkeys((1969, 3024), (_SLOW, True)),
     **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (_LOST, True)),
     1049: (_NO_DATABASE, False),

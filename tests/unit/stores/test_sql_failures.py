@@ -93,7 +93,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
     ),
     ("shutdown", postgres("57P01"), UnavailableError, "accepts no more connections", True),
     ("disk full", postgres("53100"), UnavailableError, "no room left", True),
-    ("too many", postgres("53300"), UnavailableError, "accepts no more connections", True),
+    ("too many", postgres("53300"), UnavailableError, "lower pool_size, or raise its limit", True),
     ("takes no logins now", postgres("55000"), UnavailableError, "or is not ready", True),
     ("standby", postgres("25006"), UnavailableError, "read-only", True),
     ("password", postgres("28P01"), UnavailableError, LOGIN, False),
@@ -219,6 +219,13 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         wrapped(sa.OperationalError, mysql.OperationalError(1047, SECRET)),
         UnavailableError,
         "accepts no more connections or is not ready",
+        True,
+    ),
+    (
+        "mysql too many of a user",
+        wrapped(sa.OperationalError, mysql.OperationalError(1226, SECRET)),
+        UnavailableError,
+        "lower pool_size, or raise its limit",
         True,
     ),
     (
