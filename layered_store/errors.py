@@ -22,6 +22,7 @@ of classes. User ids are attributes (``user_id``), never message text: messages 
 from __future__ import annotations
 
 import copy
+import errno
 from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
@@ -112,6 +113,16 @@ def own_notes(twin: BaseException) -> None:
     notes = twin.__dict__.get("__notes__")
     if notes is not None:
         twin.__dict__["__notes__"] = list(notes)
+
+
+def kind_of_error(exc: BaseException) -> str:
+    """Return what may be told of an error whose text may hold anything: its class.
+
+    Of a system error that has no class of its own, the code: EMFILE (no file descriptor is left),
+    EHOSTUNREACH.
+    """
+    own = type(exc) is OSError and errno.errorcode.get(exc.errno or 0)
+    return own or type(exc).__name__
 
 
 def _rebuild(

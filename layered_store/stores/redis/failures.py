@@ -7,7 +7,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from layered_store.errors import OverloadedError, StoreError, StoreTimeoutError, UnavailableError
+from layered_store.errors import (
+    OverloadedError,
+    StoreError,
+    StoreTimeoutError,
+    UnavailableError,
+    kind_of_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,7 +205,7 @@ def _reason(exc: BaseException) -> str:
     Their texts are left out, which have the address and may have more.
     """
     system = next((cause for cause in _causes(exc) if isinstance(cause, OSError)), exc)
-    return type(system).__name__
+    return kind_of_error(system)
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:

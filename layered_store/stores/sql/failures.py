@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import exc as sa
 
-from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
+from layered_store.errors import (
+    StoreError,
+    StoreTimeoutError,
+    UnavailableError,
+    kind_of_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,7 +156,7 @@ def translate(
         if isinstance(cause, TimeoutError):
             return StoreTimeoutError(_SLOW, **place)
         if isinstance(cause, OSError | EOFError):
-            return UnavailableError(f"{_LOST} ({type(cause).__name__})", **place)
+            return UnavailableError(f"{_LOST} ({kind_of_error(cause)})", **place)
     name = type(chain[-1]).__name__
     own = _of_driver(exc)
     if own is not None:

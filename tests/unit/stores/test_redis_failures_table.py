@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 
@@ -101,6 +102,13 @@ ERRORS: list[tuple[Exception, type[StoreError], str, bool, bool]] = [
         caused(driver.ConnectionError(SECRET), socket.gaierror(SECRET)),
         UnavailableError,
         "failed (gaierror)",
+        True,
+        True,
+    ),
+    (
+        caused(driver.ConnectionError(SECRET), OSError(errno.EHOSTUNREACH, SECRET)),
+        UnavailableError,
+        "failed (EHOSTUNREACH)",
         True,
         True,
     ),

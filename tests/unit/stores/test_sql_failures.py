@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +265,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         f"{LOST} (ConnectionResetError)",
         True,
     ),
+    ("no descriptors", OSError(errno.EMFILE, SECRET), UnavailableError, f"{LOST} (EMFILE)", True),
     ("eof", EOFError(SECRET), UnavailableError, f"{LOST} (EOFError)", True),
     ("bytes", IndexError(SECRET), UnavailableError, f"{GARBAGE} of this kind (IndexError)", True),
 ]
