@@ -52,7 +52,11 @@ _BAD_CERTIFICATE: Final = re.compile(
 ).search
 _LOGIN_FAILED: Final = re.compile(r"FATAL: .*(authentication failed|no pg_hba.conf entry)").search
 _DETAIL: Final = re.compile(r"\nDETAIL: ").search
-_ABOUT_CALLS: Final = ("another transaction", "the write and an erasure")
+_ABOUT_CALLS: Final = (
+    "another transaction",
+    "the write and an erasure",
+    "the server's clock was set since the write began",
+)
 
 # (text, whether repeating the same call can help)
 _Rule = tuple[str, bool]

@@ -14,7 +14,9 @@ import pytest
 from sqlalchemy import exc as sa
 
 from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
+from layered_store.stores.erasures import Began, KnownErasures
 from layered_store.stores.sql.failures import concerns_one, statement_lost, translate
+from layered_store.testing import FakeClock
 
 SECRET = "marked-value"
 CONFLICT = "another transaction was in the way"
@@ -339,6 +341,14 @@ def test_who_was_meant(error: Exception, alone: bool, one: bool) -> None:
     """A refusal is about one call, an outage about all; a conflict unless nobody else writes."""
     ours = translate(error, operation="upsert_latest", layer="SQLStore")
     assert concerns_one(ours, alone_at_work=alone) is one
+
+
+def test_a_write_whose_order_to_an_erasure_nobody_can_tell_is_about_one_call() -> None:
+    """Others that came with it are tried, and the database is not taken for lost."""
+    erasures = KnownErasures(FakeClock())
+    with pytest.raises(UnavailableError, match="clock was set") as refused:
+        erasures.before(1.0, 10**18, Began(low=0.0, high=0.0))
+    assert concerns_one(refused.value, alone_at_work=True)
 
 
 def test_a_lost_statement_is_told_from_other_failures() -> None:
