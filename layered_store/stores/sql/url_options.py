@@ -40,6 +40,8 @@ _OF_SQLITE: Final = (
     "timeout",
     "uri",
 )
+# What asyncpg takes of PostgreSQL's own options from the environment alone.
+_BY_ENVIRONMENT: Final = ("sslcert", "sslcrl", "sslkey", "sslrootcert")
 _TRUE: Final = ("true", "yes", "on", "y", "t", "1")
 _FALSE: Final = ("false", "no", "off", "n", "f", "0")
 
@@ -131,6 +133,8 @@ def _unknown(name: str, known: list[str], driver: str, owner: str) -> ConfigErro
     shown = re.fullmatch(r"[a-z][a-z_]{0,40}", name) is not None
     hint = "; SQLite's own options need uri=true" if driver == "aiosqlite" else ""
     close = nearest(name, known) if shown else None
+    if driver == "asyncpg" and name in _BY_ENVIRONMENT:
+        hint, close = f"; set PG{name.upper()} in the environment instead", None
     if (driver, name) == ("asyncpg", "connect_timeout"):
         close = "timeout"  # that is its name for it
     return ConfigError(
