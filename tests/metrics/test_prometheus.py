@@ -21,12 +21,18 @@ RECORDED = re.findall(r"record: (\S+)", RULES[0].read_text())
 
 REDIS_OUTAGE = {
     "LayeredStoreBreakerOpen",
+    "LayeredStoreCallsFail",  # of deletes
     "LayeredStoreChannelLost",
     "LayeredStoreErasureIncomplete",
     "LayeredStoreHitRatioCollapsed",
     "LayeredStorePendingRepairsGrowing",
 }
-DATABASE_OUTAGE = {"LayeredStoreOriginUnhealthy", "LayeredStoreRetryStorm", "LayeredStoreSlow"}
+DATABASE_OUTAGE = {
+    "LayeredStoreCallsFail",
+    "LayeredStoreOriginUnhealthy",
+    "LayeredStoreRetryStorm",
+    "LayeredStoreSlow",
+}
 
 ONLY_IN_AN_OUTAGE = {"Retries"}
 """Panels whose series appear with the first failure."""
