@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import ParamSpec, TypeVar, assert_type
 
+import layered_store
+import layered_store.testing
 from layered_store import (
     AroundLayer,
     Bulkhead,
@@ -108,6 +110,8 @@ def compose() -> StateStore:
     WriteThrough(MemoryStore(), origin=Fallback(MemoryStore(), secondary=MemoryStore()))
     Bulkhead(stack, max_in_flight=10, max_waiting=5)
     Retry(stack, atempts=3)  # type: ignore[call-arg]
+    layered_store.Retyr(stack)  # type: ignore[attr-defined]
+    layered_store.testing.FakeClok()  # type: ignore[attr-defined]
     for block in describe(stack):
         assert_type(block.kind, str)
     assert_type(find(stack, Retry), list[Retry])
