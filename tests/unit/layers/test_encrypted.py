@@ -19,7 +19,6 @@ from layered_store import (
     CorruptDataError,
     Encrypted,
     MemoryStore,
-    Retry,
     StateSnapshot,
     UnavailableError,
     UnsupportedError,
@@ -169,24 +168,6 @@ async def test_equal_states_look_different() -> None:
     assert len(set(texts)) == 3
     assert len({text[5:29] for text in texts}) == 3
     assert len({len(text) for text in texts}) == 1
-
-
-async def test_a_repeated_attempt_is_stored_once() -> None:
-    """The same write gives the same record, so a retry whose first attempt took effect counts."""
-
-    class LosesReply(MemoryStore):
-        lost = False
-
-        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-            await super().upsert_latest(snapshot)
-            if not self.lost:
-                self.lost = True
-                raise UnavailableError("the reply was lost", outcome_unknown=True)
-
-    inner = LosesReply()
-    stack = Retry(Encrypted(inner, keys=[KEY]), base_delay=0.0)
-    await stack.upsert_latest(state())
-    assert len(await stack.get_history("user-1", 9)) == 1
 
 
 # What is refused

@@ -14,7 +14,6 @@ from layered_store import (
     CorruptDataError,
     MemoryStore,
     Prefixed,
-    Retry,
     StateSnapshot,
     UnavailableError,
     ValidationError,
@@ -157,23 +156,6 @@ async def test_subclasses_and_their_fields_pass() -> None:
     found = await store.get_latest("user-1")
     assert isinstance(found, Mood)
     assert (found.user_id, found.mood) == ("user-1", "calm")
-
-
-async def test_a_repeated_attempt_is_stored_once() -> None:
-    """The write keeps its identity below."""
-
-    class LosesReply(MemoryStore):
-        lost = False
-
-        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-            await super().upsert_latest(snapshot)
-            if not self.lost:
-                self.lost = True
-                raise UnavailableError("the reply was lost", outcome_unknown=True)
-
-    stack = Retry(Prefixed(LosesReply(), prefix="acme"), base_delay=0.0)
-    await stack.upsert_latest(state())
-    assert len(await stack.get_history("user-1", 9)) == 1
 
 
 async def test_errors_from_below_carry_the_callers_id() -> None:

@@ -14,6 +14,7 @@ from layered_store import (
     Encrypted,
     MemoryStore,
     Prefixed,
+    Retry,
     StateSnapshot,
     UnavailableError,
     ValidationError,
@@ -32,6 +33,7 @@ from layered_store.coherence.views import view_of
 from layered_store.enumerable import Enumerable
 from layered_store.identity import digest_function
 from layered_store.layers.translating import DigestBelow, TranslatingLayer
+from layered_store.testing import Faults
 
 LAYERS = {
     "prefixed": lambda inner: Prefixed(inner, prefix="acme"),
@@ -266,6 +268,17 @@ async def test_bad_arguments_are_refused_before_anything_is_asked(name: str) -> 
             await call()
     assert below.asked == []
     assert await layer.get_latest("u-1") is None
+
+
+@pytest.mark.parametrize("name", LAYERS)
+async def test_a_repeated_attempt_is_stored_once(name: str) -> None:
+    """The write keeps its identity below, and gives the same record."""
+    inner = Faults(MemoryStore())
+    inner.fail(fault="error_after", operations=["upsert_latest"])
+    stack = Retry(LAYERS[name](inner), base_delay=0.0)
+    await stack.upsert_latest(state())
+    assert inner.injected == {("upsert_latest", "error_after"): 1}
+    assert len(await stack.get_history("u-1", 9)) == 1
 
 
 def test_what_else_a_store_can_do_is_not_offered() -> None:
