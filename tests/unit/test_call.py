@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,17 @@ async def test_writes_after_an_erasure_count_whatever_the_clocks_say(
     await stack.aclose()
 
 
+@dataclass(eq=False, repr=False)
+class Held(Layer):
+    """Lets writes wait before they are sent."""
+
+    gate: asyncio.Event = field(kw_only=True)
+
+    async def upsert_latest(self, snapshot: StateSnapshot) -> None:
+        await self.gate.wait()
+        await self.inner.upsert_latest(snapshot)
+
+
 class OwnClock(SystemClock):
     """What an application may derive, to note its sleeps say."""
 
@@ -59,15 +70,8 @@ async def test_a_clock_that_ticks_like_the_systems_tells_when_a_write_began(
 ) -> None:
     """A store with a system clock of its own, below a layer with the default one."""
     gate = asyncio.Event()
-
-    @dataclass(eq=False, repr=False)
-    class Held(Layer):
-        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-            await gate.wait()
-            await self.inner.upsert_latest(snapshot)
-
     url = f"sqlite+aiosqlite:///{tmp_path}/store.db"
-    async with SQLStore(url) as other, Cached(Held(SQLStore(url, clock=clock))) as stack:
+    async with SQLStore(url) as other, Cached(Held(SQLStore(url, clock=clock), gate=gate)) as stack:
         write = asyncio.create_task(stack.upsert_latest(state(0.1)))
         await asyncio.sleep(0)
         await other.delete("u-1")
@@ -79,15 +83,8 @@ async def test_a_clock_that_ticks_like_the_systems_tells_when_a_write_began(
 async def test_a_write_that_began_before_an_erasure_is_dropped_though_no_clock_moved() -> None:
     """Held up above the backend while the user is erased, it does not bring the user back."""
     gate = asyncio.Event()
-
-    @dataclass(eq=False, repr=False)
-    class Held(Layer):
-        async def upsert_latest(self, snapshot: StateSnapshot) -> None:
-            await gate.wait()
-            await self.inner.upsert_latest(snapshot)
-
     fake = FakeClock()
-    stack = Cached(Held(MemoryStore(clock=fake)), clock=fake)
+    stack = Cached(Held(MemoryStore(clock=fake), gate=gate), clock=fake)
     late = asyncio.create_task(stack.upsert_latest(state(0.1)))
     await asyncio.sleep(0)
     await stack.delete("u-1")

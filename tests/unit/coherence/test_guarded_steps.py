@@ -289,11 +289,7 @@ async def test_a_ticket_that_comes_with_a_read_is_the_one_that_fills(world: Worl
     assert {"u-1", "u-2", "u-3"} <= world.tier.copies.keys()
 
 
-async def test_an_erasure_that_cannot_be_noted_as_paid_is_done_and_noted_later(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The user is gone everywhere; the next pass pays the debt again and notes it."""
-    await world.guard.upsert_latest(state())
+def settling_fails_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real, failing = world.authority.settle, [True]
 
     async def settle(digest: bytes, version: int, tier: str) -> None:
@@ -303,6 +299,14 @@ async def test_an_erasure_that_cannot_be_noted_as_paid_is_done_and_noted_later(
         await real(digest, version, tier)
 
     monkeypatch.setattr(world.authority, "settle", settle)
+
+
+async def test_an_erasure_that_cannot_be_noted_as_paid_is_done_and_noted_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user is gone everywhere; the next pass pays the debt again and notes it."""
+    await world.guard.upsert_latest(state())
+    settling_fails_once(world, monkeypatch)
     await world.guard.delete("u-1")
     assert await world.guard.get_latest("u-1") is None
     assert await world.authority.debts("u-1") == ["tier"]
@@ -340,15 +344,7 @@ async def test_a_pass_that_could_not_settle_looks_for_the_debt_later(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No replay comes upon it again."""
-    real, failing = world.authority.settle, [True]
-
-    async def settle(digest: bytes, version: int, tier: str) -> None:
-        if failing:
-            failing.clear()
-            raise UnavailableError("away")
-        await real(digest, version, tier)
-
-    monkeypatch.setattr(world.authority, "settle", settle)
+    settling_fails_once(world, monkeypatch)
     await world.authority.erase("u-1", ("tier",))  # by a process that died
     await world.clock.advance(0.3)
     assert await world.authority.debts("u-1") == ["tier"]
