@@ -66,7 +66,7 @@ class Option:
         default: its default, or ``MISSING`` when it must be given.
         store: it takes a store: a table in the file.
         duration: it takes seconds, and text such as ``"30s"``.
-        nullable: it takes None, which a TOML file says by leaving it out.
+        nullable: it takes None, which a TOML file says as ``"none"`` or by leaving it out.
         choices: the values it is limited to; empty when any will do.
         limited: the types of which it takes the choices only; of the others it takes any value.
         doc: what the block's docstring says about it.
