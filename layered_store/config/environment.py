@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from layered_store.errors import ConfigError
 
-__all__ = ["interpolate", "literal"]
+__all__ = ["MAX_DEPTH", "interpolate", "literal"]
 
 _REFERENCE: Final = re.compile(
     r"\$(?:(?P<escaped>\$)(?=\{)|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<then>:-|\})|(?P<broken>\{))"
@@ -18,8 +18,8 @@ _MALFORMED: Final = (
     " pairs), and $${ for a literal ${"
 )
 
-
-_MAX_DEPTH: Final = 32
+MAX_DEPTH: Final = 32
+"""How deep tables, lists and defaults may stand in one another."""
 
 
 def interpolate(text: str, environ: Mapping[str, str], depth: int = 0) -> str:
@@ -37,8 +37,8 @@ def interpolate(text: str, environ: Mapping[str, str], depth: int = 0) -> str:
     Raises:
         ConfigError: a variable is not set, or a reference is malformed.
     """
-    if depth > _MAX_DEPTH:
-        raise ConfigError(f"has defaults within defaults, more than {_MAX_DEPTH} deep")
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"has defaults within defaults, more than {MAX_DEPTH} deep")
     parts: list[str] = []
     place = 0
     while match := _REFERENCE.search(text, place):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.contract import Invalidations
 from layered_store.config.dumping import MASK
-from layered_store.config.environment import interpolate, literal
+from layered_store.config.environment import MAX_DEPTH, interpolate
 from layered_store.config.files import read_file
-from layered_store.config.registry import MISSING, Option, shown, spec_of
-from layered_store.config.values import converted, from_text, word
+from layered_store.config.filling import filled
+from layered_store.config.registry import MISSING, Option, place_of, spec_of
+from layered_store.config.values import converted, word
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.options import nearest
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load_stack"]
 
-_MAX_DEPTH: Final = 32
 _TOP: Final = ("store", "lint")
 _OWN: Final = ("use", "id", "layers")
 """Keys of a table that are no options of its block."""
@@ -168,7 +167,7 @@ class _Build:
             if key not in known:
                 self.problem(
                     f"unknown key; known are {', '.join(known)}",
-                    path=_join(path, key),
+                    path=place_of(path, key),
                     suggestion=nearest(str(key), known),
                 )
 
@@ -193,8 +192,8 @@ class _Build:
             way = "; pass it with overrides={id: block}" if isinstance(table, StateStore) else ""
             self.problem(f"must be a table with a key 'use', not {word(table)}{way}", path=path)
             return _StandIn()
-        if depth > _MAX_DEPTH or id(table) in self._above:
-            reason = "contains itself" if depth <= _MAX_DEPTH else f"more than {_MAX_DEPTH} deep"
+        if depth > MAX_DEPTH or id(table) in self._above:
+            reason = "contains itself" if depth <= MAX_DEPTH else f"more than {MAX_DEPTH} deep"
             self.problem(f"the blocks are nested without end ({reason})", path=path)
             return _StandIn()
         self._above.append(id(table))
@@ -252,7 +251,7 @@ class _Build:
         if name is None:
             return None
         if isinstance(name, str) and name:
-            name = self._filled(name, f"{path}.id")
+            name = self._name(name, f"{path}.id")
             if name is None:
                 return None
         if not isinstance(name, str) or not name:
@@ -275,7 +274,7 @@ class _Build:
         if not isinstance(kind, str):
             self.problem(f"must be the name of a block, not {word(kind)}", path=f"{path}.use")
             return None
-        kind = self._filled(kind, f"{path}.use")
+        kind = self._name(kind, f"{path}.use")
         if kind is None:
             return None
         try:
@@ -308,7 +307,7 @@ class _Build:
             known = [*own, *(o.name for o in spec.options if o.name in names and o.from_file)]
             self.problem(
                 f"{kind} has no option of this name; it has {', '.join(known)}",
-                path=_join(path, key),
+                path=place_of(path, key),
                 suggestion=nearest(str(key), known),
             )
         return spec
@@ -340,7 +339,7 @@ class _Build:
             # The tables below are read all the same, for what is wrong with them.
             for key, value in table.items():
                 if isinstance(value, Mapping) and "use" in value:
-                    self.block(value, _join(path, key), depth + 1)
+                    self.block(value, place_of(path, key), depth + 1)
             return _StandIn()
         before = len(self._problems)
         # One mistake, told once: that an option is missing is not said of a misspelt one.
@@ -418,7 +417,7 @@ class _Build:
             else:
                 return None if broken else store
 
-    def _filled(self, text: str, path: str) -> str | None:
+    def _name(self, text: str, path: str) -> str | None:
         """Return a name with its variables filled in, or None with a problem."""
         try:
             return interpolate(text, self._environ)
@@ -437,15 +436,12 @@ class _Build:
             )
             return MISSING
         try:
-            if option.table and isinstance(value, Mapping):
-                filled: Any = self._block_table(value, path)
-            else:
-                filled = self._texts(option, value, path)
+            told = filled(option, value, self._environ, path)
         except ConfigError as exc:
             exc.path = exc.path or path
             self._problems.append(exc)
             return MISSING
-        if filled == MASK:
+        if told == MASK:
             self.problem(
                 "is the mask that stands for a secret, not the secret; write ${NAME} and set the"
                 " environment variable",
@@ -453,72 +449,11 @@ class _Build:
             )
             return MISSING
         try:
-            return converted(option, filled)
+            return converted(option, told)
         except (ValueError, ImportError, AttributeError) as exc:
             self.problem(str(exc), path=path)
             return MISSING
 
-    def _texts(self, option: Option | None, value: Any, path: str) -> Any:
-        """Return a value of the file with its variables filled in."""
-        filled = _deep(value, self._environ, path)
-        if option is None:
-            return filled
-        if isinstance(value, str) and filled != value and str not in option.free:
-            return filled if filled in option.choices else from_text(filled)
-        if isinstance(value, list) and option.item not in (str, None):
-            return [
-                from_text(new) if isinstance(old, str) and new != old else new
-                for old, new in zip(value, filled, strict=True)
-            ]
-        return filled
-
-    def _block_table(self, table: Mapping[str, Any], path: str, depth: int = 0) -> dict[str, Any]:
-        """Return a table that its block reads as a config again, as text that stands for itself."""
-        if depth > _MAX_DEPTH:
-            raise ConfigError(f"is nested without end (more than {_MAX_DEPTH} deep)")
-        options: tuple[Option, ...] = ()
-        with suppress(ConfigError):  # told when the table is read
-            options = spec_of(interpolate(str(table.get("use")), self._environ)).options
-        known = {option.name: option for option in options}
-        found: dict[str, Any] = {}
-        for key, value in table.items():
-            place, option = _join(path, key), known.get(key)
-            if isinstance(value, Mapping) and (option is None or option.store or option.table):
-                found[key] = self._block_table(value, place, depth + 1)
-            elif key == "layers" and isinstance(value, list | tuple):
-                found[key] = [
-                    self._block_table(each, f"{place}.{index}", depth + 1)
-                    if isinstance(each, Mapping)
-                    else each
-                    for index, each in enumerate(value)
-                ]
-            else:
-                found[key] = literal(self._texts(option, value, place))
-        return found
-
-
-def _deep(value: Any, environ: Mapping[str, str], path: str, depth: int = 0) -> Any:
-    """Fill in the variables of a text, a list or a table, at whatever depth."""
-    if depth > _MAX_DEPTH:
-        raise ConfigError(f"is nested without end (more than {_MAX_DEPTH} deep)")
-    if isinstance(value, str):
-        try:
-            return interpolate(value, environ)
-        except ConfigError as exc:
-            exc.path = path
-            raise
-    if isinstance(value, list | tuple):
-        return [_deep(item, environ, path, depth + 1) for item in value]
-    if isinstance(value, Mapping):
-        return {
-            key: _deep(item, environ, _join(path, key), depth + 1) for key, item in value.items()
-        }
-    return value
-
 
 def _because(doc: str) -> str:
     return f": {doc}" if doc else ""
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{shown(key)}" if path else shown(key)
