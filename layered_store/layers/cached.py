@@ -101,7 +101,8 @@ class Cached(Layer):
         clock: source of time.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, ``invalidation="required"`` has no channel below, or
+            ``cache`` is not empty or another ``Cached``'s.
 
     Order:
         Below ``Metrics``, above everything that talks to a backend. A ``Retry`` or ``Timeout``

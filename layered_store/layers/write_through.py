@@ -66,8 +66,13 @@ class WriteThrough(Layer):
         clock: source of time.
 
     Raises:
-        ConfigError: ``inner`` and ``origin`` keep different classes of snapshots.
+        ConfigError: ``inner`` and ``origin`` are one store, keep different classes of snapshots, or
+            were built with different ``digest_key``.
         ErasureIncompleteError: from ``delete``, when ``inner`` may still hold the user.
+        StoreTimeoutError: without versions, from a write or delete that waited behind another of
+            the user that hangs; it was not sent.
+        UnsupportedError: without versions, from a write or delete of a user whom another event loop
+            writes at the same time.
 
     Order:
         Below ``Cached``; ``Retry``, ``Timeout`` and ``CircuitBreaker`` belong around ``inner`` and

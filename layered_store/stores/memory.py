@@ -44,7 +44,12 @@ class MemoryStore(StoreOfRecord, Enumerable):
     Args:
         history_limit: how many states per user ``get_history`` can give; None keeps all, 0 none.
         snapshot_type: the class of the snapshots it keeps.
-        clock: source of time; tells when tombstones may be forgotten.
+        clock: source of time; tells when tombstones may be forgotten (after 7 days).
+
+    Raises:
+        ConfigError: an option is out of range.
+        UnavailableError: from an upsert that began so long ago that an erasure since then may be
+            forgotten; not ``retryable``, nothing was stored.
     """
 
     history_limit: int | None = field(default=100, kw_only=True)
