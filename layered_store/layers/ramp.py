@@ -70,7 +70,10 @@ class Ramp(Layer):
         UnavailableError: from an upsert of the share that ``inner`` took and the alternative did
             not, with ``outcome_unknown``; repeat it.
         ErasureIncompleteError: from ``delete``, when one of the two could not erase.
-        UnsupportedError: from ``delete``, when neither of them can erase.
+        UnsupportedError: from ``delete``, when neither of them can erase; with ``alternative``,
+            from a write or delete of a user whom another event loop writes at the same time.
+        StoreTimeoutError: with ``alternative``, from a write or delete that waited behind another
+            of the user that hangs; it was not sent.
 
     Order:
         Above ``WriteThrough`` and below ``Cached``, which makes its choice cost nothing on a hit.
