@@ -12,7 +12,7 @@ from layered_store.errors import ClosedError, RejectedError, StoreError, Unsuppo
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import Op, StateStore
 from layered_store.layer import Layer
-from layered_store.options import check_seconds
+from layered_store.options import Seconds, check_seconds
 from layered_store.snapshot import StateSnapshot
 from layered_store.stack import children_of, replace, walk
 from layered_store.stores.memory import MemoryStore
@@ -52,7 +52,7 @@ async def check_layer(
     factory: Callable[[StateStore], StateStore | Awaitable[StateStore]]
     | Callable[[], StateStore | Awaitable[StateStore]],
     *,
-    limit: float = _LAW_SECONDS,
+    limit: Seconds = _LAW_SECONDS,
 ) -> Report:
     """Check that the layer which ``factory`` builds keeps the laws of layers.
 
@@ -71,13 +71,14 @@ async def check_layer(
             ``lambda inner: WriteThrough(MemoryStore(), origin=inner)``. A function without a
             parameter builds layers around a store of its own, whose place is taken by
             :func:`layered_store.replace`; these must be dataclasses.
-        limit: seconds of real time that one law may take. Once a law did not end, the others have
-            a tenth of it.
+        limit: seconds of real time that one law may take, above 0. Once a law did not end, the
+            others have a tenth of it.
 
     Raises:
-        TypeError: ``factory`` does not return a StateStore.
+        TypeError: ``factory`` is no function, or does not return a StateStore.
+        ConfigError: ``limit`` is not above 0.
     """
-    check_seconds(limit, "limit", check_layer)
+    patience = Patience(check_seconds(limit, "limit", check_layer))
     if not callable(factory):
         raise TypeError(
             "the factory must be a function that builds a layer around a store, such as"
@@ -85,7 +86,6 @@ async def check_layer(
         )
     factory = _around_given(factory)
     as_store = await check_store(lambda: build(factory, MemoryStore()), limit=limit)
-    patience = Patience(limit)
     results = [
         Result(f"as a store: {result.check}", result.outcome, result.message)
         for result in as_store.results

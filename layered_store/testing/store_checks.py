@@ -16,7 +16,7 @@ from layered_store.errors import (
 )
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import StateStore
-from layered_store.options import check_seconds
+from layered_store.options import Seconds, check_seconds
 from layered_store.snapshot import Source, StateSnapshot
 from layered_store.testing.report import (
     Broken,
@@ -46,7 +46,7 @@ _AT_ONCE: Final = 8
 
 
 async def check_store(
-    factory: Callable[[], StateStore | Awaitable[StateStore]], *, limit: float = _CHECK_SECONDS
+    factory: Callable[[], StateStore | Awaitable[StateStore]], *, limit: Seconds = _CHECK_SECONDS
 ) -> Report:
     """Check that what ``factory`` builds keeps every rule of :class:`StateStore`.
 
@@ -61,16 +61,16 @@ async def check_store(
         factory: builds a store, which is closed at the end; may be a coroutine function. It is
             called several times; all that it builds may share one database. The checks use users
             of their own, named by chance, and delete them where the store can.
-        limit: seconds of real time that one check may take. Once a check did not end, the others
-            have a tenth of it.
+        limit: seconds of real time that one check may take, above 0. Once a check did not end, the
+            others have a tenth of it.
 
     Raises:
         TypeError: ``factory`` does not return a StateStore, or its class of snapshots has a field
             without a default for which no value could be made up.
+        ConfigError: ``limit`` is not above 0.
     """
-    check_seconds(limit, "limit", check_store)
+    patience = Patience(check_seconds(limit, "limit", check_store))
     results: list[Result] = []
-    patience = Patience(limit)
     store = await _built(factory)
     subject = type(store).__name__
     abilities: tuple[str, ...] = ()

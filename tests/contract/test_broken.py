@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Annotated, Any
 
 import broken
@@ -21,6 +22,7 @@ from layered_store import (
 )
 from layered_store.coherence import Authority
 from layered_store.interface import StateStore
+from layered_store.options import Seconds
 from layered_store.testing import (
     Report,
     check_layer,
@@ -222,11 +224,12 @@ async def test_states_of_an_application() -> None:
 
 async def test_right_layers() -> None:
     """A cache that forgets in time, and a layer that takes one call at a time, are right."""
-    assert await check_layer(broken.GoodCache)
+    assert await check_layer(broken.GoodCache, limit=timedelta(seconds=30))
     assert await check_layer(lambda inner: Bulkhead(inner, max_in_flight=1))
 
 
-async def test_store_that_hangs() -> None:
+@pytest.mark.parametrize("limit", [0.1, timedelta(seconds=0.1)])
+async def test_store_that_hangs(limit: Seconds) -> None:
     """A check that does not end is a finding, and the others still run."""
 
     class Hangs(MemoryStore):
@@ -234,7 +237,7 @@ async def test_store_that_hangs() -> None:
             del user_ids
             await asyncio.Event().wait()
 
-    report = await check_store(Hangs, limit=0.1)
+    report = await check_store(Hangs, limit=limit)
     failed = [result.check for result in report.failures]
     assert "A batch of reads agrees with single reads" in failed
     assert "did not end within 0.1 s" in messages(report)
