@@ -45,6 +45,9 @@ class Layer(StateStore):
 
     Args:
         inner: the store below.
+
+    Raises:
+        ConfigError: ``inner`` is no store.
     """
 
     inner: StateStore

@@ -95,8 +95,9 @@ class Faults(AroundLayer):
         error_after: share of calls that take effect and then fail; a write's error has
             ``outcome_unknown`` set.
         slow: share of calls that take ``delay`` longer, half before and half after.
-        hang: share of calls that never reach ``inner`` nor end, unless cancelled.
-        hang_after: share of calls that take effect and then never end, unless cancelled.
+        hang: share of calls that never reach ``inner`` nor end, unless cancelled or by
+            :meth:`recover`.
+        hang_after: share of calls that take effect and then never end, unless likewise.
         corrupt: share of reads that meet a damaged record.
         delay: how many seconds longer a slow call takes.
         plays: the kind of store that ``inner`` stands for, such as ``"redis"``: what a path
@@ -107,6 +108,7 @@ class Faults(AroundLayer):
         ConfigError: a share is out of its range, or those of one operation are more than 1
             together.
         UnavailableError: from any operation, as an injected fault.
+        CorruptDataError: from a read of a system of record, as an injected fault.
 
     Order:
         Directly around the store that shall seem to fail, below its ``Timeout``, ``Retry`` and
