@@ -8,7 +8,7 @@
 ``store_seed``            the seed of the run: ``--store-seed``, 0 unless given
 ========================  =======================================================================
 
-None of them needs an async plugin. Nothing of layered_store is imported before a test asks.
+None of them needs an async plugin. No store, layer or driver is imported before a test asks.
 """
 
 from __future__ import annotations
