@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from layered_store.config.environment import MAX_DEPTH, interpolate, literal
-from layered_store.config.registry import place_of, spec_of
+from layered_store.config.registry import path_of, spec_of
 from layered_store.config.values import from_text
 from layered_store.errors import ConfigError
 
@@ -62,7 +62,7 @@ def _block(
     known = {option.name: option for option in options}
     found: dict[str, Any] = {}
     for key, value in table.items():
-        place, option = place_of(path, key), known.get(key)
+        place, option = path_of(path, key), known.get(key)
         if isinstance(value, Mapping) and (option is None or option.store or option.table):
             found[key] = _block(value, environ, place, depth + 1)
         elif key == "layers" and isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def _deep(value: Any, environ: Mapping[str, str], path: str, depth: int = 0) -> 
         return [_deep(item, environ, path, depth + 1) for item in value]
     if isinstance(value, Mapping):
         return {
-            key: _deep(item, environ, place_of(path, key), depth + 1)
+            key: _deep(item, environ, path_of(path, key), depth + 1)
             for key, item in value.items()
         }
     return value

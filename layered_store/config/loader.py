@@ -13,7 +13,7 @@ from layered_store.config.dumping import MASK
 from layered_store.config.environment import MAX_DEPTH, interpolate
 from layered_store.config.files import read_file
 from layered_store.config.filling import filled
-from layered_store.config.registry import MISSING, Option, place_of, spec_of
+from layered_store.config.registry import MISSING, Option, path_of, spec_of
 from layered_store.config.values import converted, word
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
@@ -167,7 +167,7 @@ class _Build:
             if key not in known:
                 self.problem(
                     f"unknown key; known are {', '.join(known)}",
-                    path=place_of(path, key),
+                    path=path_of(path, key),
                     suggestion=nearest(str(key), known),
                 )
 
@@ -307,7 +307,7 @@ class _Build:
             known = [*own, *(o.name for o in spec.options if o.name in names and o.from_file)]
             self.problem(
                 f"{kind} has no option of this name; it has {', '.join(known)}",
-                path=place_of(path, key),
+                path=path_of(path, key),
                 suggestion=nearest(str(key), known),
             )
         return spec
@@ -339,7 +339,7 @@ class _Build:
             # The tables below are read all the same, for what is wrong with them.
             for key, value in table.items():
                 if isinstance(value, Mapping) and "use" in value:
-                    self.block(value, place_of(path, key), depth + 1)
+                    self.block(value, path_of(path, key), depth + 1)
             return _StandIn()
         before = len(self._problems)
         # One mistake, told once: that an option is missing is not said of a misspelt one.

@@ -25,7 +25,7 @@ from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
 from layered_store.options import nearest
 
-__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "place_of", "shown", "spec_of"]
+__all__ = ["ENTRY_POINT_GROUP", "BlockSpec", "Option", "kinds", "path_of", "shown", "spec_of"]
 
 ENTRY_POINT_GROUP: Final = "layered_store.blocks"
 """Entry points of this group name further blocks: ``kind = "module:Class"``."""
@@ -152,7 +152,7 @@ def shown(key: object) -> str:
     return text if re.fullmatch(r"[\w$-]{1,60}", text) else "<a key that is no name>"
 
 
-def place_of(path: str, key: object) -> str:
+def path_of(path: str, key: object) -> str:
     """Return the path of a key of the table at ``path``."""
     return f"{path}.{shown(key)}" if path else shown(key)
 
