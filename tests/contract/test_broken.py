@@ -125,7 +125,7 @@ STORES = {
     "SwallowsCancelledDelete": "a cancelled call returned normally",
     "TearsWrites": "after a cancelled write the newest of the history is not the latest state",
     "LosesConnections": "give back in `finally` what a call took",
-    "HoldsUpTheLoop": "get_latest() held up the event loop for 0.06 s each time",
+    "HoldsUpTheLoop": "get_latest() held up the event loop for 0.",
     "MixesUpHistories": "one got another's state",
     "MixesUpDeletes": "keep what belongs to a call in that call",
     "ShowsIdsInBatches": "an error text of get_latest_many() shows a user id",
