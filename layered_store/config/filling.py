@@ -20,8 +20,8 @@ __all__ = ["filled"]
 def filled(option: Option, value: Any, environ: Mapping[str, str], path: str) -> Any:
     """Return a value of the file as its option is told it.
 
-    A text that was filled in is a number or truth value where the option takes no text. A table
-    that is a config again, of a block's own, is one of which reading makes just this.
+    A text that was filled in is read as a number or truth value where the option takes no text. In
+    a table that the block reads as a config again, what was filled in stands for itself.
 
     Args:
         option: whose value it is.
