@@ -613,6 +613,19 @@ async def test_snapshot_time_ignores_older_snapshots(bench: Bench) -> None:
     assert len(await store.get_history("u", 10)) == 2
 
 
+@from_two_stores
+@pytest.mark.parametrize(("written", "left"), [((10, 50), 50), ((50, 10), 30)])
+async def test_a_store_that_begins_to_go_by_the_time_finds_that_of_the_latest_state(
+    bench: Bench, written: tuple[int, int], left: int
+) -> None:
+    """Not that of an earlier one, though another order decided until then."""
+    for number in written:
+        await bench.build().write(at_time("u", number))
+    store = bench.build(order="snapshot_time")
+    await store.write(at_time("u", 30))
+    assert await store.get_latest("u") == at_time("u", left)
+
+
 @about_tables
 async def test_old_history_is_not_shown(bench: Bench) -> None:
     """States older than ``history_max_age`` are gone from the history, not from the latest."""
@@ -699,6 +712,22 @@ async def test_who_is_written_again_after_an_erasure_is_not_forgotten_with_it(
     for user in users:
         assert (await store.get_latest(user)).get_axis("a") == 0.2
         assert len(await store.get_history(user, 10)) == 1
+
+
+@about_tables
+async def test_versions_grow_over_an_erasure_that_was_forgotten(bench: Bench) -> None:
+    """Else a copy from before it, in a cache tier that was away, would count as the newer one."""
+    store = bench.build()
+    users = ["u", "v", "w"]
+    await store.write_many([state(user, 0.1) for user in users])
+    erased = [await store.erase(user) for user in users]
+    table = store.metadata.tables[store.latest_table]
+    await bench.execute(store, table.update().values(purge_at=1), {})
+    await store.write_many([state(f"u{index}") for index in range(64)])
+    assert await store.read_many(users) == dict.fromkeys(users, ABSENT)
+    written = [await store.write(state("u", 0.2))]
+    written += (await store.write_many([state(user, 0.2) for user in users[1:]])).values()
+    assert all(after.version > before for after, before in zip(written, erased, strict=True))
 
 
 @about_tables
