@@ -271,6 +271,17 @@ async def test_no_history_is_kept_without_a_limit_above_0(bench: Bench) -> None:
     assert set(found) <= {store.digest("u"), store.digest("v")}
 
 
+async def test_trimming_a_history_spares_those_of_others(bench: Bench) -> None:
+    """Also of one whose versions are the same, since both were written first at one moment."""
+    store = bench.build(history_limit=3)
+    for value in (0.1, 0.2):
+        await store.write_many([state(user, value) for user in ("busy", "idle")])
+    for index in range(40):
+        await store.write(state("busy", index / 100))
+    assert [s.get_axis("a") for s in await store.get_history("idle", 9)] == [0.2, 0.1]
+    assert [s.get_axis("a") for s in await store.get_history("busy", 9)] == [0.39, 0.38, 0.37]
+
+
 async def test_debts_stay_until_they_are_settled(bench: Bench) -> None:
     """A tier named in an erasure is owed; settling an older erasure changes nothing."""
     store = bench.build()

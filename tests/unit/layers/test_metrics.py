@@ -53,7 +53,7 @@ from layered_store.errors import (
 from layered_store.hotpath import hot_path_of
 from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
 from layered_store.metrics.prometheus import exposition
-from layered_store.metrics.timings import HitTimings
+from layered_store.metrics.timings import HitTimings, Timings
 from layered_store.stats import Sample
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.faults import Faults
@@ -401,6 +401,28 @@ def test_hits_are_spread_as_those_that_were_sampled_since_the_last_look() -> Non
         cells, seconds = timings.spread()
     assert {cell: count for cell, count in enumerate(cells) if count} == {0: 6_400, 6: 6_400}
     assert seconds == pytest.approx(6_400 * (5e-7 + 2e-3))
+
+
+def test_hits_that_cannot_be_shared_out_evenly_go_where_most_are() -> None:
+    """None is left out, and none shows in a bucket in which no hit was timed."""
+    timings = HitTimings()
+    timings.counts.append(type("Count", (), {"read": lambda _: 11})())  # type: ignore[arg-type]
+    for duration in (5e-7, 5e-6, 5e-6, 2e-3):
+        timings.note(duration)
+    cells, _ = timings.spread()
+    assert {cell: count for cell, count in enumerate(cells) if count} == {0: 2, 1: 7, 6: 2}
+
+
+def test_calls_are_folded_into_the_buckets_in_any_order() -> None:
+    """A duration that equals a bound belongs below it, as in the client."""
+    timings = Timings()
+    timings.recent += [2e-3, 5e-7, 99.0, DURATION_BUCKETS[1], 2e-3, 5e-7]
+    timings.fold().fold()
+    assert timings.recent == []
+    found = {cell: count for cell, count in enumerate(timings.cells) if count}
+    assert found == {0: 2, 1: 1, 6: 2, len(DURATION_BUCKETS): 1}
+    assert timings.outcomes["ok"] == 6
+    assert timings.seconds == pytest.approx(99.004011)
 
 
 def test_hits_of_which_none_was_timed_are_counted_all_the_same() -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import exc as sa
 from layered_store.errors import StoreError, StoreTimeoutError, UnavailableError
 from layered_store.stores.erasures import Began, KnownErasures
 from layered_store.stores.sql.failures import concerns_one, statement_lost, translate
+from layered_store.stores.sql.postgres import refused
 from layered_store.testing import FakeClock
 
 SECRET = "marked-value"
@@ -361,3 +362,20 @@ def test_a_lost_statement_is_told_from_other_failures() -> None:
 
     assert lost("26000") and lost("42P05")
     assert not lost("0A000") and not lost("57P01")
+
+
+@pytest.mark.parametrize(
+    ("error", "did_nothing"),
+    [
+        *[(postgres(state), True) for state in ("40001", "53100", "57014")],
+        *[(postgres(state), False) for state in ("08006", "57P01", "58030", "XX000")],
+        (asyncpg.InterfaceError(SECRET), False),
+        (ConnectionResetError(SECRET), False),
+    ],
+    ids=lambda value: getattr(value, "sqlstate", None) or type(value).__name__,
+)
+def test_after_which_errors_a_statement_of_postgresql_surely_did_nothing(
+    error: Exception, did_nothing: bool
+) -> None:
+    """Not after those that may come when it was committed."""
+    assert refused(error) is did_nothing
