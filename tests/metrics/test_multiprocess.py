@@ -118,6 +118,46 @@ def test_stacks_of_one_name_add_up_and_closing_one_loses_and_doubles_nothing(
     )
 
 
+def test_what_is_handed_over_is_what_was_counted_and_closing_does_it(tmp_path: Path) -> None:
+    """Seconds too, and what did not come about is 0; a closed stack is not unhealthy."""
+    run(
+        """
+        from layered_store.testing import Faults
+
+        def written(name):
+            return {
+                tuple(sample.labels.values()): sample.value
+                for family in multiprocess.AllProcesses().collect()
+                for sample in family.samples if sample.name == "layered_store_" + name
+            }
+
+        async def main():
+            faults = Faults(MemoryStore())
+            stack = Metrics(Cached(faults), name="s")
+            for number, counted in ((3, [1, 3]), (5, [2, 8])):
+                await use(stack, number)
+                done = [value for value in figures("operations_total").values() if value]
+                assert sorted(done) == counted, done
+                assert set(figures("read_waits_total").values()) == {0}
+                sums = figures("operation_duration_seconds_sum")
+                for operation, (_, seconds) in stack.durations():
+                    (shown,) = [v for k, v in sums.items() if operation in k] or [0.0]
+                    assert abs(shown - seconds) < 1e-9, (operation, shown, seconds)
+            faults.outage()
+            await stack.health_report()
+            assert 0 in figures("health_status").values()
+            faults.recover()
+            await stack.get_latest("u-1")
+            await stack.aclose()
+            assert set(written("health_status").values()) == {2}, written("health_status")
+            gets = [v for k, v in written("operations_total").items() if "get_latest" in k]
+            assert sum(gets) == 9, gets
+        asyncio.run(main())
+        """,
+        tmp_path,
+    )
+
+
 def test_a_view_inside_another_of_the_same_name_counts_nothing_twice(tmp_path: Path) -> None:
     """Not at a scrape and not when both are closed."""
     run(
