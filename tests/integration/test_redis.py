@@ -216,6 +216,7 @@ async def test_foreign_type_is_a_miss_and_overwritten(store: RedisStore) -> None
     assert await store.get_latest("u-1") is None
     assert await store.get_history("u-1", 3) == []
     assert store.corrupt_records == 2
+    assert (store.reads.hit, store.reads.miss) == (0, 1)
     await store.upsert_latest(state(a=0.5))
     assert await store.get_latest("u-1") is not None
     assert len(await store.get_history("u-1", 3)) == 1

@@ -92,8 +92,10 @@ async def test_a_reply_to_another_question_acknowledges_nothing(answer: bytes) -
             (lambda store: store.delete("u-1"), True),
             (lambda store: store.get_latest_many(["u-1", "u-2"]), False),
         ]
+        if not answer.startswith((b"*0", b"*3")):  # which a history may be, if of nobody
+            calls.append((lambda store: store.get_history("u-1", 3), False))
         for call, writes in calls:
-            store = RedisStore(url, timeout=0.2)
+            store = RedisStore(url, timeout=0.2, history_limit=3)
             error = await failure(call(store))
             assert isinstance(error, UnavailableError)
             assert error.outcome_unknown is writes
