@@ -19,7 +19,15 @@ from layered_store.snapshot import StateSnapshot
 from layered_store.stores.redis import RedisScript, RedisStore
 from layered_store.stores.redis.address import address_of_url
 from layered_store.stores.redis.links import LaneLink
-from layered_store.stores.redis.record import MAX_VERSION, STATE, TOKEN, TOMBSTONE, pack, unpack
+from layered_store.stores.redis.record import (
+    FILLED,
+    MAX_VERSION,
+    STATE,
+    TOKEN,
+    TOMBSTONE,
+    pack,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -116,6 +124,35 @@ async def test_repeated_write_takes_effect_once(store: RedisStore) -> None:
         await store.upsert_latest(second)
         assert call.superseded
     assert [entry.axes["a"] for entry in await store.get_history("u-1", 9)] == [0.3, 0.2, 0.1]
+
+
+async def test_a_repeated_write_is_known_after_many_others(server: Server) -> None:
+    """From the history, which remembers more of them than the record does."""
+    async with RedisStore(server.url, history_limit=30, prefix="many:") as store:
+        first = state(a=0.5)
+        with call_begins() as call:
+            await store.upsert_latest(first)
+            for number in range(20):
+                await _elsewhere(store.upsert_latest(state(a=number / 100)))
+            await store.upsert_latest(first)
+            assert call.superseded
+        latest = await store.get_latest("u-1")
+        assert latest is not None
+        assert latest.axes == {"a": 0.19}
+        assert len(await store.get_history("u-1", 30)) == 21
+
+
+async def test_what_a_cache_tier_left_is_read_as_it_is_meant(store: RedisStore) -> None:
+    """What a reader filled in is a state; neither a tombstone nor a token is damage."""
+    key, filled = store.key(store.digest("u-1")), state(a=0.5)
+    for left, found in (
+        (pack(FILLED, 3, store.codec.encode(filled), generation=b"g" * 16), filled),
+        (pack(TOMBSTONE, 3, store.digest("u-1"), generation=b"g" * 16), None),
+        (pack(TOKEN, 0, generation=b"t" * 16), None),
+    ):
+        await store.command("SET", key, left)
+        assert await store.get_latest("u-1") == found
+    assert store.corrupt_records == 0
 
 
 async def _elsewhere(work: Any) -> None:

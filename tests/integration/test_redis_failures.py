@@ -292,6 +292,23 @@ async def test_real_replica_and_full_server(server: Server) -> None:
         await store.aclose()
 
 
+async def test_a_batch_of_which_redis_refuses_a_part_says_that_it_took_effect() -> None:
+    """The error does not read as if nothing had been stored; after a whole refusal it does."""
+    with running() as own:
+        admin = RedisStore(own.url)
+        allowed = b"~*" + admin.digest("u-1").hex().encode() + b"*"
+        await admin.command("ACL", "SETUSER", "part", "on", ">s3cret", "+@all", allowed)
+        store = RedisStore(own.url.replace("//", "//part:s3cret@"))
+        for users, unknown in ((["u-2", "u-1"], False), (["u-1", "u-2"], True)):
+            error = await failure(store.upsert_latest_many(map(StateSnapshot, users)))
+            assert isinstance(error, UnavailableError)
+            assert error.outcome_unknown is unknown
+            found = await admin.get_latest_many(users)
+            assert list(found) == ["u-1"] * unknown
+        await store.aclose()
+        await admin.aclose()
+
+
 async def test_killed_server_comes_back() -> None:
     """Calls fail while the server is dead and succeed once it is back, on the same store."""
     with running() as own:
