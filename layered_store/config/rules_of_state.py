@@ -232,7 +232,8 @@ def _record_of(place: Place, by_path: Mapping[str, StateStore]) -> object:
         if role == "inner" and origin is not None:
             end = next((each.store for each in walk(origin) if is_a(each.store, "sql")), None)
             url = getattr(end, "url", None)
-            return None if url is None else (str(url), getattr(end, "latest_table", None))
+            known = getattr(end, "engine", None) if url is None else str(url)
+            return None if known is None else (known, getattr(end, "latest_table", None))
     return None
 
 

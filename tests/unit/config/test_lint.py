@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from layered_store.config import LintWarning, Severity, lint, load_stack
 from layered_store.config.lint import RULES
@@ -22,6 +23,8 @@ from layered_store.layers.shadow import Shadow
 from layered_store.layers.write_through import WriteThrough
 from layered_store.snapshot import StateSnapshot
 from layered_store.stores.memory import MemoryStore
+from layered_store.stores.redis import RedisStore
+from layered_store.stores.sql import SQLStore
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -341,6 +344,17 @@ def test_one_tier_of_one_system_of_record() -> None:
 
     assert "LS013" not in rules(stack("sqlite:///a.db"), stack("sqlite:///a.db"))
     assert "LS013" in rules(stack("sqlite:///a.db"), stack("sqlite:///b.db"))
+
+
+def test_one_tier_of_one_engine() -> None:
+    """An engine that was passed in tells which system of record it is, as a URL does."""
+
+    def stack(engine: Any) -> StateStore:
+        return WriteThrough(RedisStore("redis://a"), origin=SQLStore(engine=engine))
+
+    one, other = (create_async_engine(f"sqlite+aiosqlite:///{name}.db") for name in "ab")
+    assert "LS013" not in rules(stack(one), stack(one))
+    assert "LS013" in rules(stack(one), stack(other))
 
 
 def test_errors_come_first() -> None:
