@@ -60,6 +60,9 @@ _BATCHED_ROWS: Final = 200  # a longer history does not share its round trip wit
 _MAX_INT: Final = 2**53
 _BULK: Final = 1_000
 
+# Asked for with each call: an enum looks its members up through its class's class.
+_GET, _PUT = Op.GET_LATEST, Op.UPSERT_LATEST
+
 
 @dataclass(eq=False, repr=False)
 class SQLStore(StoreOfRecord, Enumerable):
@@ -137,6 +140,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         self._timeout = check_seconds(self.timeout, "timeout", self)
         self._probe_limit = check_seconds(self.probe_seconds, "probe_seconds", self)
         self._digest = digest_function(self.digest_key, self.name)
+        self._digest_of = self._digest.__call__  # found once: Python looks for it at each call
         for option in ("latest_table", "history_table"):
             name = getattr(self, option)
             if not isinstance(name, str) or not _TABLE_NAME(name):
@@ -211,23 +215,23 @@ class SQLStore(StoreOfRecord, Enumerable):
         return self._access.tables.metadata
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
-        check_user_id(user_id, Op.GET_LATEST, self)
+        check_user_id(user_id, _GET, self)
         # As ``_read`` does; written out, since by far most calls pass here.
         try:
             if self._closed:
-                self._check_open(Op.GET_LATEST)
-            reads = self._access.home(Op.GET_LATEST).reads
+                self._check_open(_GET)
+            reads = self._access.home(_GET).reads
             try:
-                row = await reads.submit(self._digest(user_id))
+                row = await reads.submit(self._digest_of(user_id))
             except asyncio.CancelledError:
                 reads.left()
                 raise
             if row is None:
                 snapshot = None
             elif isinstance(row, Exception):
-                raise self._own_error(row, Op.GET_LATEST, self.name)
+                raise self._own_error(row, _GET, self.name)
             else:
-                snapshot = self._snapshot(user_id, row, Op.GET_LATEST)
+                snapshot = self._snapshot(user_id, row, _GET)
         except Exception as exc:
             self._reads.failed(exc)
             raise
@@ -353,16 +357,16 @@ class SQLStore(StoreOfRecord, Enumerable):
 
     async def write(self, snapshot: StateSnapshot) -> Versioned:
         check_snapshot(snapshot, self.snapshot_type, block=self)
-        self._check_open(Op.UPSERT_LATEST)
+        self._check_open(_PUT)
         call = current_call(self.clock)
         item = self._prepare(snapshot, call.id_of(snapshot), call, fresh=call.first_attempt())
-        writes = self._access.home(Op.UPSERT_LATEST).writes
+        writes = self._access.home(_PUT).writes
         try:  # as ``_one`` does; written out, since each write comes by here
             row = await writes.submit(item)
         except asyncio.CancelledError:
             writes.left()
             raise
-        record = self._after(snapshot, item, row, Op.UPSERT_LATEST)
+        record = self._after(snapshot, item, row, _PUT)
         call.superseded = record.snapshot is not snapshot
         return record
 
@@ -511,7 +515,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         self, snapshot: StateSnapshot, write_id: bytes, call: Call, *, fresh: bool
     ) -> Write:
         return self._new_write(
-            self._digest(snapshot.user_id),
+            self._digest_of(snapshot.user_id),
             PrivateStr(snapshot.user_id),
             self._codec.encode(snapshot),
             write_id,
