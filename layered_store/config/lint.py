@@ -20,7 +20,7 @@ from layered_store.config.lint_view import RULES, Severity, places_of, where
 from layered_store.config.registry import shown
 from layered_store.errors import ConfigError
 from layered_store.interface import StateStore
-from layered_store.options import nearest
+from layered_store.options import Seconds, check_seconds, nearest
 from layered_store.stack import walk
 
 __all__ = ["RULES", "Finding", "LintPolicy", "LintWarning", "Severity", "enforce", "lint"]
@@ -137,7 +137,7 @@ class LintPolicy:
 
 
 def lint(
-    stack: StateStore, *others: StateStore, max_staleness: float | None = None
+    stack: StateStore, *others: StateStore, max_staleness: Seconds | None = None
 ) -> list[Finding]:
     """Return what is provably wrong, doubtful or worth knowing about a stack.
 
@@ -148,9 +148,13 @@ def lint(
 
     Returns:
         findings, errors first, then by rule.
+
+    Raises:
+        ConfigError: ``max_staleness`` is no duration.
     """
     found = []
-    for at in places_of(stack, max_staleness):
+    limit = check_seconds(max_staleness, "max_staleness", lint, positive=False, optional=True)
+    for at in places_of(stack, limit):
         for rule in RULES.values():
             if (reason := rule.reason(at)) is not None:
                 found.append(Finding(rule.id, rule.severity, reason, where(at.place)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -298,6 +299,17 @@ def test_max_staleness() -> None:
     assert "LS034" in rules(absent, max_staleness=50)
     assert "LS034" not in rules(absent, max_staleness=60)
     assert "LS034" not in rules(stack)
+
+
+def test_max_staleness_is_a_duration_as_any_other() -> None:
+    """A timedelta says it too; what is none is refused, whatever stack is looked at."""
+    stack = Cached(MemoryStore(), ttl=60)
+    assert "LS034" in rules(stack, max_staleness=timedelta(seconds=59))
+    assert "LS034" not in rules(stack, max_staleness=timedelta(minutes=1))
+    for wrong in ("1m", float("nan"), -1, True):
+        with pytest.raises(ConfigError, match="max_staleness: must be a finite") as caught:
+            lint(MemoryStore(), max_staleness=wrong)  # type: ignore[arg-type, unused-ignore]
+        assert (caught.value.option, caught.value.layer) == ("max_staleness", "lint")
 
 
 def test_max_staleness_adds_up() -> None:
