@@ -201,16 +201,17 @@ async def test_the_report_is_shared_too() -> None:
 
     class Held(Layer):
         made = 0
-        gate = asyncio.Event()
+        begun, gate = asyncio.Event(), asyncio.Event()
 
         async def health_report(self) -> HealthReport:
             self.made += 1
+            self.begun.set()
             await self.gate.wait()
             return await super().health_report()
 
     stack = Held(Cached(MemoryStore()))
     first, *others = [asyncio.create_task(stack.health_check()) for _ in range(100)]
-    await asyncio.sleep(0.001)
+    await stack.begun.wait()
     first.cancel()
     await asyncio.wait([first])
     stack.gate.set()
