@@ -84,7 +84,8 @@ def not_sent(cause: Exception) -> NotSentError:
 
 _REFUSED: Final = "the server refused the login or the command; check user, password and rights"
 _DISTRUSTED: Final = (
-    "the server's certificate was not accepted; check ssl_ca_certs and the name of the host"
+    "the server's certificate was not accepted; check ssl_ca_certs, the name of the host and"
+    " whether it ran out"
 )
 _LOST: Final = "the connection failed"
 _SLOW: Final = "no answer within the time limit"

@@ -45,7 +45,8 @@ _DAMAGED: Final = "the file is damaged or is no SQLite database"
 _CANNOT_OPEN: Final = "the database file cannot be opened; check that its directory exists"
 
 _DISTRUSTED: Final = (
-    "the server's certificate was not accepted; check the authority in the URL and the host's name"
+    "the server's certificate was not accepted; check the authority in the URL, the host's name and"
+    " whether it ran out"
 )
 _BAD_CERTIFICATE: Final = re.compile(
     r"certificate verify failed|server certificate for .* does not match host name", re.IGNORECASE
