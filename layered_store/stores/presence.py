@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from layered_store.errors import StoreTimeoutError
 from layered_store.events import log_event
+from layered_store.stack import id_of
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock
@@ -64,4 +65,4 @@ class Presence:
 
     def _called(self) -> str:
         backend = self._backend()
-        return "" if backend is None else getattr(backend, "block_id", None) or backend.name
+        return "" if backend is None else id_of(backend) or backend.name
