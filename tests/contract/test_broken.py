@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Annotated, Any
@@ -209,6 +210,16 @@ async def test_what_a_store_cannot_do(missing: str) -> None:
     report = await check_store(Cannot)
     assert report.ok, str(report)
     assert any("UnsupportedError" in each.message or not each.message for each in report.results)
+
+
+async def test_how_long_the_event_loop_was_held_up_is_told() -> None:
+    """It sleeps 0.06 s; a busy machine makes it longer, and never shorter."""
+    report = await check_store(broken.HoldsUpTheLoop)
+    told = re.search(
+        r"get_latest\(\) held up the event loop for (\d+\.\d\d) s each time", messages(report)
+    )
+    assert told is not None
+    assert float(told[1]) >= 0.06
 
 
 async def test_states_of_an_application() -> None:
