@@ -15,10 +15,22 @@ from layered_store.errors import StoreError, StoreTimeoutError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-__all__ = ["PROBE_SECONDS", "HealthReport", "HealthStatus", "SharedProbe", "SharedReport"]
+__all__ = [
+    "PROBE_SECONDS",
+    "HealthReport",
+    "HealthStatus",
+    "SharedProbe",
+    "SharedReport",
+    "reporting",
+]
 
 PROBE_SECONDS: Final = 1.0
 """Time limit of one backend's probe unless the backend says otherwise."""
+
+reporting: contextvars.ContextVar[object] = contextvars.ContextVar(
+    "layered_store_reporting", default=None
+)
+"""The store whose health report is made, which may ask for its health check."""
 
 
 class HealthStatus(StrEnum):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from layered_store.call import call_begins, call_continues
 from layered_store.checks import check_limit, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK
 from layered_store.errors import StoreError, UnsupportedError
-from layered_store.health import PROBE_SECONDS, HealthReport, HealthStatus, SharedProbe
+from layered_store.health import PROBE_SECONDS, HealthReport, HealthStatus, SharedProbe, reporting
 from layered_store.identity import check_user_id
 from layered_store.operations import Op
 from layered_store.snapshot import StateSnapshot
@@ -26,8 +25,6 @@ __all__ = ["Op", "StateStore"]
 C = TypeVar("C")
 
 _OF_SNAPSHOTS: Final = type(StateSnapshot)
-_reporting: ContextVar[StateStore | None] = ContextVar("layered_store_reporting", default=None)
-"""The store whose health report asks for its health check."""
 
 
 class StateStore(ABC):
@@ -124,7 +121,7 @@ class StateStore(ABC):
     async def health_check(self) -> bool:
         """Tell whether the store can serve; never raises for an unhealthy backend."""
         own = type(self).health_report is not StateStore.health_report
-        if not own or _reporting.get() is self:  # the report asks here
+        if not own or reporting.get() is self:  # the report asks here
             return True
         return (await report_of(self)).status is not HealthStatus.UNHEALTHY
 
@@ -140,7 +137,7 @@ class StateStore(ABC):
         return await probe.run(self._health_check_of_report)
 
     async def _health_check_of_report(self) -> bool:
-        _reporting.set(self)  # in the probe's own context
+        reporting.set(self)  # in the probe's own context
         return await self.health_check()
 
     async def open(self) -> None:  # noqa: B027  a store without a connection has nothing to do

@@ -355,6 +355,20 @@ async def test_a_store_of_two_methods() -> None:
     assert not await Layer(Down()).health_check()
 
 
+async def test_a_layer_whose_report_asks_for_its_own_check() -> None:
+    """It is told of what is below, and does not wait for itself."""
+
+    class Asks(Layer):
+        async def health_report(self) -> HealthReport:
+            return HealthReport("asks", HEALTHY if await self.health_check() else UNHEALTHY)
+
+    for store, healthy in ((MemoryStore(), True), (Reports(None), False)):
+        layer = Asks(store)
+        async with asyncio.timeout(5):
+            assert await layer.health_check() is healthy
+            assert (await layer.health_report()).status is (HEALTHY if healthy else UNHEALTHY)
+
+
 async def test_a_closed_store_is_not_healthy() -> None:
     """It cannot serve any more."""
     store = MemoryStore()
