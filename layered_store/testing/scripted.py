@@ -30,25 +30,30 @@ class Gate:
     def __init__(self) -> None:
         self.entered = asyncio.Event()
         self.cancelled = False
-        self._result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._opened = asyncio.Event()
+        self._result: object = None
 
     def open(self, result: object = None) -> None:
         """Let the call return ``result``, or raise it when it is an exception."""
-        self._result.set_result(result)
+        self._result = result
+        self._opened.set()
 
     @property
     def opened(self) -> bool:
         """Whether the call may go on."""
-        return self._result.done()
+        return self._opened.is_set()
 
     async def pass_through(self) -> Any:
         """Wait for :meth:`open`."""
         self.entered.set()
         try:
-            return await asyncio.shield(self._result)
+            await self._opened.wait()
         except asyncio.CancelledError:
             self.cancelled = True
             raise
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
 
 
 class Takes:
