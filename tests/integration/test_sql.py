@@ -150,7 +150,7 @@ async def test_a_wrong_password_is_not_worth_repeating(mysql_url: str) -> None:
 async def test_a_missing_table_names_the_remedy(url: str) -> None:
     """With ``create_tables=False`` nothing is created and the error says what to do."""
     store = SQLStore(url, create_tables=False, **tables())
-    for call in (store.get_latest("u"), store.upsert_latest(state())):
+    for call in (store.open(), store.get_latest("u"), store.upsert_latest(state())):
         with pytest.raises(StoreError, match="create_tables") as caught:
             await call
         assert not caught.value.retryable

@@ -20,9 +20,9 @@ from layered_store.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["concerns_one", "read_only", "statement_lost", "translate"]
+__all__ = ["MISSING_TABLE", "concerns_one", "read_only", "statement_lost", "translate"]
 
-_MISSING_TABLE: Final = (
+MISSING_TABLE: Final = (
     "a table does not exist; create it (create_tables=True does) or check the table names"
 )
 _REFUSED: Final = "the database refused the login; check user, password and rights"
@@ -72,9 +72,9 @@ _POSTGRES: Final[dict[str, _Rule]] = {
     "25P03": (_LOST, True),
     "25P04": (_SLOW, True),
     "3D000": (_NO_DATABASE, False),
-    "42P01": (_MISSING_TABLE, False),
+    "42P01": (MISSING_TABLE, False),
     "42501": (_NO_RIGHTS, False),
-    "3F000": (_MISSING_TABLE, False),
+    "3F000": (MISSING_TABLE, False),
     "55000": (_BUSY, True),
     "55P03": (_CONFLICT, True),
     "57014": (_SLOW, True),
@@ -103,7 +103,7 @@ _MYSQL: Final[dict[int, _Rule]] = {
     **dict.fromkeys((1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (_LOST, True)),
     1049: (_NO_DATABASE, False),
     1153: ("a state is larger than the server takes (max_allowed_packet)", False),
-    1146: (_MISSING_TABLE, False),
+    1146: (MISSING_TABLE, False),
     2012: (_GARBAGE, True),
     2027: (_GARBAGE, True),
 }
@@ -252,7 +252,7 @@ def _rule(cause: BaseException) -> _Rule | None:
         # Extended codes, such as SQLITE_READONLY_DBMOVED, begin with the primary one.
         primary = "_".join(sqlite.split("_")[:2])
         if primary == "SQLITE_ERROR" and str(cause).startswith("no such table"):
-            return _MISSING_TABLE, False
+            return MISSING_TABLE, False
         return _SQLITE.get(sqlite) or _SQLITE.get(primary)
     # Before the SQLSTATE: MySQL's drivers carry one too, and it says less than the number.
     arguments = cause.args

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import inspect
 
-from layered_store.errors import ConfigError
+from layered_store.errors import ConfigError, UnavailableError
+from layered_store.stores.sql.failures import MISSING_TABLE
 from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
 
 if TYPE_CHECKING:
@@ -171,9 +172,14 @@ async def check(connection: Any, statements: Statements) -> None:
     """Look at tables that somebody else takes care of.
 
     Raises:
+        UnavailableError: there are none.
         ConfigError: this release cannot work with their version.
     """
-    if not await _has(connection, statements.tables.counter.name):
+    tables = statements.tables
+    for table in (tables.latest, tables.history):
+        if not await _has(connection, table.name):
+            raise UnavailableError(MISSING_TABLE, retryable=False, layer="SQLStore")
+    if not await _has(connection, tables.counter.name):
         return  # the first statement that needs a table says which is missing
     version = await _version(connection, statements)
     _refuse_newer(version)
