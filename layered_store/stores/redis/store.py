@@ -377,9 +377,9 @@ class RedisStore(StateStore, Enumerable):
         await self._call(("PING",), "open", write=False)
 
     async def aclose(self) -> None:
-        self._closed = True
-        self._link = None
         with self._lock:
+            self._closed = True
+            self._link = None
             links = list(self._links.items())
             self._links.clear()
         tier = self._tier() if self._tier is not None else None
@@ -619,11 +619,11 @@ class RedisStore(StateStore, Enumerable):
         loop = running_loop()
         if link is not None and link.loop is loop:
             return link
-        if self._closed:
-            raise ClosedError(
-                "this store was closed; build a new one", operation=operation, layer=self.name
-            )
         with self._lock:
+            if self._closed:
+                raise ClosedError(
+                    "this store was closed; build a new one", operation=operation, layer=self.name
+                )
             link = self._links.get(loop)
             if link is None:
                 for other in [other for other in self._links if other.is_closed()]:
