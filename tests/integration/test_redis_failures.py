@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import threading
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -56,11 +58,51 @@ async def failure(work: Awaitable[object]) -> StoreError:
     return caught.value
 
 
+@contextmanager
+def hanging_up() -> Iterator[tuple[str, list[socket.socket]]]:
+    """Run a server that ends each connection as soon as it is made, and tells them.
+
+    In a thread of its own: so the end may come in whatever moment of the client's event loop.
+    """
+    ended: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                connection = listening.accept()[0]
+                connection.close()
+                if stop:
+                    return
+                ended.append(connection)
+
+        stop: list[bool] = []
+        thread = threading.Thread(target=serve)
+        thread.start()
+        place = listening.getsockname()[:2]
+        try:
+            yield f"redis://127.0.0.1:{place[1]}", ended
+        finally:
+            stop.append(True)
+            socket.create_connection(place).close()
+            thread.join()
+
+
 GARBAGE = {
     "nonsense": b"HTTP/1.1 400 Bad Request\r\n\r\n",
     "half a reply, then the end": b"$100\r\nabc",
     "cut": None,
 }
+
+
+async def test_a_peer_that_hangs_up_is_called_once_per_call() -> None:
+    """As a proxy does that has no server behind it."""
+    with hanging_up() as (url, ended):
+        for call in range(50):
+            store = RedisStore(url)
+            assert isinstance(await failure(store.get_latest("u-1")), UnavailableError)
+            await store.aclose()
+            assert len(ended) <= call + 1
+    assert len(ended) == 50
 
 
 @pytest.mark.parametrize("answer", GARBAGE.values(), ids=GARBAGE)

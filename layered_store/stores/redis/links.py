@@ -311,6 +311,7 @@ class LaneLink:
         if not lane.open:
             return ConnectionLostError()
         self._lanes.append(lane)
+        self._advance()  # at once: should the server drop it now, that is their answer
         return None
 
     async def _establish(self) -> Any:
