@@ -139,8 +139,11 @@ class Ways(ABC):
 
     def doubted(self, user_id: str) -> bool:
         """Tell whether a write that one of the two ways missed may still take effect."""
-        until = self.doubtful.get(user_id) if self.doubtful else None
-        return until is not None and self.clock.monotonic() < until
+        if not self.doubtful:
+            return False
+        with self.lock:
+            self._end_doubts(self.clock.monotonic())
+            return user_id in self.doubtful
 
     def doubt(self, users: Iterable[str]) -> None:
         """Note that a write of these users may still take effect."""
@@ -149,5 +152,9 @@ class Ways(ABC):
             for user_id in users:
                 self.doubtful.pop(user_id, None)
                 self.doubtful[user_id] = now + QUARANTINE_SECONDS
-            while self.doubtful and self.doubtful[first := next(iter(self.doubtful))] <= now:
-                del self.doubtful[first]
+            self._end_doubts(now)
+
+    def _end_doubts(self, now: float) -> None:
+        """Forget the users whose time is over; they stand in the order in which it ends."""
+        while self.doubtful and self.doubtful[first := next(iter(self.doubtful))] <= now:
+            del self.doubtful[first]

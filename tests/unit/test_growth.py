@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client import CollectorRegistry
 
+from layered_store.coherence.guarded.seen import Seen
+from layered_store.coherence.guarded.watch import Signal
 from layered_store.errors import StoreError, UnavailableError
 from layered_store.layers.cached import Cached
 from layered_store.layers.fallback import Fallback
@@ -116,6 +118,22 @@ async def test_known_erasures_go_with_time() -> None:
     for number in range(100, 200):
         known.made(number.to_bytes(16, "big"), number, number)
     assert len(known._known) == 100
+
+
+async def test_who_was_in_doubt_is_forgotten_though_nothing_fails_any_more() -> None:
+    """An outage leaves thousands of writes of unknown outcome; they are in doubt for 5 s each."""
+    clock = FakeClock()
+    seen = Seen(clock, Signal(clock))
+    cut_off = UnavailableError("cut off", outcome_unknown=True)
+    seen.doubt([f"user-{number}" for number in range(1_000)], cut_off)
+    await clock.advance(4)
+    seen.raise_floor("somebody", 1)
+    assert not seen.believes("user-0", 1)
+    assert len(seen._doubtful) == 1_000
+    await clock.advance(1)
+    seen.raise_floor("somebody", 2)
+    assert not seen._doubtful
+    assert seen.believes("user-0", 1)
 
 
 class Down(MemoryStore):

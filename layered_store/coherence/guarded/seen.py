@@ -74,6 +74,8 @@ class Seen:
                     self._forgotten = until
                     if len(floors) <= _MANY:
                         break
+            if self._doubtful:
+                self._end_doubts(now)
 
     def allows(self, user_id: str, version: int) -> bool:
         """Tell whether a copy of a tier that is trusted no more is not older than what was seen."""
@@ -99,9 +101,13 @@ class Seen:
             for user_id in user_ids:
                 self._doubtful[user_id] = now + QUARANTINE_SECONDS
                 self._doubtful.move_to_end(user_id)
-            while self._doubtful and self._doubtful[first := next(iter(self._doubtful))] <= now:
-                del self._doubtful[first]
+            self._end_doubts(now)
         self._repair_now.set()  # the other processes follow with the next pass
+
+    def _end_doubts(self, now: float) -> None:
+        """Forget the users whose time is over; they stand in the order in which it ends."""
+        while self._doubtful and self._doubtful[first := next(iter(self._doubtful))] <= now:
+            del self._doubtful[first]
 
     def begin_anew(self) -> None:
         """In a child of ``os.fork``: the lock may be held by a thread that is not here."""

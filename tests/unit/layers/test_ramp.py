@@ -961,6 +961,11 @@ async def test_who_is_in_doubt_is_forgotten_in_time() -> None:
     await clock.advance(5)
     await fail(LOW)
     assert list(ramp._ways.doubtful) == [LOW]
+    # Nothing fails any more: whoever comes by is enough.
+    inner.error = None
+    await clock.advance(5)
+    await ramp.get_latest("somebody")
+    assert not ramp._ways.doubtful
 
 
 async def test_closing_tells_what_the_layer_could_not_end() -> None:
