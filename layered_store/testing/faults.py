@@ -58,6 +58,8 @@ class Fault(StrEnum):
 
 
 _FAULTS: Final = tuple(Fault)
+_LIVE: Final = frozenset({*(fault.value for fault in Fault), "delay"})
+"""Options that a test may change at any time."""
 _OUTAGES: Final = (Fault.ERROR, Fault.HANG)
 _READS: Final = frozenset({Op.GET_LATEST, Op.GET_LATEST_MANY, Op.GET_HISTORY})
 _ONLY_READS: Final = "must name a read: a write meets no record that could be damaged"
@@ -76,7 +78,8 @@ class Faults(AroundLayer):
     """Make calls to ``inner`` fail, hang, drag or read damaged records.
 
     By chance: each fault has a share of the calls, for all operations or by operation. One number
-    is drawn for every call, so the same seed and calls give the same faults. By script:
+    is drawn for every call, so the same seed and calls give the same faults; the shares and the
+    delay may be set at any time, ``redis.error = 0.0``. By script:
     :meth:`fail` for the next calls, :meth:`outage` until :meth:`recover`. Example::
 
         redis = Faults(MemoryStore(), seed=7, error=0.1, slow={"get_latest": 0.5}, delay=0.2)
@@ -132,11 +135,20 @@ class Faults(AroundLayer):
     kind: ClassVar[str] = "faults"
     stands_in: ClassVar[bool] = True  # a path names the store whose failure it plays
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if name in _LIVE and "_shares" in self.__dict__:
+            try:
+                self._take_shares()
+            except ConfigError:
+                super().__setattr__(name, before)
+                raise
+
     def __post_init__(self) -> None:
         if type(self.seed) is not int:
             raise ConfigError("must be an int", option="seed", layer=self.name)
-        self._shares = {op: self._shares_of(op) for op in Op}
-        self._delay = check_seconds(self.delay, "delay", self, positive=False)
+        self._take_shares()
         check_a(self.plays, str, "plays", self)
         check_a(self.clock, Clock, "clock", self)
         self._random = _random.Random(self.seed)  # noqa: S311
@@ -146,6 +158,12 @@ class Faults(AroundLayer):
         self.injected: Counter[tuple[str, str]] = Counter()
         super().__post_init__()
         self._probe = SharedProbe(self.name, clock=self.clock)
+
+    def _take_shares(self) -> None:
+        """Check the shares and the delay, and have the next call meet them."""
+        shares = {op: self._shares_of(op) for op in Op}
+        self._delay = check_seconds(self.delay, "delay", self, positive=False)
+        self._shares = shares
 
     def _shares_of(self, op: Op) -> dict[Fault, float]:
         """Return how often each fault meets ``op``, checked."""

@@ -87,6 +87,31 @@ async def test_shares_by_operation() -> None:
         await store.get_history("u-1", 5)
 
 
+async def test_shares_and_delay_may_be_set_at_any_time() -> None:
+    """What is refused leaves them as they were."""
+    clock = FakeClock()
+    store = Faults(MemoryStore(clock=clock), clock=clock, error=1.0)
+    with pytest.raises(UnavailableError):
+        await store.get_latest("u-1")
+    store.error = 0.0
+    assert await store.get_latest("u-1") is None
+    store.error = {"delete": 1.0}
+    assert await store.get_latest("u-1") is None
+    with pytest.raises(UnavailableError):
+        await store.delete("u-1")
+    for option, bad in (("error", 1.5), ("slow", 0.5), ("delay", -1)):
+        with pytest.raises(ConfigError, match=option if option == "delay" else "share"):
+            setattr(store, option, bad)
+    assert (store.error, store.slow, store.delay) == ({"delete": 1.0}, 0.0, 0.1)
+    assert await store.get_latest("u-1") is None
+    store.slow, store.delay = {"get_latest": 1.0}, 8.0
+    slow = asyncio.create_task(store.get_latest("u-1"))
+    await clock.advance(7.9)
+    assert not slow.done()
+    await clock.advance(0.1)
+    assert await slow is None
+
+
 async def test_error_before_and_after() -> None:
     """Before, nothing took effect and the error says so; after, it did, and that is unknown."""
     store = Faults(MemoryStore())
