@@ -18,6 +18,7 @@ from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
 from layered_store.interface import Op, StateStore, ability_of, report_of
 from layered_store.layer import Layer
+from layered_store.layers.cached import Cached
 from layered_store.options import check_a, check_salt, check_share, check_store
 from layered_store.ramping.around import layers_between, put_around, shown
 from layered_store.ramping.through_layer import ThroughLayer
@@ -46,7 +47,8 @@ class Ramp(Layer):
 
     With ``layer``, both ways end in ``inner``. Users who were ever in the share go on writing and
     erasing through the layer, since it may hold something of theirs; only their reads leave it. A
-    cache in the layer answers as any cache: what other processes wrote shows after its TTL.
+    cache in the layer answers as any cache: what other processes wrote shows after its TTL. It
+    begins empty whenever the share is raised, since reads that passed it by may have seen more.
 
     With ``alternative``, a second store takes every write and erasure of all users after ``inner``
     did, whatever the share, and answers the reads of the share. ``inner`` has everything at all
@@ -102,6 +104,11 @@ class Ramp(Layer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "share":
             value = check_share(value, "share", self)
+            if self.alternative is None and value > self.__dict__.get("share", value):
+                # Reads that passed the layer by may have seen more than its caches hold.
+                for store in self._layers():
+                    if isinstance(store, Cached):
+                        store.distrust()
             # Whoever was in the share once may still have something on that way.
             self.__dict__["_reached"] = max(self._reached, value)
         super().__setattr__(name, value)

@@ -1043,6 +1043,23 @@ async def test_while_a_write_is_under_way_reads_stay_on_their_side() -> None:
     assert ramp.takes(LOW)
 
 
+async def test_a_larger_share_shows_nothing_older_than_was_read_past_the_cache() -> None:
+    """Another process wrote while the share was small, and reads of this one saw it."""
+    store = MemoryStore()
+    ramp = Ramp(store, layer=lambda inner: Retry(Cached(inner, ttl=60.0)), share=1.0)
+    await ramp.upsert_latest(state(value=0.1))
+    ramp.share = 0.0
+    await store.upsert_latest(state(value=0.2))
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    ramp.share = 1.0
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+    # Only raising it empties the cache.
+    await store.upsert_latest(state(value=0.3))
+    ramp.share = 0.9
+    ramp.share = ramp.share
+    assert await ramp.get_latest(LOW) == state(value=0.2)
+
+
 @pytest.mark.parametrize("many", [False, True])
 async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(many: bool) -> None:
     """It was on its way to inner; what a write put there since is not at the alternative yet."""
