@@ -373,6 +373,27 @@ async def test_scripts_that_the_server_lost_are_loaded_by_the_next_call(bare: Ba
     assert (await bare.tier.read("u-1")).trusted
 
 
+async def test_scripts_that_outlive_a_run_of_an_older_server_look_which_it_is(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Redis 7 a replica and a file know them too: there they say that they are not known."""
+    real = Connection.server_run
+    told: dict[str, Any] = {"major": 6}
+
+    async def older(connection: Connection) -> ServerRun:
+        return (await real(connection))._replace(**told)
+
+    monkeypatch.setattr(Connection, "server_run", older)
+    await bare.trust()
+    assert (await bare.tier.read("u-1")).trusted
+    told["run_id"] = "0" * 40
+    other = RedisTier(bare.store)
+    with pytest.raises(UnavailableError, match="server of the cache tier changed"):
+        await other.read("u-1")
+    with pytest.raises(UnavailableError, match="server of the cache tier changed"):
+        await other.bury("u-1", 7, "me")
+
+
 async def test_a_load_that_failed_is_tried_again_by_the_next_call(
     bare: Bare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,8 +448,13 @@ def copies(generation: bytes, version: int = 5, body: bytes = b"x") -> dict[str,
         "tombstone": pack(TOMBSTONE, version, DIGEST, generation=generation),
         "token": pack(TOKEN, 0, generation=b"t" * 16),
         "nonsense": b"nonsense",
+        "newer": b"LS\x02" + pack(STATE, version, body, generation=generation)[3:],
+        "cut": pack(STATE, version, generation=generation)[:27],
         "nothing": None,
     }
+
+
+NO_RECORDS = ("nonsense", "newer", "cut")
 
 
 CALLS: dict[str, Callable[[RedisTier], Awaitable[Any]]] = {
@@ -526,7 +552,7 @@ async def test_a_put_moves_a_copy_up_and_brings_none_where_none_was(
                 await bare.holding(value)
                 await bare.tier.put("u-1", written, given)
                 kept = value
-                if name in ("token", "nonsense"):
+                if name in ("token", *NO_RECORDS):
                     kept = None
                 elif version == 4 and value is not None:
                     kept = new if given is ticket else None
@@ -558,7 +584,7 @@ async def test_a_burial_replaces_a_copy_and_brings_none_where_none_was(bare: Bar
             await bare.holding(value)
             await bare.tier.bury("u-1", 5, "me")
             kept = value if version == 6 else copies(generation, 5)["tombstone"]
-            if name in ("token", "nonsense", "nothing"):
+            if name in ("token", *NO_RECORDS, "nothing"):
                 kept = None
             assert await bare.held() == kept, (name, version)
     for value in copies(OTHER, 6).values():
@@ -737,3 +763,25 @@ async def test_who_has_left_the_register_keeps_no_later_erasure_waiting(bare: Ba
         holders = await bare.tier.bury("u-1", 1, "me")
         assert (holders.since < 1.0) is waits, name
         assert not holders.others
+
+
+async def test_a_key_of_another_type_counts_as_missing(bare: Bare) -> None:
+    """Whichever it is, and whatever asks for it first; it is replaced, or goes."""
+    keys = {"record": bare.key}
+    for name in ("guard", "repair", "repairer", "leases"):
+        keys[name] = bare.store.bucket_key("0", name)
+    for name, key in keys.items():
+        for call, ask in CALLS.items():
+            await bare.trust()
+            await bare.store.command("DEL", key)
+            await bare.store.command("RPUSH", key, "x")
+            await ask(bare.tier)
+            if name == "record" and call in ("put", "bury", "repair"):
+                assert await bare.held() is None, call
+        await bare.store.command("DEL", key)
+        await bare.store.command("RPUSH", key, "x")
+        assert await bare.tier.ping("me", 1.0, 0.0, 1) > 0 or name == "guard"
+        await bare.trust()
+        assert await bare.tier.ping("me", 1.0, 0.0, 2) > 0
+        assert "me" in (await bare.tier.holders("u-1", "another")).others
+        assert await bare.tier.ticket("u-1") is not None

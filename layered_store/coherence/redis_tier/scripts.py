@@ -118,7 +118,7 @@ local function fields(key, ...)
 end
 local function register(key, t)
   local known = fields(key, 'run', 'born', 'last')
-  local gap = t - (tonumber(known[3] or t) or t)
+  local gap = t - (tonumber(known[3]) or t)
   local set = (gap < 0 or gap > 1000) and redis.call('HLEN', key) > 3
   if known[1] ~= server or set or not string.find(known[2] or '', '^%d+$') then
     redis.call('DEL', key)
@@ -246,7 +246,7 @@ local life = holder and redis.call('PTTL', KEYS[3]) or -1
 if holder and holder ~= ARGV[1] and life >= 0 and life <= tonumber(ARGV[3]) then return {} end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[3])
 local known = fields(KEYS[2], 'gen', 'cursor', 'pass')
-if known[1] and #known[1] == 16 and known[2] and tonumber(known[3] or '') then
+if known[1] and #known[1] == 16 and known[2] and tonumber(known[3]) then
   return {text(now()), known[1], known[2], tonumber(known[3])}
 end
 redis.call('DEL', KEYS[1], KEYS[2])
@@ -322,7 +322,7 @@ STALE: Final = (
     _LIBRARY
     + """
 local known = fields(KEYS[2], 'gen', 'run', 'until')
-local ended = tonumber(known[3] or '')
+local ended = tonumber(known[3])
 if not ended or known[2] ~= server then return false end
 local left = ended - now()
 if left > longest then redis.call('HDEL', KEYS[2], 'until') end
