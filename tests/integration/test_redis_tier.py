@@ -450,11 +450,12 @@ def copies(generation: bytes, version: int = 5, body: bytes = b"x") -> dict[str,
         "nonsense": b"nonsense",
         "newer": b"LS\x02" + pack(STATE, version, body, generation=generation)[3:],
         "cut": pack(STATE, version, generation=generation)[:27],
+        "new kind": pack(b"N", version, body, generation=generation),
         "nothing": None,
     }
 
 
-NO_RECORDS = ("nonsense", "newer", "cut")
+NO_RECORDS = ("nonsense", "newer", "cut", "new kind")
 
 
 CALLS: dict[str, Callable[[RedisTier], Awaitable[Any]]] = {
@@ -510,6 +511,8 @@ async def test_a_ticket_leaves_what_may_be_believed(bare: Bare) -> None:
         else:
             assert ticket.token == await bare.held(), name
             assert (ticket.token == value) is (name == "token"), name
+            if name != "token":
+                assert 0 < await bare.store.command("PTTL", bare.key) <= 10_000
     for name, value in copies(OTHER).items():
         await bare.holding(value)
         ticket = await bare.tier.ticket("u-1")
@@ -561,10 +564,11 @@ async def test_a_put_moves_a_copy_up_and_brings_none_where_none_was(
                 elif version == 5 and name == "tombstone" and not erased:
                     kept = None  # one version was given twice: nobody knows which one it is
                 assert await bare.held() == kept, (name, version, given)
-    for value in copies(OTHER, 4).values():
-        await bare.holding(value)
-        await bare.tier.put("u-1", written, ticket)
-        assert await bare.held() is None
+    for version in (4, 5, 6):
+        for value in copies(OTHER, version, new[29:]).values():
+            await bare.holding(value)
+            await bare.tier.put("u-1", written, ticket)
+            assert await bare.held() is None
     await bare.holding(None)
     own = await bare.tier.ticket("u-1")
     assert own is not None
@@ -573,6 +577,54 @@ async def test_a_put_moves_a_copy_up_and_brings_none_where_none_was(
     own = await bare.tier.ticket("u-1")
     await bare.tier.put("u-1", written, own)
     assert await bare.held() == new
+
+
+async def test_where_nothing_is_trusted_copies_only_go(bare: Bare) -> None:
+    """A newer one may stay: under its generation, which may come to be trusted again."""
+    generation = await bare.trust()
+    await bare.store.command("DEL", bare.store.bucket_key("0", "guard"))
+    written = Versioned(5, state())
+    body = bare.tier._value(STATE, bare.digest, written, generation)[29:]
+    for version in (4, 5, 6):
+        for name, value in copies(generation, version, body).items():
+            for given in (Ticket(b"t" * 16, generation), None):
+                await bare.holding(value)
+                await bare.tier.put("u-1", written, given)
+                newer = version == 6 and name in ("state", "filled", "tombstone")
+                same = version == 5 and name in ("state", "filled")
+                kept = copies(generation, 5, body)["state"] if same else value if newer else None
+                assert await bare.held() == kept, (name, version)
+            await bare.holding(value)
+            await bare.tier.bury("u-1", 5, "me")
+            assert await bare.held() is None, (name, version)
+
+
+async def test_each_step_tells_what_it_changed(bare: Bare) -> None:
+    """Whose record, which version it has, and whether it was erased; a new beginning, everybody."""
+    async with bare.tier.listen() as notices:
+
+        async def told() -> tuple[bytes, int, bool]:
+            async with asyncio.timeout(5):
+                notice = await anext(notices)
+                while notice.echo:
+                    notice = await anext(notices)
+            return notice.digest, notice.version, notice.erased
+
+        generation = await bare.trust()
+        assert await told() == (b"", 0, False)
+        await bare.tier.put("u-1", Versioned(5, state()), None)
+        assert await told() == (bare.digest, 5, False)
+        await bare.tier.put("u-1", Versioned(6, None), None)
+        assert await told() == (bare.digest, 6, True)
+        await bare.tier.bury("u-1", 7, "me")
+        assert await told() == (bare.digest, 7, True)
+        other = bare.store.digest("u-2")
+        changes = [Change(bare.digest, 8, erased=False), Change(other, 9, erased=True)]
+        assert await bare.tier.repair(changes) == changes
+        assert await told() == (bare.digest, 8, False)
+        assert await told() == (other, 9, True)
+        await bare.tier.renew(generation, "head")
+        assert await told() == (b"", 0, False)
 
 
 async def test_a_burial_replaces_a_copy_and_brings_none_where_none_was(bare: Bare) -> None:
@@ -612,6 +664,7 @@ async def test_a_stale_copy_is_of_the_generation_that_was_trusted_last(bare: Bar
         assert await stale(now - 30_000) is (name in ("state", "filled")), name
         assert not await stale(now - 30_000, 20.0)
         assert not await stale(now + 60_000)  # the clock was set back
+        assert await bare.tier.read_stale("u-1", 60) is None
     await bare.holding(copies(OTHER, 5, body)["state"])
     assert not await stale(now)
     await bare.holding(copies(generation, 5, body)["state"])
@@ -639,6 +692,107 @@ async def test_one_process_repairs_at_a_time(bare: Bare) -> None:
     assert await other.begin("other", "later") is not None
     assert await other.stamp(theirs, "cursor", 2.0)
     assert (await bare.tier.read("u-1")).trusted
+
+
+async def test_a_lock_that_lasts_longer_than_any_holds_nobody_up(bare: Bare) -> None:
+    """The server's clock was set back."""
+    lock = bare.store.bucket_key("0", "repairer")
+    await bare.store.command("SET", lock, "another", "PX", 700)
+    assert await bare.tier.begin("me", "head") is None
+    await bare.store.command("SET", lock, "another", "PX", 60_000)
+    assert await bare.tier.begin("me", "head") is not None
+
+
+async def test_a_generation_that_was_never_stamped_is_replaced(bare: Bare) -> None:
+    """And one of which something is missing; until the next stamp nothing is trusted."""
+    first = await bare.tier.begin("me", "head")
+    again = await bare.tier.begin("me", "later")
+    assert first is not None and again is not None
+    assert (again.fresh, again.cursor) == (True, "later")
+    assert again.generation != first.generation
+    repair, body = bare.store.bucket_key("0", "repair"), bare.store.codec.encode(state())
+    for change in (
+        ("DEL", repair),
+        ("HDEL", repair, "gen"),
+        ("HDEL", repair, "cursor"),
+        ("HDEL", repair, "pass"),
+        ("HSET", repair, "gen", "short"),
+        ("HSET", repair, "pass", "x"),
+    ):
+        generation = await bare.trust()
+        await bare.holding(copies(generation, 5, body)["state"])
+        assert (await bare.tier.read("u-1")).found == Versioned(5, state())
+        await bare.store.command(*change)
+        begun = await bare.tier.begin("me", "head")
+        assert begun is not None and begun.fresh and begun.generation != generation, change
+        assert not (await bare.tier.read("u-1")).trusted
+        assert await bare.tier.read_stale("u-1", 60) is None
+        assert await bare.tier.stamp(begun, "cursor", 2.0)
+        read = await bare.tier.read("u-1")
+        assert read.trusted and read.found is None
+
+
+async def test_a_new_generation_is_stamped_by_who_began_it(bare: Bare) -> None:
+    """Another came in its place, and the lock of whoever began that one ran out."""
+    lock = bare.store.bucket_key("0", "repairer")
+    other = RedisTier(bare.store)
+    begun = await bare.tier.begin("me", "head")
+    await bare.store.command("DEL", lock)
+    theirs = await other.begin("other", "head")
+    await bare.store.command("DEL", lock)
+    assert begun is not None and theirs is not None
+    assert not await bare.tier.stamp(begun, "mine", 2.0)
+    assert await bare.store.command("HGET", bare.store.bucket_key("0", "repair"), "cursor") is None
+    assert await other.stamp(theirs, "theirs", 2.0)
+
+
+@pytest.mark.parametrize(("set_by", "most"), [(0, 2000), (-1000, 1000), (1000, 2000)])
+async def test_a_stamp_lasts_from_the_beginning_of_its_pass(
+    set_by: int, most: int, bare: Bare
+) -> None:
+    """On the server's clock and on our own: the shorter, if one was set meanwhile."""
+    keys = {name: bare.store.bucket_key("0", name) for name in ("guard", "repairer", "repair")}
+    begun = await bare.tier.begin("me", "head")
+    assert begun is not None
+    assert 0 < await bare.store.command("PTTL", keys["repairer"]) <= 750
+    under_way = bare.tier._passes._under_way
+    assert under_way is not None
+    (part,) = under_way.parts
+    under_way.parts = [part._replace(began=part.began + set_by)]
+    await bare.store.command("DEL", keys["repairer"])
+    assert await bare.tier.stamp(begun, "cursor", 2.0)
+    left = await bare.store.command("PTTL", keys["guard"])
+    assert most - 500 < left <= most
+    assert 0 < await bare.store.command("PTTL", keys["repairer"]) <= 750
+    until = int(await bare.store.command("HGET", keys["repair"], "until"))
+    assert abs(until - part.began - most) < 500
+
+
+async def test_a_pass_that_took_too_long_gives_no_trust(bare: Bare) -> None:
+    """But the next one goes on where it ended."""
+    begun = await bare.tier.begin("me", "head")
+    assert begun is not None
+    under_way = bare.tier._passes._under_way
+    assert under_way is not None
+    under_way.parts = [part._replace(began=part.began - 2000) for part in under_way.parts]
+    assert await bare.tier.stamp(begun, "cursor", 2.0)
+    assert not (await bare.tier.read("u-1")).trusted
+    again = await bare.tier.begin("me", "head")
+    assert again is not None and (again.cursor, again.fresh) == ("cursor", False)
+
+
+async def test_a_renewed_generation_begins_at_its_head(bare: Bare) -> None:
+    """One that is gone already renews nothing, and takes no trust away."""
+    generation = await bare.trust()
+    await bare.tier.renew(OTHER, "nowhere")
+    assert (await bare.tier.read("u-1")).trusted
+    await bare.tier.renew(generation, "newer")
+    assert not (await bare.tier.read("u-1")).trusted
+    begun = await bare.tier.begin("me", "head")
+    assert begun is not None
+    assert (begun.cursor, begun.fresh) == ("newer", False)
+    assert begun.generation != generation
+    assert await bare.tier.stamp(begun, "cursor", 2.0)
 
 
 async def test_a_pass_that_others_overtook_is_not_stamped(bare: Bare) -> None:
@@ -728,6 +882,10 @@ async def test_trust_that_lasts_too_long_or_is_of_another_run_is_none(bare: Bare
         assert await bare.tier.ticket("u-1") is None
         assert not (await bare.tier.read("u-1")).trusted
         assert await bare.tier.ping("me", 1.0, 0.0, 2) == 0
+    await bare.trust()
+    await bare.store.command("PEXPIRE", guard, 60_000)
+    assert await bare.tier.begin("me", "head") is not None  # where nobody pings or misses
+    assert not (await bare.tier.read("u-1")).trusted
     generation = await bare.trust()
     await bare.tier.renew(generation, "head")
     assert not (await bare.tier.read("u-1")).trusted
@@ -740,12 +898,17 @@ async def test_leases_of_another_run_or_another_clock_are_begun_anew(bare: Bare)
     for field, value in (
         ("run", "another"),
         ("born", "x"),
+        ("born", None),
         ("last", now + 60_000),
         ("last", now - 60_000),
     ):
         await bare.tier.ping("other", 60.0, 0.0, 1)
         assert "other" in (await bare.tier.holders("u-1", "me")).others
-        await bare.store.command("HSET", bare.store.bucket_key("0", "leases"), field, value)
+        register = bare.store.bucket_key("0", "leases")
+        if value is None:
+            await bare.store.command("HDEL", register, field)
+        else:
+            await bare.store.command("HSET", register, field, value)
         holders = await bare.tier.holders("u-1", "me")
         assert holders.others == {}, (field, value)
         assert holders.since < 1.0

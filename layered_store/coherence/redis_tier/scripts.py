@@ -78,11 +78,8 @@ end
 _LIBRARY: Final = """
 local function fetch(key)
   local r = redis.pcall('GET', key)
-  if type(r) ~= 'string' then
-    if r then redis.call('DEL', key) end
-    return nil
-  end
-  if #r < 28 or string.sub(r, 1, 3) ~= 'LS\\1' then return '', '' end
+  if not r then return nil end
+  if type(r) ~= 'string' or #r < 28 or string.sub(r, 1, 3) ~= 'LS\\1' then return '', '' end
   return r, string.sub(r, 4, 4)
 end
 local function version(r)
@@ -106,9 +103,7 @@ local function keep(key, value, life)
 end
 local function plain(key)
   local r = redis.pcall('GET', key)
-  if type(r) == 'string' then return r end
-  if r then redis.call('DEL', key) end
-  return false
+  return type(r) == 'string' and r
 end
 local function fields(key, ...)
   local r = redis.pcall('HMGET', key, ...)
@@ -156,10 +151,8 @@ local g = trust(KEYS[2])
 if not g or string.sub(g, 17) ~= server then return {} end
 local gen = string.sub(g, 1, 16)
 local r, kind = fetch(KEYS[1])
-if r then
-  if kind == 'T' then return {r, gen} end
-  if (kind == 'S' or kind == 'F' or kind == 'D') and generation(r) == gen then return {'', gen} end
-end
+if kind == 'T' then return {r, gen} end
+if (kind == 'S' or kind == 'F' or kind == 'D') and generation(r) == gen then return {'', gen} end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return {ARGV[1], gen}
 """
@@ -185,22 +178,20 @@ PUT: Final = (
 local g = plain(KEYS[2])
 local may = g and string.sub(g, 1, 16) == ARGV[3]
 local r, kind = fetch(KEYS[1])
-if r then
-  if kind == 'T' then
-    if may and r == ARGV[2] then keep(KEYS[1], ARGV[4], ARGV[5])
+if kind == 'T' then
+  if may and r == ARGV[2] then keep(KEYS[1], ARGV[4], ARGV[5])
+  else redis.call('DEL', KEYS[1]) end
+elseif kind == 'S' or kind == 'F' or kind == 'D' then
+  if version(r) < tonumber(ARGV[1]) or (g and generation(r) ~= string.sub(g, 1, 16)) then
+    if may and generation(r) == ARGV[3] then keep(KEYS[1], ARGV[4], ARGV[5])
     else redis.call('DEL', KEYS[1]) end
-  elseif kind == 'S' or kind == 'F' or kind == 'D' then
-    if version(r) < tonumber(ARGV[1]) or (g and generation(r) ~= string.sub(g, 1, 16)) then
-      if may and generation(r) == ARGV[3] then keep(KEYS[1], ARGV[4], ARGV[5])
-      else redis.call('DEL', KEYS[1]) end
-    elseif version(r) == tonumber(ARGV[1]) and string.sub(r, 29) ~= string.sub(ARGV[4], 29) then
-      redis.call('DEL', KEYS[1])
-    elseif kind == 'F' and version(r) == tonumber(ARGV[1]) then
-      redis.call('SETRANGE', KEYS[1], 3, 'S')
-    end
-  else
+  elseif version(r) == tonumber(ARGV[1]) and string.sub(r, 29) ~= string.sub(ARGV[4], 29) then
     redis.call('DEL', KEYS[1])
+  elseif kind == 'F' and version(r) == tonumber(ARGV[1]) then
+    redis.call('SETRANGE', KEYS[1], 3, 'S')
   end
+elseif r then
+  redis.call('DEL', KEYS[1])
 end
 tell(ARGV[6], ARGV[1], ARGV[7], ARGV[8])
 return 1
@@ -217,7 +208,7 @@ BURY: Final = (
     + """
 local g = plain(KEYS[2])
 local r, kind = fetch(KEYS[1])
-local copy = r and (kind == 'S' or kind == 'F' or kind == 'D')
+local copy = kind == 'S' or kind == 'F' or kind == 'D'
 if copy and g and generation(r) == string.sub(g, 1, 16) then
   if version(r) <= tonumber(ARGV[1]) then
     keep(KEYS[1], ARGV[2] .. string.sub(g, 1, 16) .. ARGV[3], ARGV[4])
@@ -242,7 +233,7 @@ BEGIN: Final = (
     + """
 trust(KEYS[1])
 local holder = plain(KEYS[3])
-local life = holder and redis.call('PTTL', KEYS[3]) or -1
+local life = redis.call('PTTL', KEYS[3])
 if holder and holder ~= ARGV[1] and life >= 0 and life <= tonumber(ARGV[3]) then return {} end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[3])
 local known = fields(KEYS[2], 'gen', 'cursor', 'pass')
@@ -250,7 +241,7 @@ if known[1] and #known[1] == 16 and known[2] and tonumber(known[3]) then
   return {text(now()), known[1], known[2], tonumber(known[3])}
 end
 redis.call('DEL', KEYS[1], KEYS[2])
-redis.call('HSET', KEYS[2], 'gen', ARGV[4], 'cursor', ARGV[2])
+redis.call('HSET', KEYS[2], 'gen', ARGV[4])
 tell(ARGV[5], '0', '0', '')
 return {text(now()), ARGV[4], ARGV[2], 0}
 """
@@ -282,7 +273,7 @@ local acted = {}
 for i, key in ipairs(KEYS) do
   local v, erased, digest = ARGV[3 * i - 1], ARGV[3 * i], ARGV[3 * i + 1]
   local r, kind = fetch(key)
-  local current = r and (kind == 'S' or kind == 'F' or kind == 'D') and version(r) >= tonumber(v)
+  local current = (kind == 'S' or kind == 'F' or kind == 'D') and version(r) >= tonumber(v)
   if r and not current then redis.call('DEL', key) end
   if not (current and kind ~= 'F') then
     tell(ARGV[1], v, erased, digest)
