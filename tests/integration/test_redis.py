@@ -79,6 +79,32 @@ async def test_delete_removes_all(store: RedisStore) -> None:
     assert len(await store.get_history("marked-user", 5)) == 1
 
 
+async def test_what_is_left_of_an_erased_user_ends_in_a_week(store: RedisStore) -> None:
+    """Whole, also when many writes came before: it holds the ids of the last 16 calls."""
+    for _ in range(20):
+        await store.upsert_latest(state())
+    await store.delete("u-1")
+    key = store.key(store.digest("u-1"))
+    record = unpack(await store.command("GET", key))
+    assert record is not None
+    assert (record.kind, record.version) == (TOMBSTONE, 21)
+    assert (len(record.write_ids), len(record.body)) == (16, 8)
+    week = 7 * 86_400_000
+    assert week - 60_000 < await store.command("PTTL", key) <= week
+
+
+async def test_a_history_may_be_of_one_state(server: Server) -> None:
+    """And one that is no history is replaced, by a repeat too."""
+    async with RedisStore(server.url, history_limit=1, prefix="one:") as store:
+        with call_begins() as call:
+            assert call.first_attempt()
+            await store.command("SET", store.key(store.digest("u-1"), "h"), "x")
+            await store.upsert_latest(state(a=0.1))
+        assert not call.superseded
+        await store.upsert_latest(state(a=0.2))
+        assert [entry.axes["a"] for entry in await store.get_history("u-1", 9)] == [0.2]
+
+
 async def test_write_from_before_an_erasure_is_dropped(store: RedisStore) -> None:
     """A write that began before the erasure does not bring the user back."""
     with call_begins() as call:
@@ -108,6 +134,50 @@ async def test_a_damaged_record_swallows_no_write(store: RedisStore, left: bytes
     written = state(a=0.7)
     await store.upsert_latest(written)
     assert await store.get_latest("u-1") == written
+
+
+@pytest.mark.parametrize("nothing", ["tombstone of a tier", "state of a tier"])
+async def test_a_tiers_record_tells_of_no_erasure(store: RedisStore, nothing: str) -> None:
+    """Whatever its digest or its generation would read as."""
+    await store.get_latest("u-1")
+    key, written = store.key(store.digest("u-1")), state(a=0.7)
+    with call_begins() as call:
+        await asyncio.sleep(0.1)
+        seconds, micros = await store.command("TIME")
+        looks = (int(seconds) * 1_000_000 + int(micros)).to_bytes(8, "big")
+        left = {
+            "tombstone of a tier": pack(TOMBSTONE, 3, bytes(8) + looks, generation=b"g" * 16),
+            "state of a tier": pack(STATE, 3, b"x", generation=b"\x01" * 8 + looks),
+        }[nothing]
+        await store.command("SET", key, left)
+        await asyncio.sleep(0.1)
+        await store.upsert_latest(written)
+    assert not call.superseded
+    assert await store.get_latest("u-1") == written
+
+
+@pytest.mark.parametrize(
+    ("left", "version"),
+    [
+        (pack(STATE, MAX_VERSION - 1, b"x"), MAX_VERSION),
+        (pack(STATE, MAX_VERSION, b"x"), 1),
+        (b"LS\x02" + pack(STATE, 7, b"x" * 40)[3:], 1),
+        (b"another program's text, of more than a header's length", 1),
+        (pack(STATE, 7)[:28], 1),
+        (pack(TOKEN, 0), 1),
+    ],
+    ids=["highest but one", "highest", "newer form", "foreign", "cut", "token"],
+)
+async def test_versions_go_on_from_a_record_and_begin_behind_anything_else(
+    store: RedisStore, left: bytes, version: int
+) -> None:
+    """A write and an erasure alike."""
+    key = store.key(store.digest("u-1"))
+    for work in (lambda: store.upsert_latest(state()), lambda: store.delete("u-1")):
+        await store.command("SET", key, left)
+        await work()
+        record = unpack(await store.command("GET", key))
+        assert record is not None and record.version == version
 
 
 async def test_repeated_write_takes_effect_once(store: RedisStore) -> None:

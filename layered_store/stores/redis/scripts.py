@@ -37,11 +37,11 @@ local function number(s, from, to)
 end
 local function parse(key)
   local r = redis.pcall('GET', key)
-  if type(r) ~= 'string' or #r < 28 or string.sub(r, 1, 3) ~= 'LS\\1' then return 0, '', 0, 0 end
+  if type(r) ~= 'string' or #r < 29 or string.sub(r, 1, 3) ~= 'LS\\1' then return 0, '', 0, 0 end
   local version = number(r, 5, 12)
   if version >= 9007199254740991 then return 0, '', 0, 0 end
-  local n = string.byte(r, 29) or 0
-  if #r < 29 + 16 * n and #r > 28 then return 0, '', 0, 0 end
+  local n = string.byte(r, 29)
+  if #r < 29 + 16 * n then return 0, '', 0, 0 end
   local ids, erased, moment = string.sub(r, 30, 29 + 16 * n), 0, 0
   if string.byte(r, 4) == 68 then
     if #r == 37 + 16 * n then erased, moment = version, number(r, #r - 7, #r) end
@@ -102,8 +102,7 @@ else
   redis.call('SET', KEYS[1], value)
 end
 if limit > 0 then
-  local held = redis.call('TYPE', KEYS[2]).ok
-  if held ~= 'list' and held ~= 'none' then redis.call('DEL', KEYS[2]) end
+  if redis.call('TYPE', KEYS[2]).ok ~= 'list' then redis.call('DEL', KEYS[2]) end
   redis.call('LPUSH', KEYS[2], head .. '\\1' .. ARGV[1] .. ARGV[2])
   redis.call('LTRIM', KEYS[2], 0, limit - 1)
   if ttl > 0 then redis.call('PEXPIRE', KEYS[2], ttl) else redis.call('PERSIST', KEYS[2]) end
