@@ -62,14 +62,15 @@ async def test_a_listing_names_only_users_that_a_read_would_find() -> None:
                 key = redis.key(redis.digest(user_id))
                 await redis.command("SET", key, value, operation="users", write=True)
 
+            listing = enumerable_of(redis)
+            assert listing is not None
+            await put("u-4", pack(STATE, 1, b"no snapshot"))
+            assert [page.user_ids async for page in pages(listing, 100)] == [[]]
             await redis.upsert_latest_many([StateSnapshot("u-1"), StateSnapshot("u-2")])
             key = redis.key(redis.digest("u-2"))
             record = await redis.command("GET", key, operation="users", write=False)
             await put("u-3", record)
-            await put("u-4", pack(STATE, 1, b"no snapshot"))
             await put("u-5", b"no record")
-            listing = enumerable_of(redis)
-            assert listing is not None
             found = [user async for page in pages(listing, 100) for user in page.user_ids]
             assert sorted(found) == ["u-1", "u-2"]
             for user_id in ("u-3", "u-4", "u-5"):

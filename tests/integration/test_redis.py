@@ -358,7 +358,8 @@ def test_record_form() -> None:
     assert unpack(pack(TOMBSTONE, 7)[:28]) == (TOMBSTONE, 7, bytes(16), (), b"")
     for end in range(len(whole) - 4):
         assert unpack(whole[:end]) is None
-    for wrong in (None, 3, [b"x"], b"LS\x01X" + whole[4:], pack(STATE, MAX_VERSION + 1, b"x")):
+    high = [pack(STATE, version, b"x") for version in (MAX_VERSION + 1, 2**60)]
+    for wrong in (None, 3, [b"x"], b"LS\x01X" + whole[4:], *high):
         assert unpack(wrong) is None
 
 

@@ -664,6 +664,7 @@ async def test_a_stale_copy_is_of_the_generation_that_was_trusted_last(bare: Bar
         assert await stale(now - 30_000) is (name in ("state", "filled")), name
         assert not await stale(now - 30_000, 20.0)
         assert not await stale(now + 60_000)  # the clock was set back
+        assert not await bare.store.command("HEXISTS", repair, "until")
         assert await bare.tier.read_stale("u-1", 60) is None
     await bare.holding(copies(OTHER, 5, body)["state"])
     assert not await stale(now)
@@ -830,6 +831,25 @@ async def test_the_register_tells_until_when_a_lease_runs(bare: Bare) -> None:
     await bare.tier.ping("me", -1.0, before, 0)
     left = await bare.tier.holders("u-1", "another")
     assert all(until < left.now for until, _ in left.others.values())
+
+
+async def test_a_ping_comes_back_and_tells_what_is_left_of_trust(bare: Bare) -> None:
+    """To whoever sent it; in the register stands up to where it took in what was told."""
+    assert await bare.tier.ping("me", 1.0, 0.0, 6) == 0
+    await bare.trust()
+    async with bare.tier.listen() as notices:
+        async with asyncio.timeout(5):
+            await bare.tier.put("u-1", Versioned(5, state()), None)
+            told = await anext(notices)
+            assert 1.5 < await bare.tier.ping("me", 1.0, 0.0, 7) <= 2.0
+            echo = await anext(notices)
+            assert (echo.echo, echo.version, echo.digest) == ("me", 7, b"")
+            assert echo.sent > told.sent
+        await bare.tier.ping("me", 1.0, 0.0, 8)
+        _, seen = (await bare.tier.holders("u-1", "another")).others["me"]
+        assert seen == told.sent
+        await bare.tier.ping("me", 0.0, 0.0, 9)
+        assert not (await bare.tier.holders("u-1", "another")).others
 
 
 async def test_leases_that_ended_long_ago_are_forgotten_where_there_are_many(bare: Bare) -> None:

@@ -319,7 +319,7 @@ local left = ended - now()
 if left > longest then redis.call('HDEL', KEYS[2], 'until') end
 if left > longest or left + tonumber(ARGV[1]) < 0 then return false end
 local r, kind = fetch(KEYS[1])
-if r and (kind == 'S' or kind == 'F') and generation(r) == known[1] then return r end
+if (kind == 'S' or kind == 'F') and generation(r) == known[1] then return r end
 return false
 """
 )
