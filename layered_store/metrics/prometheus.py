@@ -135,7 +135,7 @@ class Exporter:
             self._stacks = [ref for ref in self._stacks if ref() not in (None, metrics)]
             self._shown.pop(weakref.ref(metrics), None)
             names = {each.name for each in self.open_stacks()}
-            if exported and metrics.name in names:
+            if exported:
                 self._keep(_counts(metrics, self.figures(metrics)))
             for key in [key for key in self._past if key[1][0] not in names]:
                 del self._past[key]
@@ -239,6 +239,7 @@ class Exporter:
         if all(level == _HEALTHY for level in metrics.health_levels().values()):
             return False
         checked = metrics.last_health_check()
+        # Nobody's can be so much newer yet; of several processes, files would have to tell.
         if metrics.clock.time() - checked <= _OUTDATED_SECONDS:
             return False
         return self.last_check(metrics.name) - checked > _OUTDATED_SECONDS

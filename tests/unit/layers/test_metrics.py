@@ -52,11 +52,10 @@ from layered_store.errors import (
 )
 from layered_store.hotpath import hot_path_of
 from layered_store.metrics.catalogue import CATALOGUE, DURATION_BUCKETS
-from layered_store.metrics.prometheus import exposition
+from layered_store.metrics.prometheus import _exporters, exposition
 from layered_store.metrics.timings import HitTimings, Timings
 from layered_store.stats import Sample
 from layered_store.testing.clock import FakeClock
-from layered_store.testing.faults import Faults
 from layered_store.testing.scripted import Gate, Scripted, Takes
 
 PROMISED = {
@@ -656,10 +655,9 @@ async def test_an_old_health_check_counts_no_more_beside_a_new_one_of_the_same_n
     registry: CollectorRegistry,
 ) -> None:
     """A stack that was asked once, in an outage, does not say for ever that it goes on."""
-    clock, faults = FakeClock(), Faults(MemoryStore())
-    old = Metrics(faults, name="s", registry=registry, clock=clock)
-    new = Metrics(Faults(MemoryStore()), name="s", registry=registry, clock=clock)
-    faults.outage()
+    clock = FakeClock()
+    old = Metrics(Scripted(healthy=False), name="s", registry=registry, clock=clock)
+    new = Metrics(Scripted(), name="s", registry=registry, clock=clock)
 
     def shown() -> float:
         return figures(registry, "layered_store_health_status")["s", "0.metrics"]
@@ -731,6 +729,11 @@ async def test_no_counter_falls_when_one_of_a_name_is_let_go(registry: Collector
     assert counts() == [4, 4]
     await kept.get_latest("u-1")
     assert counts() == [5, 5]
+    second = Metrics(MemoryStore(), name="s", registry=registry)
+    await second.get_latest("u-1")
+    assert counts() == [6, 6]
+    del second
+    assert counts() == [6, 6]
     await kept.aclose()
     assert counts() == [None, None]
 
@@ -759,6 +762,29 @@ async def test_a_stack_that_is_gone_takes_its_series_along(registry: CollectorRe
     stack = None
     gc.collect()
     assert list(registry.collect()) == []
+
+
+async def test_stacks_that_are_gone_leave_nothing_behind(registry: CollectorRegistry) -> None:
+    """However many a service lets go without closing them, and nobody scrapes."""
+    sizes = []
+    for _ in range(2):
+        for _ in range(50):
+            Metrics(MemoryStore(), name="a", registry=registry)
+        gc.collect()
+        Metrics(MemoryStore(), name="a", registry=registry)
+        sizes.append(len(_exporters[registry]._stacks))
+    assert max(sizes) < 5
+
+
+async def test_a_block_that_has_the_stacks_name_is_no_metrics(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is told to name them apart."""
+    store = MemoryStore()
+    stack = Metrics(store, name=store.name, registry=registry)
+    await stack.get_latest("u-1")
+    assert outcomes(registry, "get_latest") == {"ok": 1}
+    assert not caplog.records
 
 
 class Unclosable(MemoryStore):
@@ -845,6 +871,8 @@ async def test_a_block_with_bad_figures_does_not_break_the_scrape(
     assert "u-secret" not in caplog.text
     hits = figures(registry, "layered_store_reads_total", layer="2.memory", result="hit")
     assert hits == ({("a",): 3} if store is Boastful else {})
+    reads = [s for f in registry.collect() for s in f.samples if s.name.endswith("_reads_total")]
+    assert all(set(sample.labels) == {"stack", "layer", "result"} for sample in reads)
     assert set(figures(registry, "layered_store_operations_total")) == {("a", "get_latest", "ok")}
 
 
