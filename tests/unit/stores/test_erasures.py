@@ -115,6 +115,29 @@ async def test_times_that_came_twice_are_refused() -> None:
     assert known.before(clock.monotonic() - 1, erased_at, answer(clock, -20)) is False
 
 
+async def test_what_was_over_before_its_clock_was_set_is_told_apart() -> None:
+    """On either clock the write comes first, and its erasure's time did not come twice."""
+    clock = FakeClock()
+    known = KnownErasures(clock)
+    await clock.advance(1_000)
+    known.learn(answer(clock))
+    await clock.advance(1)
+    known.learn(answer(clock, -20))
+    assert known.before(900, at(950), answer(clock, -20)) is True
+
+
+async def test_what_clocks_run_apart_in_hours_is_no_clock_that_was_set() -> None:
+    """200 microseconds in a second are; more is one."""
+    for ahead, was_set in ((1.9, False), (-1.9, False), (2.1, True), (-2.1, True)):
+        clock = FakeClock()
+        known = KnownErasures(clock)
+        await clock.advance(100)
+        known.learn(answer(clock))
+        await clock.advance(10_000)
+        known.learn(answer(clock, ahead))
+        assert (known._old is not None) is was_set, ahead
+
+
 async def test_slow_answers_are_no_clock_that_was_set() -> None:
     """An answer that took long tells little, and is not taken for more."""
     clock = FakeClock()
@@ -151,6 +174,8 @@ async def test_within_a_short_round_trip_the_order_is_guessed() -> None:
     assert known.guess(now, at(now + 0.001), 5_000) is True
     assert known.guess(now, at(now - 0.001), 5_000) is False
     assert known.guess(now, at(now + 0.001), 3_000) is None
+    later = now + 10  # what clocks may run apart until then is no longer short
+    assert known.guess(later, at(later + 0.001), 5_000) is None
 
 
 async def test_of_its_own_erasures_a_process_knows_the_order() -> None:
