@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from layered_store import (
     replace,
     to_config,
 )
+from layered_store.call import call_begins, current_call
 from layered_store.coherence.contract import Authority, CacheTier, Invalidations
 from layered_store.enumerable import Enumerable
 from layered_store.layer import Layer
@@ -899,6 +901,24 @@ async def test_with_a_layer_each_state_of_a_batch_is_written_once() -> None:
     assert await ramp.get_history("nobody", 9) == []
 
 
+@pytest.mark.parametrize("what", ["superseded", "unsure"])
+@pytest.mark.parametrize("user_id", [LOW, HIGH])
+async def test_what_one_part_of_a_batch_tells_the_whole_batch_tells(
+    what: str, user_id: str
+) -> None:
+    """Through the layer or past it: it was one call."""
+
+    class Tells(MemoryStore):
+        async def upsert_latest_many(self, snapshots: Iterable[StateSnapshot]) -> None:
+            if any(snapshot.user_id == user_id for snapshot in snapshots):
+                setattr(current_call(self.clock), what, True)
+
+    ramp = Ramp(Tells(), layer=BEST, share=0.5)
+    with call_begins() as call:
+        await ramp.upsert_latest_many([state(LOW), state(HIGH)])
+    assert (call.superseded, call.unsure) == (what == "superseded", what == "unsure")
+
+
 @pytest.mark.parametrize("error", [RejectedError("full"), UnavailableError("down")])
 async def test_a_batch_of_which_one_way_took_its_part_says_so(error: StoreError) -> None:
     """The other way refused its own part: that nothing was stored would not be true."""
@@ -1060,6 +1080,71 @@ async def test_a_larger_share_shows_nothing_older_than_was_read_past_the_cache()
     assert await ramp.get_latest(LOW) == state(value=0.2)
 
 
+class Hangs(Down):
+    """Counts whom it makes wait, and tells somebody before."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calls = 0
+        self.told: Callable[[int], None] = lambda number: None
+
+    async def _enter(self) -> None:
+        self.calls += 1
+        self.told(self.calls)
+        await asyncio.sleep(0)
+        await super()._enter()
+
+
+@pytest.mark.parametrize("way", ["upsert", "delete"])
+@pytest.mark.parametrize("caused", [False, True], ids=["raised", "the cause"])
+async def test_who_waited_for_an_alternative_that_hangs_is_spared_it(
+    way: str, caused: bool
+) -> None:
+    """While it was tried in vain; whoever came later tries again. Inner takes every write."""
+    inner, other = Hangs(), Hangs()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    tasks: list[asyncio.Task[None]] = []
+
+    def begin() -> None:
+        call = ramp.delete(LOW) if way == "delete" else ramp.upsert_latest(state())
+        tasks.append(asyncio.create_task(call))
+
+    def one_more(number: int) -> None:
+        if number == 3:
+            begin()
+            assert not ramp.takes(LOW)
+
+    other.error = StoreTimeoutError("no answer")
+    if caused:
+        other.error = UnavailableError("down")
+        other.error.__cause__ = TimeoutError()
+    inner.told = one_more
+    for _ in range(4):
+        begin()
+    error: Any = ErasureIncompleteError if way == "delete" else UnavailableError
+    for number in range(5):
+        with pytest.raises(error):
+            await tasks[number]
+    # The first had nobody behind it yet, and the last one came when the second was done.
+    assert inner.calls == 5
+    assert other.calls == 3
+
+
+async def test_behind_an_inner_that_hangs_nobody_waits_to_erase() -> None:
+    """Who waited while it was tried in vain was not sent, and is told so."""
+    inner, other = Hangs(), Hangs()
+    ramp = Ramp(inner, alternative=other, share=1.0)
+    inner.error = StoreTimeoutError("no answer")
+    erasures = [asyncio.create_task(ramp.delete(LOW)) for _ in range(4)]
+    for erasure in erasures[:2]:
+        with pytest.raises(ErasureIncompleteError):
+            await erasure
+    for erasure in erasures[2:]:
+        with pytest.raises(StoreTimeoutError, match="was not sent"):
+            await erasure
+    assert inner.calls == other.calls == 2
+
+
 @pytest.mark.parametrize("many", [False, True])
 async def test_a_read_under_way_while_the_share_rises_shows_no_write_too_early(many: bool) -> None:
     """It was on its way to inner; what a write put there since is not at the alternative yet."""
@@ -1186,6 +1271,24 @@ async def test_while_a_write_goes_through_the_layer_reads_stay_on_their_side() -
     assert (await ramp.get_latest(LOW)).get_axis("a") == 0.2  # type: ignore[union-attr]
     assert not ramp._ways.pins
     await ramp.aclose()
+
+
+async def test_of_two_writes_through_the_layer_the_last_lets_reads_change_sides() -> None:
+    """Whichever that is."""
+    inner = Down()
+    ramp = Ramp(inner, layer=BEST, share=1.0)
+    gates, writers = [asyncio.Event() for _ in range(3)], []
+    for gate in gates:
+        inner.gate = gate
+        writers.append(asyncio.create_task(ramp.upsert_latest(state())))
+        await settle()
+        ramp.share = 0.0
+    for gate, writer in zip(gates, writers, strict=True):
+        assert ramp.takes(LOW)
+        gate.set()
+        await writer
+    assert not ramp.takes(LOW)
+    assert not ramp._ways.pins
 
 
 async def test_a_cancelled_write_keeps_its_user_at_inner() -> None:
