@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from layered_store.config import LintWarning, Severity, lint, load_stack
 from layered_store.config.lint import RULES
@@ -48,6 +49,7 @@ class _Around(AroundLayer):
 @dataclass(eq=False, repr=False)
 class Retry(_Around):
     attempts: int = field(default=3, kw_only=True)
+    time_limit: float | None = field(default=None, kw_only=True)
     retry_on: tuple[type[Exception], ...] = field(default=(UnavailableError,), kw_only=True)
     kind: ClassVar[str] = "retry"
 
@@ -145,6 +147,12 @@ class Swallows(StateStore):
         return await self.inner.get_latest(user_id)
 
 
+class Naps(Layer):
+    """Whatever takes its seconds, they end no call."""
+
+    seconds = 1.0
+
+
 class Faults(Layer):
     injects_faults = True
 
@@ -158,9 +166,15 @@ def _same() -> StateStore:
     return Fallback(one, secondary=one)
 
 
+def _near_and_far() -> StateStore:
+    return Fallback(Timeout(Sql(), seconds=0.1), secondary=Timeout(Sql(), seconds=1))
+
+
 WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateStore]]] = [
     ("LS001", lambda: Retry(_Backend()), lambda: Retry(Timeout(_Backend()))),
     ("LS001", lambda: Retry(_Backend()), lambda: Retry(_Backend(time_limit=2.0))),
+    ("LS001", lambda: Retry(_Backend(time_limit=True)), lambda: Retry(_Backend(timeout=1))),
+    ("LS001", lambda: Retry(Naps(_Backend())), lambda: Retry(Timeout(Naps(_Backend())))),
     (
         "LS002",
         lambda: Timeout(Retry(Sql(timeout=1))),
@@ -176,6 +190,7 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
         lambda: Retry(Redis(driver_retries=3, timeout=1)),
         lambda: Retry(Redis(driver_retries=0, timeout=1)),
     ),
+    ("LS004", lambda: Retry(Redis(driver_retries=1, timeout=1)), lambda: Redis(driver_retries=1)),
     (
         "LS005",
         lambda: Retry(Breaker(Retry(Sql(timeout=1)))),
@@ -190,6 +205,11 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
         "LS007",
         lambda: Timeout(Retry(Timeout(Sql(), seconds=1), attempts=3), seconds=2),
         lambda: Timeout(Retry(Timeout(Sql(), seconds=1), attempts=3), seconds=3),
+    ),
+    (
+        "LS007",
+        lambda: Timeout(Retry(_near_and_far()), seconds=2),
+        lambda: Timeout(Retry(_near_and_far(), time_limit=2), seconds=2),
     ),
     ("LS009", lambda: Cached(Redis(ttl=30), ttl=60), lambda: Cached(Redis(ttl=30), ttl=30)),
     ("LS011", lambda: Cached(Redis()), lambda: Cached(Coherent())),
@@ -214,6 +234,7 @@ WRONG_AND_RIGHT: list[tuple[str, Callable[[], StateStore], Callable[[], StateSto
     ("LS023", lambda: Cached(Metrics(Sql())), lambda: Metrics(Cached(Metrics(Sql())))),
     ("LS023", lambda: Retry(Cached(Metrics(Sql()))), lambda: Retry(Metrics(Cached(Sql())))),
     ("LS023", lambda: Retry(Sql()), lambda: Retry(Metrics(Sql()))),
+    ("LS023", lambda: Layer(Sql()), lambda: Sql()),
     ("LS025", _same, lambda: Fallback(Sql(), secondary=Sql())),
     (
         "LS026",
@@ -295,6 +316,7 @@ def test_max_staleness() -> None:
     stack = Cached(Sql(), ttl=60, stale_if_error=300)
     assert "LS034" in rules(stack, max_staleness=100)
     assert "LS034" not in rules(stack, max_staleness=360)
+    assert "LS034" not in rules(Sql(ttl=60, stale_if_error=300), max_staleness=10)  # no cache
     absent = Cached(MemoryStore(), ttl=5, negative_ttl=60)
     assert "LS034" in rules(absent, max_staleness=50)
     assert "LS034" not in rules(absent, max_staleness=60)
@@ -367,6 +389,34 @@ def test_one_tier_of_one_engine() -> None:
     one, other = (create_async_engine(f"sqlite+aiosqlite:///{name}.db") for name in "ab")
     assert "LS013" not in rules(stack(one), stack(one))
     assert "LS013" in rules(stack(one), stack(other))
+
+
+def test_a_block_is_judged_as_what_it_was_made_from() -> None:
+    """Whatever it is called itself; else by the name of its class."""
+
+    class Own(Redis):
+        kind = "own"
+
+    class RedisStore(StateStore):
+        """A third party's, which says no kind."""
+
+        upsert_latest, get_latest = _Backend.upsert_latest, _Backend.get_latest
+
+    assert "LS041" in rules(Own())
+    assert "LS041" in rules(RedisStore())
+
+
+@pytest.mark.parametrize(
+    ("size", "overflow", "told"), [(5, 0, True), (5, 5, False), (1, -1, False)]
+)
+def test_the_pool_of_an_engine_counts_with_its_overflow(
+    size: int, overflow: int, told: bool
+) -> None:
+    """All of it, which may be without an end."""
+    pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": size, "max_overflow": overflow}
+    engine = create_async_engine("sqlite+aiosqlite:///a.db", **pool)
+    stack = Bulkhead(SQLStore(engine=engine), max_in_flight=10)
+    assert ("LS026" in rules(stack)) is told
 
 
 def test_errors_come_first() -> None:
