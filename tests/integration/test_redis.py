@@ -259,7 +259,9 @@ async def test_many(store: RedisStore) -> None:
     """Batches keep the order of one user's snapshots and leave absent users out."""
     await store.command("SCRIPT", "FLUSH")
     await store.upsert_latest_many(state(f"m-{n % 400}", a=n / 1000) for n in range(1000))
+    hits, misses = store.reads.hit, store.reads.miss
     found = await store.get_latest_many([*(f"m-{n}" for n in range(500)), "m-1"])
+    assert (store.reads.hit - hits, store.reads.miss - misses) == (400, 100)
     assert len(found) == 400
     assert found["m-0"].axes == {"a": 0.8}
     assert found["m-399"].axes == {"a": 0.799}

@@ -1130,6 +1130,17 @@ async def test_who_waited_for_an_alternative_that_hangs_is_spared_it(
     assert other.calls == 3
 
 
+async def test_an_alternative_that_fails_at_once_is_tried_by_everybody() -> None:
+    """Nobody has waited for it."""
+    other = Hangs()
+    ramp = Ramp(Hangs(), alternative=other, share=1.0)
+    other.error = UnavailableError("refused")
+    writes = [ramp.upsert_latest(state()) for _ in range(4)]
+    errors = await asyncio.gather(*writes, return_exceptions=True)
+    assert all(isinstance(error, UnavailableError) for error in errors)
+    assert other.calls == 4
+
+
 async def test_behind_an_inner_that_hangs_nobody_waits_to_erase() -> None:
     """Who waited while it was tried in vain was not sent, and is told so."""
     inner, other = Hangs(), Hangs()
