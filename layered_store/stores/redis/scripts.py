@@ -78,8 +78,7 @@ local at = find(ids, ARGV[1])
 if at == 1 then return 1 end
 if at then return 0 end
 if ARGV[3] == '1' then
-  local held = redis.pcall('LRANGE', KEYS[2], 0, 63)
-  for _, entry in ipairs(held.err and {} or held) do
+  for _, entry in ipairs(redis.pcall('LRANGE', KEYS[2], 0, 63)) do
     if string.sub(entry, 30, 45) == ARGV[1] then return 0 end
   end
 end
