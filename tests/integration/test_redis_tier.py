@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from servers import Server
 
 from layered_store import ClosedError, RedisStore, SQLStore, StateSnapshot, WriteThrough
 from layered_store.coherence.contract import CacheTier, Change, Ticket, Versioned
@@ -932,6 +933,24 @@ async def test_leases_of_another_run_or_another_clock_are_begun_anew(bare: Bare)
         holders = await bare.tier.holders("u-1", "me")
         assert holders.others == {}, (field, value)
         assert holders.since < 1.0
+
+
+async def test_a_full_server_erases_and_tells_who_holds_leases(
+    redis_server: Callable[..., Server],
+) -> None:
+    """Though it takes nothing new, neither a copy nor a lease."""
+    bare = Bare(f"redis://127.0.0.1:{redis_server().port}")
+    async with bare.store:
+        generation = await bare.trust()
+        await bare.holding(copies(generation)["state"])
+        await bare.tier.ping("other", 60.0, 0.0, 1)
+        await bare.store.command("CONFIG", "SET", "maxmemory", 1)
+        assert "other" in (await bare.tier.holders("u-1", "me")).others
+        assert "other" in (await bare.tier.bury("nobody", 7, "me")).others
+        await bare.tier.put("u-1", Versioned(7, state()), Ticket(b"", generation))
+        assert await bare.held() is None
+        with pytest.raises(UnavailableError):
+            await bare.tier.ping("other", 60.0, 0.0, 2)
 
 
 async def test_who_has_left_the_register_keeps_no_later_erasure_waiting(bare: Bare) -> None:

@@ -105,12 +105,7 @@ local function plain(key)
   local r = redis.pcall('GET', key)
   return type(r) == 'string' and r
 end
-local function fields(key, ...)
-  local r = redis.pcall('HMGET', key, ...)
-  if not r.err then return r end
-  redis.call('DEL', key)
-  return {}
-end
+local function fields(key, ...) return redis.pcall('HMGET', key, ...) end
 local function register(key, t)
   local known = fields(key, 'run', 'born', 'last')
   local gap = t - (tonumber(known[3]) or t)

@@ -310,12 +310,13 @@ class RedisStore(StateStore, Enumerable):
                 replies[index] = await self._send(link, commands[index], UPSERT)
         failed = [reply for reply in replies if isinstance(reply, Exception)]
         if failed:
-            place: Any = {"operation": Op.UPSERT_LATEST_MANY, "layer": self.name}
-            errors = [translate(reply, write=True, **place) for reply in failed]
-            # Repeating the call is safe. That some are stored, or may be, is not hidden.
-            if len(failed) < len(replies) or any(error.outcome_unknown for error in errors):
-                errors[0].outcome_unknown = True
-            raise errors[0] from cause_of(failed[0])
+            operation, layer = Op.UPSERT_LATEST_MANY, self.name
+            error = translate(failed[0], operation=operation, layer=layer, write=True)
+            # Repeating the call is safe. That some are stored is not hidden; where all failed, the
+            # first did, and no other was sent.
+            if len(failed) < len(replies):
+                error.outcome_unknown = True
+            raise error from cause_of(failed[0])
         last = {write.digest: index for index, write in enumerate(writes)}
         for index, write in enumerate(writes):
             latest = last[write.digest]
