@@ -788,7 +788,10 @@ async def test_a_renewed_generation_begins_at_its_head(bare: Bare) -> None:
     generation = await bare.trust()
     await bare.tier.renew(OTHER, "nowhere")
     assert (await bare.tier.read("u-1")).trusted
+    number = ("HGET", bare.store.bucket_key("0", "repair"), "pass")
+    before = int(await bare.store.command(*number))
     await bare.tier.renew(generation, "newer")
+    assert int(await bare.store.command(*number)) == before + 1
     assert not (await bare.tier.read("u-1")).trusted
     begun = await bare.tier.begin("me", "head")
     assert begun is not None
