@@ -20,7 +20,7 @@ from layered_store.errors import (
     UnsupportedError,
     ValidationError,
 )
-from layered_store.health import HealthStatus
+from layered_store.health import HealthReport, HealthStatus
 from layered_store.interface import Op
 from layered_store.layers.cached import Cached
 from layered_store.layers.circuit_breaker import CircuitBreaker
@@ -398,3 +398,20 @@ async def test_a_hit_below_passes_without_the_layer() -> None:
     assert fallback.hot_path() == cached.hot_path()
     assert await fallback.get_latest("u-1") == STATE
     assert Fallback(MemoryStore(), secondary=MemoryStore()).hot_path() is None
+
+
+async def test_the_health_report_is_as_slow_and_as_bad_as_its_worse_side() -> None:
+    """While both are up, whichever that is."""
+
+    class Tells(MemoryStore):
+        def __init__(self, status: HealthStatus, latency: float) -> None:
+            super().__init__()
+            self.report = HealthReport("Tells", status, latency)
+
+        async def health_report(self) -> HealthReport:
+            return self.report
+
+    one, two = Tells(HealthStatus.HEALTHY, 1.0), Tells(HealthStatus.DEGRADED, 3.0)
+    for inner, secondary in ((one, two), (two, one)):
+        report = await Fallback(inner, secondary=secondary).health_report()
+        assert (report.status, report.latency_ms) == (HealthStatus.DEGRADED, 3.0)
