@@ -671,6 +671,7 @@ async def test_a_stale_copy_is_of_the_generation_that_was_trusted_last(bare: Bar
     assert not await stale(now)
     await bare.holding(copies(generation, 5, body)["state"])
     assert await stale(now)
+    assert await bare.tier.read_stale("u-1", 60) == Versioned(5, state())  # and again
     await bare.store.command("HSET", repair, "run", "another")
     assert not await stale(now)
 
