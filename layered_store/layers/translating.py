@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from layered_store.call import call_begins
 from layered_store.checks import (
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["DigestBelow", "TranslatingLayer"]
 
 C = TypeVar("C")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(eq=False, repr=False)
@@ -111,23 +113,17 @@ class TranslatingLayer(Layer):
 
     async def get_latest(self, user_id: str) -> StateSnapshot | None:
         check_user_id(user_id, Op.GET_LATEST, self)
-        below = self.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            kept = await self.inner.get_latest(below)
+        kept = await self.ask(Op.GET_LATEST, self.inner.get_latest, user_id)
         return None if kept is None else self.opened(kept, user_id, Op.GET_LATEST)
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
-        below = self.id_below(user_id, Op.DELETE)
-        with _ErrorsOf({below: user_id}):
-            await self.inner.delete(below)
+        await self.ask(Op.DELETE, self.inner.delete, user_id)
 
     async def get_history(self, user_id: str, limit: int) -> list[StateSnapshot]:
         check_user_id(user_id, Op.GET_HISTORY, self)
         check_limit(limit, self)
-        below = self.id_below(user_id, Op.GET_HISTORY)
-        with _ErrorsOf({below: user_id}):
-            kept: object = await self.inner.get_history(below, limit)
+        kept: object = await self.ask(Op.GET_HISTORY, self.inner.get_history, user_id, limit)
         if not isinstance(kept, Iterable):
             raise not_of_user(user_id, Op.GET_HISTORY, self.name)
         found = (self.opened(each, user_id, Op.GET_HISTORY) for each in kept)
@@ -169,6 +165,20 @@ class TranslatingLayer(Layer):
         return None if target is None else view(self, target)
 
     # What the operations and the views share
+
+    async def ask(
+        self,
+        operation: str,
+        method: Callable[Concatenate[str, P], Awaitable[T]],
+        user_id: str,
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Call a method of the store below about a user, by the id that the user has there."""
+        below = self.id_below(user_id, operation)
+        with _ErrorsOf({below: user_id}):
+            return await method(below, *args, **kwargs)
 
     def ids_below(self, user_ids: Iterable[str], operation: str) -> dict[str, str]:
         """Return callers' ids by the ids below, each user once, all checked first."""
@@ -271,15 +281,15 @@ class _View(View):
 class _AuthorityView(_View):
     __slots__ = ()
 
+    target: Authority
+
     @property
     def digest(self) -> digest_function:
         return self.digest_from(self.target.digest)  # type: ignore[no-any-return]
 
     async def read(self, user_id: str) -> Versioned:
         check_user_id(user_id, Op.GET_LATEST, self.layer)
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            kept = await self.target.read(below)
+        kept = await self.layer.ask(Op.GET_LATEST, self.target.read, user_id)
         return self.layer.record(kept, user_id, Op.GET_LATEST)
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
@@ -311,7 +321,7 @@ class _AuthorityView(_View):
             kept = [self.layer.down(snapshot) for snapshot in batch]
             with _errors_of_batch(batch, kept):
                 records = await self.target.write_many(kept)
-        last = {each.user_id: pair for pair in zip(batch, kept, strict=True) for each in pair[:1]}
+        last = {pair[0].user_id: pair for pair in zip(batch, kept, strict=True)}
         return {
             user_id: self._after(snapshot, below, records[below.user_id])
             for user_id, (snapshot, below) in last.items()
@@ -325,21 +335,17 @@ class _AuthorityView(_View):
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
         check_user_id(user_id, Op.DELETE, self.layer)
-        below = self.layer.id_below(user_id, Op.DELETE)
-        with _ErrorsOf({below: user_id}):
-            version: int = await self.target.erase(below, tiers)
-        return version
+        return await self.layer.ask(Op.DELETE, self.target.erase, user_id, tiers)
 
     async def debts(self, user_id: str) -> Sequence[str]:
         check_user_id(user_id, "debts", self.layer)
-        below = self.layer.id_below(user_id, "debts")
-        with _ErrorsOf({below: user_id}):
-            found: Sequence[str] = await self.target.debts(below)
-        return found
+        return await self.layer.ask("debts", self.target.debts, user_id)
 
 
 class _TierView(_View):
     __slots__ = ()
+
+    target: CacheTier
 
     @property
     def digest(self) -> digest_function:
@@ -347,9 +353,7 @@ class _TierView(_View):
 
     async def read(self, user_id: str) -> TierRead:
         check_user_id(user_id, Op.GET_LATEST, self.layer)
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            kept = await self.target.read(below)
+        kept = await self.layer.ask(Op.GET_LATEST, self.target.read, user_id)
         return self._read(kept, user_id)
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, TierRead]:
@@ -371,26 +375,19 @@ class _TierView(_View):
         return TierRead(Versioned(kept.found.version, snapshot), kept.ticket, kept.trusted)
 
     async def read_stale(self, user_id: str, seconds: float) -> Versioned | None:
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            kept: Versioned | None = await self.target.read_stale(below, seconds)
+        kept = await self.layer.ask(Op.GET_LATEST, self.target.read_stale, user_id, seconds)
         return None if kept is None else self._read(TierRead(kept), user_id).found
 
     async def ticket(self, user_id: str) -> Ticket | None:
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            ticket: Ticket | None = await self.target.ticket(below)
-        return ticket
+        return await self.layer.ask(Op.GET_LATEST, self.target.ticket, user_id)
 
     async def fill(self, user_id: str, record: Versioned, ticket: Ticket) -> None:
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            await self.target.fill(below, self._kept(record), ticket)
+        kept = self._kept(record)
+        await self.layer.ask(Op.GET_LATEST, self.target.fill, user_id, kept, ticket)
 
     async def put(self, user_id: str, record: Versioned, ticket: Ticket | None) -> None:
-        below = self.layer.id_below(user_id, Op.UPSERT_LATEST)
-        with _ErrorsOf({below: user_id}):
-            await self.target.put(below, self._kept(record), ticket)
+        kept = self._kept(record)
+        await self.layer.ask(Op.UPSERT_LATEST, self.target.put, user_id, kept, ticket)
 
     def _kept(self, record: Versioned) -> Versioned:
         if record.snapshot is None:
@@ -398,20 +395,16 @@ class _TierView(_View):
         return Versioned(record.version, self.layer.down(record.snapshot))
 
     async def bury(self, user_id: str, version: int, me: str) -> Holders:
-        below = self.layer.id_below(user_id, Op.DELETE)
-        with _ErrorsOf({below: user_id}):
-            holders: Holders = await self.target.bury(below, version, me)
-        return holders
+        return await self.layer.ask(Op.DELETE, self.target.bury, user_id, version, me)
 
     async def holders(self, user_id: str, me: str) -> Holders:
-        below = self.layer.id_below(user_id, Op.DELETE)
-        with _ErrorsOf({below: user_id}):
-            holders: Holders = await self.target.holders(below, me)
-        return holders
+        return await self.layer.ask(Op.DELETE, self.target.holders, user_id, me)
 
 
 class _ChannelView(_View):
     __slots__ = ()
+
+    target: Invalidations
 
     @property
     def key_of(self) -> Callable[[str], bytes]:
@@ -422,9 +415,7 @@ class _ChannelView(_View):
         return self._stale
 
     async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
-        below = self.layer.id_below(user_id, Op.GET_LATEST)
-        with _ErrorsOf({below: user_id}):
-            kept: StateSnapshot | None = await self.target.stale(below, seconds)
+        kept = await self.layer.ask(Op.GET_LATEST, self.target.stale, user_id, seconds)
         try:
             return None if kept is None else self.layer.opened(kept, user_id, Op.GET_LATEST)
         except CorruptDataError:
@@ -434,8 +425,10 @@ class _ChannelView(_View):
 class _ListingView(_View):
     __slots__ = ()
 
+    target: Enumerable
+
     async def users(self, cursor: str, limit: int) -> UserPage:
-        page: UserPage = await self.target.users(cursor, limit)
+        page = await self.target.users(cursor, limit)
         records: Mapping[str, StateSnapshot] = {}
         if self.layer.lists_by_record:
             records = await self.layer.inner.get_latest_many(page.user_ids)
