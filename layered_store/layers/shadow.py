@@ -225,7 +225,8 @@ class Shadow(Layer):
             written = True
         except StoreError as exc:
             if not_happened(exc):
-                lanes, deletes = self._left(lanes), {}
+                self._leave(lanes)
+                lanes = {}
             raise
         finally:
             for user_id, lane in lanes.items():
@@ -240,7 +241,7 @@ class Shadow(Layer):
                     # What inner holds for the user may not be what was written.
                     lane.wrote += lane.held > 0
                     self._add_write(user_id, partial(self._copy, user_id))
-            self._left(lanes)
+            self._leave(lanes)
         return result
 
     def _follow(self, snapshot: StateSnapshot, call: Call) -> Callable[[], Awaitable[str]]:
@@ -264,13 +265,12 @@ class Shadow(Layer):
                 await self.candidate.upsert_latest(found)
         return "ok"
 
-    def _left(self, lanes: Mapping[str, Lane]) -> dict[str, Lane]:
+    def _leave(self, lanes: Mapping[str, Lane]) -> None:
         for user_id, lane in lanes.items():
             lane.writing -= 1
             if not lane.writing:
                 lane.overlapped = False
             self._background.tidy(user_id, lane)
-        return {}
 
     # Erasing
 
@@ -378,14 +378,15 @@ class _Mirroring(View):
     __slots__ = ()
 
     layer: Shadow
+    target: Authority
 
     async def read(self, user_id: str) -> Versioned:
-        record: Versioned = await self.target.read(user_id)
+        record = await self.target.read(user_id)
         self.layer.compare(user_id, record.snapshot)
         return record
 
     async def read_many(self, user_ids: Sequence[str]) -> Mapping[str, Versioned]:
-        records: Mapping[str, Versioned] = await self.target.read_many(user_ids)
+        records = await self.target.read_many(user_ids)
         for user_id, record in records.items():
             self.layer.compare(user_id, record.snapshot)
         return records
@@ -393,23 +394,16 @@ class _Mirroring(View):
     async def write(self, snapshot: StateSnapshot) -> Versioned:
         check_snapshot(snapshot, self.layer.snapshot_type, block=self.layer)
         with call_begins(self.layer.clock) as call:
-            record: Versioned = await self.layer.mirror(
-                [snapshot], call, lambda: self.target.write(snapshot)
-            )
-        return record
+            return await self.layer.mirror([snapshot], call, lambda: self.target.write(snapshot))
 
     async def write_many(self, snapshots: Sequence[StateSnapshot]) -> Mapping[str, Versioned]:
         batch = check_snapshots(snapshots, self.layer.snapshot_type, self.layer)
         with call_begins(self.layer.clock) as call:
-            records: Mapping[str, Versioned] = await self.layer.mirror(
-                batch, call, lambda: self.target.write_many(batch)
-            )
-        return records
+            return await self.layer.mirror(batch, call, lambda: self.target.write_many(batch))
 
     async def erase(self, user_id: str, tiers: Sequence[str] = ()) -> int:
         check_user_id(user_id, Op.DELETE, self.layer)
-        version: int = await self.layer.erase(user_id, lambda: self.target.erase(user_id, tiers))
-        return version
+        return await self.layer.erase(user_id, lambda: self.target.erase(user_id, tiers))
 
 
 _MirroringAuthority: Any = view_of(Authority, _Mirroring)
