@@ -19,7 +19,7 @@ from layered_store.coherence.views import as_it_is, through, viewed
 from layered_store.interface import Op
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from layered_store.identity import digest_function
@@ -433,19 +433,16 @@ class LeasedCache(Protocol):
 class Invalidations(Capability):
     """A channel that tells in-process caches what other processes wrote."""
 
-    @property
     @abstractmethod
-    def attach(self) -> Callable[[LeasedCache], None]:
+    def attach(self, cache: LeasedCache) -> None:
         """Keep this cache in step from now on; it must not answer before it is given a lease."""
 
-    @property
     @abstractmethod
-    def detach(self) -> Callable[[LeasedCache], None]:
+    def detach(self, cache: LeasedCache) -> None:
         """Forget this cache."""
 
-    @property
     @abstractmethod
-    def ready(self) -> Callable[[], Awaitable[None]]:
+    async def ready(self) -> None:
         """Begin to follow the channel and wait, at most 1 s and once, until leases are given."""
 
     @property
@@ -453,9 +450,8 @@ class Invalidations(Capability):
     def key_of(self) -> Callable[[str], bytes]:
         """The digest of a user id, as notices carry it."""
 
-    @property
     @abstractmethod
-    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
+    async def stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
         """Read a user's copy from a tier that was trusted until so many seconds ago.
 
         For when the system of record does not answer. Never a copy of a user whose ``delete``

@@ -410,11 +410,7 @@ class _ChannelView(_View):
     def key_of(self) -> Callable[[str], bytes]:
         return self.digest_from(self.target.key_of)  # type: ignore[no-any-return]
 
-    @property
-    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
-        return self._stale
-
-    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+    async def stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
         kept = await self.layer.ask(Op.GET_LATEST, self.target.stale, user_id, seconds)
         try:
             return None if kept is None else self.layer.opened(kept, user_id, Op.GET_LATEST)

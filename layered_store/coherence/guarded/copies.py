@@ -21,7 +21,7 @@ from layered_store.coherence.guarded.writing import GuardedWrites
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from layered_store.clock import Clock
     from layered_store.coherence.contract import Authority, CacheTier, LeasedCache
@@ -129,33 +129,23 @@ class GuardedCopies(Invalidations):
         """Whether the tier tells of other processes' writes."""
         return self._tier.has_channel
 
-    @property
-    def attach(self) -> Callable[[LeasedCache], None]:
-        return self._attach
-
-    @property
-    def detach(self) -> Callable[[LeasedCache], None]:
-        return self._detach
-
-    def _attach(self, cache: LeasedCache) -> None:
+    def attach(self, cache: LeasedCache) -> None:
         self._leases.caches.append(cache)
         self._startup.look_again()
 
-    def _detach(self, cache: LeasedCache) -> None:
+    def detach(self, cache: LeasedCache) -> None:
         if cache in self._leases.caches:
             self._leases.caches.remove(cache)
 
-    @property
-    def ready(self) -> Callable[[], Awaitable[None]]:
-        return self._startup.ready
+    async def ready(self) -> None:
+        await self._startup.ready()
 
     @property
     def key_of(self) -> Callable[[str], bytes]:
         return self._digest
 
-    @property
-    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
-        return self._reads.stale
+    async def stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+        return await self._reads.stale(user_id, seconds)
 
     # The end, and a new beginning
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import cachetools
@@ -44,30 +44,20 @@ class Channel(Invalidations):
         self.asked_stale: list[float] = []
         self.old: StateSnapshot | None = None
 
-    @property
-    def attach(self) -> Callable[[LeasedCache], None]:
-        return self.caches.append
+    def attach(self, cache: LeasedCache) -> None:
+        self.caches.append(cache)
 
-    @property
-    def detach(self) -> Callable[[LeasedCache], None]:
-        return self.caches.remove
+    def detach(self, cache: LeasedCache) -> None:
+        self.caches.remove(cache)
 
-    @property
-    def ready(self) -> Callable[[], Awaitable[None]]:
-        return self._ready
-
-    async def _ready(self) -> None:
+    async def ready(self) -> None:
         self.asked += 1
 
     @property
     def key_of(self) -> Callable[[str], bytes]:
         return DIGEST
 
-    @property
-    def stale(self) -> Callable[[str, float], Awaitable[StateSnapshot | None]]:
-        return self._stale
-
-    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+    async def stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
         self.asked_stale.append(seconds)
         return self.old
 
@@ -626,10 +616,10 @@ class Holding(Channel):
         super().__init__()
         self.gate: Gate | None = None
 
-    async def _stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
+    async def stale(self, user_id: str, seconds: float) -> StateSnapshot | None:
         if self.gate is not None:
             await self.gate.pass_through()
-        return await super()._stale(user_id, seconds)
+        return await super().stale(user_id, seconds)
 
 
 def build_holding(*steps: object, **options: Any) -> tuple[Cached, Tier, Gate]:
