@@ -321,6 +321,14 @@ class Access:
 
     # Single operations
 
+    async def rows(self, op: str, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
+        """Return all rows that one statement gives."""
+
+        async def work(session: Session) -> Sequence[Any]:
+            return await session.rows(statement, session.timed(values))
+
+        return await self.run(op, work)
+
     async def run(self, op: str, work: Callable[[Session], Awaitable[T]]) -> T:
         """Do ``work``, no write of a caller, on a connection within the time limit.
 

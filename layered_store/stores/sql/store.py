@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from layered_store.health import HealthReport
     from layered_store.stores.sql.access import Access
     from layered_store.stores.sql.batching import Batcher
-    from layered_store.stores.sql.session import Session
     from layered_store.stores.sql.transactions import Write
 
 __all__ = ["SQLStore"]
@@ -256,20 +255,12 @@ class SQLStore(StoreOfRecord, Enumerable):
                 raise self._own_error(found, Op.GET_HISTORY, self.name)
             return [self._decode(user_id, payload, Op.GET_HISTORY) for payload in found]
         values = {"at_digest": digest, "max_rows": rows, "max_age_us": age}
-
-        async def work(session: Session) -> Sequence[Any]:
-            return await session.rows(self._statements.history, session.timed(values))
-
-        kept = await self._access.run(Op.GET_HISTORY, work)
+        kept = await self._access.rows(Op.GET_HISTORY, self._statements.history, values)
         return [self._decode(user_id, row.payload, Op.GET_HISTORY) for row in kept]
 
     async def open(self) -> None:
         self._check_open("open")
-
-        async def work(session: Session) -> None:
-            await session.rows(self._statements.horizon, session.timed({}))
-
-        await self._access.run("open", work)
+        await self._access.rows("open", self._statements.horizon, {})
 
     async def peek(self, user_id: str) -> Peek:
         """Tell what the row of a user holds."""
@@ -293,12 +284,8 @@ class SQLStore(StoreOfRecord, Enumerable):
 
     async def _ask(self) -> bool:
         self._check_open("health_check")
-
-        async def work(session: Session) -> None:
-            # A real read of the real table: a server may answer and the table be gone.
-            await session.rows(self._statements.read, {"at_digest": bytes(16)})
-
-        await self._access.run("health_check", work)
+        # A real read of the real table: a server may answer and the table be gone.
+        await self._access.rows("health_check", self._statements.read, {"at_digest": bytes(16)})
         return True
 
     def samples(self) -> Iterable[Sample]:
@@ -419,22 +406,14 @@ class SQLStore(StoreOfRecord, Enumerable):
         check_user_id(user_id, "debts", self)
         self._check_open("debts")
         values = {"at_digest": self._digest(user_id)}
-
-        async def work(session: Session) -> Sequence[Any]:
-            return await session.rows(self._statements.debts, values)
-
-        found = await self._access.run("debts", work)
+        found = await self._access.rows("debts", self._statements.debts, values)
         return tuple(json.loads(found[0].debts or "[]")) if found else ()
 
     async def owing(self, tier: str, limit: int) -> Sequence[Change]:
         self._check_open("owing")
         pattern = re.sub(r"([/%_])", r"/\1", json.dumps(tier))
         values = {"tier_pattern": f"%{pattern}%", "max_rows": limit}
-
-        async def work(session: Session) -> Sequence[Any]:
-            return await session.rows(self._statements.owing, values)
-
-        rows = await self._access.run("owing", work)
+        rows = await self._access.rows("owing", self._statements.owing, values)
         return [Change(bytes(row.digest), row.version, erased=True, owed=True) for row in rows]
 
     async def head(self) -> str:
@@ -458,11 +437,7 @@ class SQLStore(StoreOfRecord, Enumerable):
             raise ValidationError(
                 "is not one of this store's", field="cursor", operation="users", layer=self.name
             ) from None
-
-        async def work(session: Session) -> Sequence[Any]:
-            return await session.rows(self._statements.users, values)
-
-        rows = await self._access.run("users", work)
+        rows = await self._access.rows("users", self._statements.users, values)
         end = bytes(rows[-1].digest).hex() if len(rows) == limit else None
         return UserPage([row.user_id for row in rows], end)
 
