@@ -37,63 +37,50 @@ _REFRESH_SECONDS: Final = 0.25
 
 @click.command("bench")
 @click.argument("stack", required=False)
-@click.option(
-    "--seconds",
-    type=NumberRange(0.1),
-    default=10.0,
-    show_default=True,
-    help="How long to measure.",
-)
+@click.option("--seconds", type=NumberRange(0.1), default=10.0, help="How long to measure.")
 @click.option(
     "--users",
     type=click.IntRange(1, 10_000_000),
     default=1_000,
-    show_default=True,
     help="How many made-up users.",
 )
 @click.option(
     "--callers",
     type=click.IntRange(1, 10_000),
     default=32,
-    show_default=True,
     help="Calls at the same time.",
 )
 @click.option(
     "--writes",
     type=NumberRange(0, 1),
     default=0.1,
-    show_default=True,
     help="Share of calls that store a state.",
 )
 @click.option(
     "--histories",
     type=NumberRange(0, 1),
     default=0.0,
-    show_default=True,
     help="Share of calls that read the last 10 states.",
 )
 @click.option(
     "--erasures",
     type=NumberRange(0, 1),
     default=0.0,
-    show_default=True,
     help="Share of calls that erase a user.",
 )
 @click.option(
     "--zipf",
     type=NumberRange(0),
     default=0.99,
-    show_default=True,
     help="How uneven: the n-th user is asked for 1/n**ZIPF as often; 0 is all alike.",
 )
 @click.option(
     "--axes",
     type=click.IntRange(0, 1000),
     default=23,
-    show_default=True,
     help="How many numbers a state has.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices.")
+@click.option("--seed", type=int, default=0, help="Of the random choices.")
 @click.option("--keep", is_flag=True, help="Leave the made-up users in the store.")
 @json_option
 def command(

@@ -44,7 +44,6 @@ _CLOSING_SECONDS: Final = 3.0
     "--timeout",
     type=NumberRange(0, min_open=True),
     default=10.0,
-    show_default=True,
     help="Seconds until a silent stack counts as unhealthy.",
 )
 @json_option

@@ -41,16 +41,9 @@ _LABELS: Final = {
     "--state",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(".layered-store-copy.json"),
-    show_default=True,
     help="Where the place reached is kept; removed when everything was copied.",
 )
-@click.option(
-    "--page",
-    type=click.IntRange(1, 10_000),
-    default=500,
-    show_default=True,
-    help="Users copied at a time.",
-)
+@click.option("--page", type=click.IntRange(1, 10_000), default=500, help="Users copied at a time.")
 @json_option
 def command(source: str, target: str, state: Path, page: int, *, as_json: bool) -> None:
     """Copy all users, with their histories, FROM one stack TO another.

@@ -31,7 +31,8 @@ _SIDE_BY_SIDE: Final = 250
     "--output",
     type=click.Path(dir_okay=False, allow_dash=True),
     default="-",
-    help="File to write to; standard output unless given.",
+    show_default="standard output",
+    help="File to write to.",
 )
 def command(stack: str, user: str | None, output: str, *, everyone: bool) -> None:
     """Write everything that is kept about USER as JSON: the latest state and the history.

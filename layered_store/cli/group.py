@@ -59,7 +59,10 @@ class _Commands(click.Group):
                 formatter.write_dl(list(commands.items()))
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(__version__, prog_name="layered-store")
 def cli() -> None:
     """Look at, check, serve and use stacks of layered_store.

@@ -20,12 +20,11 @@ __all__ = ["command"]
 @click.argument("user")
 @click.argument("values", metavar="[NAME=VALUE]...", nargs=-1)
 @click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="The same, as an option.")
-@click.option("--confidence", type=float, default=1.0, show_default=True, help="From 0 to 1.")
+@click.option("--confidence", type=float, default=1.0, help="From 0 to 1.")
 @click.option(
     "--source",
     type=click.Choice([str(source) for source in Source]),
     default=str(Source.SELF_REPORT),
-    show_default=True,
     help="How the state became known.",
 )
 @click.option(

@@ -24,12 +24,11 @@ _KEY = "LAYERED_STORE_API_KEY"
 
 @click.command("serve")
 @click.argument("stack", required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8080,
-    show_default=True,
     help="Port to listen on; 0 takes any that is free.",
 )
 @click.option(
@@ -41,28 +40,24 @@ _KEY = "LAYERED_STORE_API_KEY"
     "--max-body",
     type=click.IntRange(1),
     default=65_536,
-    show_default=True,
     help="Most bytes that a request may send.",
 )
 @click.option(
     "--max-in-flight",
     type=click.IntRange(1),
     default=1_000,
-    show_default=True,
     help="Most requests at a time; those beyond are refused with 503.",
 )
 @click.option(
     "--patience",
     type=NumberRange(0, 86_400, min_open=True),
     default=10.0,
-    show_default=True,
     help="Seconds in which a caller must have sent its request.",
 )
 @click.option(
     "--drain",
     type=click.IntRange(0),
     default=10,
-    show_default=True,
     help="Seconds that running requests get at the end.",
 )
 @click.option(
