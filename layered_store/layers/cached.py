@@ -48,7 +48,7 @@ from layered_store.options import (
     check_seconds,
     check_share,
 )
-from layered_store.running import running_loop
+from layered_store.running import cancel_all, running_loop
 from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
@@ -672,15 +672,5 @@ class Cached(Layer):
         if self._channel is not None:
             self._channel.detach(self)
         self._held.close()
-        here = asyncio.get_running_loop()
-        own = []
-        for task in tuple(self._refreshes):
-            loop = task.get_loop()
-            if loop is here:
-                task.cancel()
-                own.append(task)
-            else:
-                with contextlib.suppress(RuntimeError):  # it was closed
-                    loop.call_soon_threadsafe(task.cancel)
-        await asyncio.gather(*own, return_exceptions=True)
+        await cancel_all(self._refreshes)
         await self._close_children()

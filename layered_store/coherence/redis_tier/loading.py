@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.redis_tier import scripts
 from layered_store.coherence.redis_tier.connection import connected
 from layered_store.errors import UnavailableError
+from layered_store.running import cancel_all
 from layered_store.stores.redis.failures import ConnectionLostError, GarbageError, cause_of
 from layered_store.stores.redis.scripts import RedisScript
 
@@ -172,18 +172,7 @@ class Scripts:
 
     async def aclose(self) -> None:
         """Cut off what is being loaded."""
-        here = asyncio.get_running_loop()
-        own = []
-        for task in tuple(self._loading.values()):
-            loop = task.get_loop()
-            if loop is here:
-                task.cancel()
-                own.append(task)
-            else:
-                with suppress(RuntimeError):  # it was closed
-                    loop.call_soon_threadsafe(task.cancel)
-        if own:
-            await asyncio.wait(own)
+        await cancel_all(self._loading.values())
 
     def _ended(self, bucket: Bucket, task: asyncio.Task[LoadedScripts]) -> None:
         if self._loading.get(bucket) is task:
