@@ -1,6 +1,6 @@
-"""Work of users in the background: one thing after another for each, so much at once for all.
+"""Background work: one job at a time for each user, a bounded number for all users together.
 
-What is to be done is counted by how it ended, and as dropped when there is no room for it.
+Each job is counted by how it ended, or as dropped when there was no room for it.
 """
 
 from __future__ import annotations

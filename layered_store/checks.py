@@ -108,7 +108,7 @@ def check_state(
 
 
 def states_by_user(found: object, layer: StateStore) -> Mapping[str, StateSnapshot]:
-    """Return what a store below answered to a batch, or raise CorruptDataError if it is none."""
+    """Return what a store below answered to a batch, or raise CorruptDataError if no mapping."""
     if isinstance(found, Mapping):
         return found
     raise CorruptDataError(

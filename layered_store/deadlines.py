@@ -1,4 +1,4 @@
-"""Calls that may take so long, under one timer for all of an event loop."""
+"""Time limits of calls, with one timer for all calls of an event loop."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ class Limited:
 class Deadlines:
     """The calls of one event loop, each of which may take the same time.
 
-    So they run out in the order in which they began, and one timer serves all: when it comes, it is
-    set for the first of those that are left. ``asyncio.timeout`` makes and unmakes one for each,
-    which costs more than all else of it.
-    What becomes of a cancelled task is as there.
+    They expire in the order in which they began, so one timer serves all: when it fires, it is set
+    for the oldest that is left. ``asyncio.timeout`` sets and cancels a timer for each call, which
+    is most of what it costs. A task is cancelled in the same way as there.
 
     Args:
         loop: the event loop.

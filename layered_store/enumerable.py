@@ -47,7 +47,7 @@ class Enumerable(Capability):
 def enumerable_of(stack: StateStore) -> Enumerable | None:
     """Return what lists the users of a stack: its system of record, when that can.
 
-    It is looked for only past blocks that keep users under the ids they are called with.
+    Looks only through blocks that keep users under the ids that their callers give.
     """
     found = ability_of(stack, Enumerable)
     if found is not None:

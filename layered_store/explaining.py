@@ -127,7 +127,7 @@ async def explain(
         clock: source of the time that ages are measured against.
 
     Raises:
-        ValidationError: ``user_id`` is none.
+        ValidationError: ``user_id`` is not valid.
     """
     check_user_id(user_id, "explain", stack)
     now_ms = clock.time() * 1000

@@ -195,34 +195,34 @@ class StateStore(ABC):
 
 
 def ability_of(store: StateStore, kind: type[C]) -> C | None:
-    """Return what ``store.capability(kind)`` gives; None of a mock, which answers with a mock."""
-    # A mock made from a class says that it is of it, which its type is not.
+    """Return ``store.capability(kind)``; None for a mock, which would return another mock."""
+    # A mock with a spec passes isinstance(); its type is no subclass.
     return store.capability(kind) if issubclass(type(store), StateStore) else None
 
 
 def name_of_store(store: StateStore) -> str:
-    """Return what a store is called; the class of a mock, whose name is a mock too."""
+    """Return the name of a store; of a mock, whose name is a mock too, the class."""
     told: object = store.name
     return told if isinstance(told, str) else type(store).__name__
 
 
 def snapshot_type_of(store: StateStore) -> type[StateSnapshot]:
-    """Return the class of the snapshots a store keeps; the plain one when it tells none."""
+    """Return the class of the snapshots that a store keeps; ``StateSnapshot`` if it names none."""
     told: object = store.snapshot_type
     return told if isinstance(told, _OF_SNAPSHOTS) else StateSnapshot
 
 
 def _passed_by(store: StateStore, kind: Any) -> bool:
-    """Tell whether ``store`` changed an operation below the class that offers ``kind``.
+    """Tell whether a subclass of the class that offers ``kind`` overrides an operation.
 
-    Whoever uses ``kind`` would go past it: past what a subclass adds, or a test counts.
+    Whoever uses ``kind`` would bypass the override.
     """
     if not getattr(kind, "in_place_of_operations", False):
         return False
     for op in set(kind.operations.values()):
         methods = {name for name, stands_for in kind.operations.items() if stands_for is op}
         offers = next(cls for cls in type(store).__mro__ if not methods.isdisjoint(vars(cls)))
-        # One that is no store itself was joined to a class that has the operations.
+        # A mixin that is not a store itself has no operations to override.
         if issubclass(offers, StateStore) and changes(store, op, offers):
             return True
     return False
@@ -235,7 +235,7 @@ def changes(store: StateStore, op: Op, since: type[StateStore]) -> bool:
 
 
 async def report_of(store: StateStore) -> HealthReport:
-    """Return a store's health report, also when its own raises, hangs or is none.
+    """Return a store's health report, unhealthy when its ``health_report`` raises or hangs.
 
     Our backends and layers keep their limits themselves; those from elsewhere may do anything.
     """
@@ -247,7 +247,7 @@ async def report_of(store: StateStore) -> HealthReport:
             report: object = await store.health_report()
         if isinstance(report, HealthReport) and isinstance(report.status, HealthStatus):
             return report
-        message = "the health report is none"
+        message = "health_report() returned no HealthReport"
     except StoreError as exc:
         message = str(exc)
     except TimeoutError:

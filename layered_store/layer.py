@@ -111,9 +111,10 @@ class Layer(StateStore):
         return {"inner": self.inner}
 
     def capability(self, kind: type[C]) -> C | None:
-        """Return the ability of this layer itself: none, unless the layer says so.
+        """Return an ability of this layer itself, or None.
 
-        What a layer changes is its own business, so nothing inside is offered past it.
+        Abilities of ``inner`` are not passed on by default: whoever used them would bypass what
+        this layer does.
         """
         return self if isinstance(self, kind) else None
 

@@ -130,13 +130,13 @@ def check_share(
 
 
 def check_salt(value: object, owner: object) -> None:
-    """Refuse a ``salt`` that is no text of at most 64 UTF-8 bytes."""
+    """Refuse a ``salt`` that is not a str of at most 64 UTF-8 bytes."""
     if not is_utf8(value) or len(value.encode()) > _MAX_SALT_BYTES:
         raise _refuse("must be a str of at most 64 UTF-8 bytes", "salt", owner, value)
 
 
 def is_utf8(value: object) -> TypeGuard[str]:
-    """Tell whether this is a str that UTF-8 can say: not what is left of bytes that are none."""
+    """Tell whether this is a str that UTF-8 can encode: one without lone surrogates."""
     if not isinstance(value, str):
         return False
     try:

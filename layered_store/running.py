@@ -1,4 +1,4 @@
-"""Which event loop runs here, told without a system call; and what outlives a caller on it."""
+"""The running event loop, found without a system call; and work on it that outlives its caller."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 class Ending:
-    """Closing that goes on to its end: who waits for it may be cancelled, or come again."""
+    """Closing that runs to its end, though a caller who waits for it is cancelled.
+
+    One who comes again waits for what is still being closed.
+    """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,9 +90,9 @@ class Ending:
 
 
 class UnderWay:
-    """Calls that take steps on several stores, which closing lets come to their end.
+    """Calls that take steps on several stores; closing waits for them.
 
-    One backend alone sees to the calls that it has; between two of them nobody would.
+    A backend that is closed waits for its own calls, but nobody does for one that is between two.
 
     Args:
         clock: source of time.

@@ -22,5 +22,5 @@ def place_of(user_id: str, salt: str = "") -> float:
 
 
 def belongs(user_id: str, share: float, salt: str = "") -> bool:
-    """Tell whether a user is in this share; of none and of all that takes no digest."""
+    """Tell whether a user is in this share; 0 and 1 are answered without a digest."""
     return share >= 1.0 or (share > 0.0 and place_of(user_id, salt) < share)

@@ -19,11 +19,11 @@ __all__ = ["Together", "Turn", "Turns", "timed_out", "unsent"]
 class Turn:
     """What is under way for one user.
 
-    Who has the turn does its work ``with`` it: what that raises is noted, and the turn passed on.
+    The call that has the turn works ``with`` it: its error is noted, and the turn passed on.
 
-    Behind a store that hangs nobody waits for all those before: when the call that has the turn got
-    no answer in time, those who have waited since before it had the turn fail as well. When it was
-    a second store that hangs, without which calls go on, they pass that one by.
+    When a store hangs, those who wait do not run into the time limit one after the other: when the
+    call that has the turn timed out, those who waited already when it was given the turn fail too.
+    When it was a second store that hangs, which calls can do without, they skip that one.
 
     Args:
         turns: those of all users.

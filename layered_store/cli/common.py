@@ -105,8 +105,8 @@ def source_of(stack: str | None, *, counted: bool = False) -> Any:
         return Path(stack)
     kind = "redis" if scheme.startswith(("redis", "unix")) else "sql"
     if kind == "sql" and (near := nearest(scheme, _REDIS)):
-        raise ConfigError("is no URL of a backend", path="store.url", suggestion=f"{near}://")
-    # Doubled, since what looks like a variable in a URL of the shell is none.
+        raise ConfigError("is not the URL of a backend", path="store.url", suggestion=f"{near}://")
+    # Escaped: the shell has filled in its variables already, and ours are for config files.
     table: dict[str, Any] = {"use": kind, "url": stack.replace("${", "$${")}
     if counted:
         table["layers"] = [{"use": "metrics", "name": "default"}]
@@ -147,7 +147,7 @@ def build(
 
 
 def show_whole(*parts: RenderableType) -> None:
-    """Print what may be wide: folded to the width of a terminal, as it is where there is none."""
+    """Print what may be wide: folded to the width of a terminal, unfolded anywhere else."""
     (console if console.is_terminal else _wide).print(*parts, soft_wrap=False)
 
 

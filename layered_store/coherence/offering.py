@@ -1,4 +1,4 @@
-"""What a layer that changes writes, and not whose they are, offers of the store below."""
+"""The abilities of a layer that changes writes but no user ids."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ tier longer than one of its replies may take."""
 async def together(
     work: Iterable[Coroutine[Any, Any, T]], *, whatever_fails: bool = True
 ) -> list[T]:
-    """Do all, many at once, so that they share round trips; a single one without a task of its own.
+    """Run all, many at once, so that they share round trips; a lone one gets no task of its own.
 
     The first failure is raised when all have ended: nothing is left running behind it.
 

@@ -161,7 +161,7 @@ def spec_of(kind: str) -> BlockSpec:
     """Return the block that ``kind`` names, importing its module now.
 
     Raises:
-        ConfigError: there is none, or a third party's cannot be imported or is no store.
+        ConfigError: there is no such block, or a third party's cannot be imported or is no store.
     """
     if kind in BUILT_IN:
         return _spec(kind, BUILT_IN[kind])  # without looking at what is installed

@@ -32,10 +32,10 @@ def from_text(text: str) -> Any:
 
 
 def converted(option: Option, value: Any) -> Any:
-    """Return the value that the block gets for one of a file.
+    """Return a value of a config file as the block's constructor takes it.
 
     Raises:
-        ValueError: it is none that the option takes; its text says what would be.
+        ValueError: the option does not take it; the message says what it takes.
     """
     found = _converted(option, value)
     if not option.delta or found is None:
@@ -110,7 +110,7 @@ def _class(text: str) -> type:
         remedy = "; its module must be installed, or in a folder of PYTHONPATH" if missing else ""
         raise ValueError(f"this class cannot be imported ({type(exc).__name__}){remedy}") from None
     if not isinstance(found, type):
-        raise ValueError("names something that is no class")  # noqa: TRY004
+        raise ValueError("must name a class, and names something else")  # noqa: TRY004
     return found
 
 

@@ -198,7 +198,7 @@ class Cached(Layer):
         return lifetime * (1.0 - self.ttl_jitter * self.random.random())
 
     def _take(self, cache: object) -> None:
-        """Refuse a cache object that is none, or holds or may come to hold another's entries."""
+        """Refuse what is not a cache, is not empty, or is another ``Cached``'s as well."""
         if not isinstance(cache, Cache):
             wrong = "must be a cachetools cache, such as cachetools.LRUCache(1000)"
         elif cache or any(other.cache is cache for other in tuple(_GIVEN)):
@@ -345,7 +345,7 @@ class Cached(Layer):
         return value
 
     async def _follow_channel(self, channel: Invalidations) -> None:
-        """Have the channel stand before the first load, so that its answer may be kept."""
+        """Wait for the channel before the first load, so that its answer may be kept."""
         await channel.ready()
         self._following = asyncio.get_running_loop()
 

@@ -23,7 +23,8 @@ def put_around(
     """Return what a function, or a table as in a config file, puts around ``inner``.
 
     Raises:
-        ConfigError: it is no such thing, or whoever leaves the share could not go on without it.
+        ConfigError: it puts nothing around ``inner``, or users who leave the share could not be
+            read without it.
     """
 
     def refused(message: str) -> ConfigError:

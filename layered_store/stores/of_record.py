@@ -51,6 +51,6 @@ class StoreOfRecord(StateStore, Authority):
 
 
 def outdone(snapshots: Sequence[StateSnapshot], records: Mapping[str, Versioned]) -> bool:
-    """Tell whether anything else than the last snapshot of a user in a batch is their record."""
+    """Tell whether any user's record is not the last snapshot that the batch has of them."""
     last = {snapshot.user_id: snapshot for snapshot in snapshots}
     return any(records[user_id].snapshot is not snapshot for user_id, snapshot in last.items())

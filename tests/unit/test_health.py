@@ -441,8 +441,12 @@ FINE = HealthReport("fine", DEGRADED, 1.0, "slow")
         (FINE, DEGRADED, "slow"),
         (UnavailableError("no route"), UNHEALTHY, "no route"),
         (KeyError("u-1"), UNHEALTHY, "KeyError"),
-        (None, UNHEALTHY, "the health report is none"),
-        (HealthReport("x", "healthy"), UNHEALTHY, "the health report is none"),  # type: ignore[arg-type]
+        (None, UNHEALTHY, "health_report() returned no HealthReport"),
+        (
+            HealthReport("x", "healthy"),  # type: ignore[arg-type]
+            UNHEALTHY,
+            "health_report() returned no HealthReport",
+        ),
         ("hangs", UNHEALTHY, "no answer within 0.01 s"),
     ],
 )

@@ -15,7 +15,7 @@ Whoever has taken in a message has taken in all of its moment and before. So mom
 microseconds, of which no two scripts share one; a millisecond has messages before and after.
 
 Any key may hold something else, written by another program: it then counts as missing and is
-replaced. A lock that never runs out is none of ours.
+replaced. A lock that never expires is not ours.
 
 A server that is full (``maxmemory``, nothing evicted) takes nothing new: what cannot be stored is
 removed at least, and told of. A script that was let remove something may then go on to write.
@@ -137,7 +137,7 @@ CLEAR: Final = """
 if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
-"""Keys: record. Arguments: what stood there and is none. As if it had been evicted."""
+"""Keys: record. Arguments: what stood there and is no record. As if it had been evicted."""
 
 TICKET: Final = (
     _LIBRARY

@@ -129,8 +129,8 @@ class RedisTier(CacheTier):
     ) -> TierRead | None:
         """Return what a guard and a value under a record's key mean.
 
-        None: under a guard that holds, the value is no record of this user. It is to go, since
-        it would keep every reader from storing one.
+        None when the guard holds and the value is not a record of this user: it has to be removed,
+        or no reader could store one.
         """
         if guard is None or guard[16:] != server:
             return TierRead()

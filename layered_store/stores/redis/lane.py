@@ -71,7 +71,7 @@ class _Reads:
         """Hand each reader its value, or all of them what went wrong.
 
         Raises:
-            GarbageError: the reply is none to such a question, as all of them were told.
+            GarbageError: it does not fit the question; the readers were told as well.
         """
         keys = self._keys
         values: Any = None

@@ -63,7 +63,7 @@ async def settle(
 
     Raises:
         UnavailableError: its order and that of an erasure cannot be told, and nothing was stored;
-            or the reply is none of the script's.
+            or the script does not reply like that.
     """
     for _ in range(_TRIES):
         if reply in (0, 1):

@@ -98,7 +98,7 @@ def pack(
 
 
 def unpack(data: object) -> Record | None:
-    """Return the record that ``data`` holds, or None when it is none of this form."""
+    """Return the record that ``data`` holds, or None when it does not have this form."""
     if not isinstance(data, bytes) or len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         return None
     kind = data[3:4]

@@ -538,5 +538,5 @@ class SQLStore(StoreOfRecord, Enumerable):
 
 
 def _to_bytes(payload: Any) -> bytes:
-    """Return a state's bytes; none for what is no such thing, which SQLite keeps in any column."""
+    """Return a state's bytes; empty for another type of value, which SQLite keeps in any column."""
     return bytes(payload) if isinstance(payload, bytes | bytearray | memoryview) else b""
