@@ -50,6 +50,11 @@ def postgres(state: str) -> asyncpg.PostgresError:
     return error
 
 
+def mariadb(number: int) -> sa.DBAPIError:
+    """As SQLAlchemy hands on the server's answer."""
+    return wrapped(sa.OperationalError, mysql.OperationalError(number, SECRET))
+
+
 def lite(raises: Callable[[sqlite3.Connection], object]) -> sqlite3.Error:
     """What SQLite itself raises."""
     connection = sqlite3.connect(":memory:")
@@ -190,55 +195,25 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         CONFLICT,
         True,
     ),
-    (
-        "mysql deadlock",
-        wrapped(sa.OperationalError, mysql.OperationalError(1213, SECRET)),
-        UnavailableError,
-        CONFLICT,
-        True,
-    ),
-    (
-        "mysql login",
-        wrapped(sa.OperationalError, mysql.OperationalError(1045, SECRET)),
-        UnavailableError,
-        LOGIN,
-        False,
-    ),
-    (
-        "mysql expired password",
-        wrapped(sa.OperationalError, mysql.OperationalError(1820, SECRET)),
-        UnavailableError,
-        LOGIN,
-        False,
-    ),
-    (
-        "mysql locked account",
-        wrapped(sa.OperationalError, mysql.OperationalError(4151, SECRET)),
-        UnavailableError,
-        LOGIN,
-        False,
-    ),
+    ("mysql deadlock", mariadb(1213), UnavailableError, CONFLICT, True),
+    ("mysql login", mariadb(1045), UnavailableError, LOGIN, False),
+    ("mysql expired password", mariadb(1820), UnavailableError, LOGIN, False),
+    ("mysql locked account", mariadb(4151), UnavailableError, LOGIN, False),
     (
         "a node of Galera that is not ready",
-        wrapped(sa.OperationalError, mysql.OperationalError(1047, SECRET)),
+        mariadb(1047),
         UnavailableError,
         "accepts no more connections or is not ready",
         True,
     ),
     (
         "mysql too many of a user",
-        wrapped(sa.OperationalError, mysql.OperationalError(1226, SECRET)),
+        mariadb(1226),
         UnavailableError,
         "lower pool_size, or raise its limit",
         True,
     ),
-    (
-        "mysql slow",
-        wrapped(sa.OperationalError, mysql.OperationalError(1969, SECRET)),
-        StoreTimeoutError,
-        SLOW,
-        True,
-    ),
+    ("mysql slow", mariadb(1969), StoreTimeoutError, SLOW, True),
     (
         "mysql packet",
         wrapped(sa.InternalError, mysql.InternalError(1153, SECRET)),
@@ -246,13 +221,7 @@ ERRORS: list[tuple[str, Exception, type[StoreError], str, bool]] = [
         "a state is larger than the server takes (max_allowed_packet)",
         False,
     ),
-    (
-        "mysql unknown number",
-        wrapped(sa.OperationalError, mysql.OperationalError(9999, SECRET)),
-        UnavailableError,
-        f"{LOST} (OperationalError)",
-        True,
-    ),
+    ("mysql unknown number", mariadb(9999), UnavailableError, f"{LOST} (OperationalError)", True),
     # SQLite, by the name of its code.
     ("lite unique", lite(twice), UnavailableError, CONFLICT, True),
     ("lite check", lite(unfit), StoreError, REFUSED, False),
