@@ -69,32 +69,20 @@ def _converted(option: Option, value: Any) -> Any:
         near = nearest(str(value), [str(choice) for choice in option.choices])
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"must be {expected(option)}{hint}")
-    if isinstance(value, bool):
-        if bool in accepts:
-            return value
-    elif isinstance(value, int):
-        if int in accepts:
-            return value
-        if float in accepts:
-            try:
-                return float(value)
-            except OverflowError:
-                raise ValueError("is too large a number") from None
-    elif isinstance(value, float):
-        if float in accepts:
-            return value
-    elif isinstance(value, str):
-        if str in accepts:
-            return value
-    elif isinstance(value, list):
-        if list in accepts and all(
+    plain = next((each for each in (bool, int, float, str, dict) if isinstance(value, each)), None)
+    if plain in accepts:
+        return value
+    if plain is int and float in accepts:
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("is too large a number") from None
+    if isinstance(value, list) and list in accepts:
+        if all(
             type(item) is option.item or (option.item is float and type(item) is int)
             for item in value
         ):
             return option.collection(value)
-    elif isinstance(value, dict) and dict in accepts:
-        return value
-    if isinstance(value, list) and list in option.accepts:
         raise ValueError(f"must be {expected(option)}; an item is something else")
     raise ValueError(f"must be {expected(option)}, not {word(value)}")
 
