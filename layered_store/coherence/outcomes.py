@@ -1,7 +1,8 @@
-"""What a write that failed may still do, and which failures no tier is to blame for."""
+"""What a write or erasure that failed may have left, and which failures no tier is to blame for."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from layered_store.errors import (
@@ -14,16 +15,20 @@ from layered_store.errors import (
     UnsupportedError,
     ValidationError,
 )
-from layered_store.stack import tier_name
+from layered_store.events import log_event
+from layered_store.running import UnderWay
+from layered_store.stack import id_of, tier_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from layered_store.clock import Clock
     from layered_store.interface import StateStore
 
 __all__ = [
     "CALLER_ERRORS",
     "QUARANTINE_SECONDS",
+    "Erasures",
     "after_commit",
     "erased_in_part",
     "erased_nowhere",
@@ -100,3 +105,33 @@ def erased_in_part(
     )
     error.retryable = not all(unable)
     return error
+
+
+class Erasures(UnderWay):
+    """Erasures from several stores: closing waits for them, and incomplete ones are told of.
+
+    Attributes:
+        incomplete: how many may have left the user somewhere.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.incomplete = 0
+        self._failing = False
+
+    @contextmanager
+    def by(self, layer: StateStore) -> Iterator[None]:
+        """Make one; log the first of a row that is incomplete, and the first that is not again."""
+        try:
+            with self.call():
+                yield
+        except ErasureIncompleteError as exc:
+            self.incomplete += 1
+            if not self._failing:
+                self._failing = True
+                pending = ",".join(exc.pending)
+                log_event("erasure_incomplete", layer=id_of(layer) or layer.name, pending=pending)
+            raise
+        if self._failing:
+            self._failing = False
+            log_event("erasure_complete", layer=id_of(layer) or layer.name)

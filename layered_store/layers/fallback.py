@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 from layered_store.call import call_begins
 from layered_store.checks import check_history, check_state, check_states, listed
 from layered_store.clock import SYSTEM_CLOCK
-from layered_store.coherence.outcomes import erased_in_part, erased_nowhere
+from layered_store.coherence.outcomes import Erasures, erased_in_part, erased_nowhere
 from layered_store.errors import RejectedError, StoreError, UnavailableError
-from layered_store.events import log_event
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.hotpath import HotPath, hot_path_of
 from layered_store.identity import check_user_id
 from layered_store.interface import Op, StateStore, report_of
 from layered_store.layer import Layer
 from layered_store.options import check_store
-from layered_store.running import UnderWay
-from layered_store.stack import id_of
 from layered_store.stats import Sample
 
 if TYPE_CHECKING:
@@ -76,9 +73,7 @@ class Fallback(Layer):
     def __post_init__(self) -> None:
         check_store(self.secondary, "secondary", self)
         self._counts: Counter[Op] = Counter()
-        self._unfinished = 0
-        self._erasing_fails = False
-        self._erasures = UnderWay(SYSTEM_CLOCK)
+        self._erasures = Erasures(SYSTEM_CLOCK)
         super().__post_init__()
         self._check_same_type(self.secondary, "inner and secondary")
 
@@ -128,29 +123,17 @@ class Fallback(Layer):
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
         # One erasure, also where both stores are ways to the same database.
-        with self._erasures.call(), call_begins():
-            await self._delete(user_id)
-
-    async def _delete(self, user_id: str) -> None:
-        failures: list[tuple[Exception, StateStore]] = []
-        for store in (self.inner, self.secondary):
-            try:
-                await store.delete(user_id)
-            except Exception as exc:  # noqa: BLE001  whatever it was, the other store must erase
-                failures.append((exc, store))
-        if erased_nowhere(failures, of=2):
-            raise failures[0][0]
-        if failures:
-            self._unfinished += 1
-            error = erased_in_part(failures, self.name, user_id)
-            if not self._erasing_fails:
-                self._erasing_fails = True
-                pending = ",".join(error.pending)
-                log_event("erasure_incomplete", layer=id_of(self) or self.name, pending=pending)
-            raise error from failures[0][0]
-        if self._erasing_fails:
-            self._erasing_fails = False
-            log_event("erasure_complete", layer=id_of(self) or self.name)
+        with self._erasures.by(self), call_begins():
+            failures: list[tuple[Exception, StateStore]] = []
+            for store in (self.inner, self.secondary):
+                try:
+                    await store.delete(user_id)
+                except Exception as exc:  # noqa: BLE001  whatever it was, the other must erase
+                    failures.append((exc, store))
+            if erased_nowhere(failures, of=2):
+                raise failures[0][0]
+            if failures:
+                raise erased_in_part(failures, self.name, user_id) from failures[0][0]
 
     async def health_report(self) -> HealthReport:
         below = await asyncio.gather(report_of(self.inner), report_of(self.secondary))
@@ -192,7 +175,7 @@ class Fallback(Layer):
     def samples(self) -> Iterable[Sample]:
         for op in _READS:
             yield Sample("fallbacks", self._counts[op], (op.value,))
-        yield Sample("erasures_incomplete", self._unfinished)
+        yield Sample("erasures_incomplete", self._erasures.incomplete)
 
     def hot_path(self) -> HotPath | None:
         return hot_path_of(self.inner)

@@ -25,16 +25,13 @@ from layered_store.coherence.contract import (
 )
 from layered_store.coherence.guarded import GuardedCopies
 from layered_store.coherence.local import LocalCopies
-from layered_store.coherence.outcomes import not_happened
-from layered_store.errors import ConfigError, ErasureIncompleteError, StoreError
-from layered_store.events import log_event
+from layered_store.coherence.outcomes import Erasures, not_happened
+from layered_store.errors import ConfigError, StoreError
 from layered_store.health import HealthReport, HealthStatus
 from layered_store.identity import check_user_id
 from layered_store.interface import Op, StateStore, ability_of, report_of, snapshot_type_of
 from layered_store.layer import Layer
 from layered_store.options import check_a, check_store
-from layered_store.running import UnderWay
-from layered_store.stack import id_of
 from layered_store.stats import Reads, Sample
 
 if TYPE_CHECKING:
@@ -101,9 +98,7 @@ class WriteThrough(Layer):
         self._check_same_type(self.origin, "inner and origin")
         self._copies = LocalCopies(self.inner, self.clock)
         self._reads = Reads()
-        self._unfinished = 0
-        self._erasing_fails = False
-        self._erasures = UnderWay(self.clock)
+        self._erasures = Erasures(self.clock)
         self._authority = ability_of(self.origin, Authority)
         # With versions on both sides many processes agree; without, this one process does.
         self._guard: GuardedCopies | None = None
@@ -219,22 +214,11 @@ class WriteThrough(Layer):
 
     async def delete(self, user_id: str) -> None:
         check_user_id(user_id, Op.DELETE, self)
-        try:
-            with self._erasures.call(), call_begins(self.clock):
-                if self._guard is not None:
-                    await self._guard.delete(user_id)
-                else:
-                    await self._delete(user_id)
-        except ErasureIncompleteError as exc:
-            self._unfinished += 1
-            if not self._erasing_fails:
-                self._erasing_fails = True
-                pending = ",".join(exc.pending)
-                log_event("erasure_incomplete", layer=id_of(self) or self.name, pending=pending)
-            raise
-        if self._erasing_fails:
-            self._erasing_fails = False
-            log_event("erasure_complete", layer=id_of(self) or self.name)
+        with self._erasures.by(self), call_begins(self.clock):
+            if self._guard is not None:
+                await self._guard.delete(user_id)
+            else:
+                await self._delete(user_id)
 
     async def _delete(self, user_id: str) -> None:
         with await self._copies.begin(user_id, Op.DELETE):
@@ -291,7 +275,7 @@ class WriteThrough(Layer):
         yield from (self._reads if guard is None else guard.reads).samples()
         copies = self._copies if guard is None else guard
         yield Sample("pending_repairs", copies.pending)
-        yield Sample("erasures_incomplete", self._unfinished)
+        yield Sample("erasures_incomplete", self._erasures.incomplete)
         for step in TIER_STEPS:
             yield Sample("tier_failures", copies.failures[step], (step,))
         if guard is not None:
