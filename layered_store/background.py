@@ -40,7 +40,7 @@ class Lane:
     """What is done for one user, one thing after another.
 
     Attributes:
-        jobs: what is to be done yet.
+        jobs: what is still to be done.
         task: does them, while there are any.
         writing: writes of the user under way elsewhere.
         overlapped: whether two of them ever ran at the same time, so that nobody here knows which

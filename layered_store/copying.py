@@ -104,7 +104,7 @@ class Counts(NamedTuple):
 
 
 class Copy:
-    """One copy of all users, which can be taken up again where it was.
+    """One copy of all users, which can be resumed.
 
     A page may be copied again, after a kill: what the target holds already is not written twice. A
     user whose states in the target are not the oldest ones of the source is left alone and counted

@@ -82,7 +82,7 @@ class Barrier:
         self._up = False
 
     def stand_on(self, path: HotPath) -> None:
-        """Take note of the way of the hits; it is always about one cache."""
+        """Remember the one cache below, whose hits it is to hold back."""
         self._trust = path.trust
 
     def put(self, *, up: bool) -> None:

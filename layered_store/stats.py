@@ -34,8 +34,8 @@ class Reads:
 
     Attributes:
         hit: the tier had the user.
-        miss: it had not, and said so.
-        negative_hit: it knew that there is no such user, and asked nobody.
+        miss: it did not have the user.
+        negative_hit: it knew, without asking the tier below, that there is no such user.
         stale: it answered with an old value, since the tier below failed.
         error: it could not tell. Never counted as a miss.
     """

@@ -411,7 +411,7 @@ class CacheTier(Capability):
 
 
 class LeasedCache(Protocol):
-    """What an in-process cache is to the channel that keeps it in step."""
+    """An in-process cache, as the channel that keeps it in step sees it."""
 
     def invalidate(self, notice: Notice) -> None:
         """Drop what is held or being loaded of this user, unless it has this version or a later."""

@@ -54,7 +54,7 @@ class _Copy(Turn):
 
 
 class CopyRead(NamedTuple):
-    """What a tier had to say of one user.
+    """What a tier answered about one user.
 
     Args:
         snapshot: the copy; None when there is none that may be believed.
@@ -68,7 +68,7 @@ class CopyRead(NamedTuple):
 
 
 class CopiesRead(NamedTuple):
-    """What a tier had to say of several users; see :class:`CopyRead`.
+    """What a tier answered about several users; see :class:`CopyRead`.
 
     Args:
         found: the copies by user id.

@@ -1,4 +1,4 @@
-"""From a stack back to the config that it could be loaded from."""
+"""From a stack back to a config that it can be loaded from."""
 
 from __future__ import annotations
 

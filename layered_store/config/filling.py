@@ -1,4 +1,4 @@
-"""What a config file says of an option, with the variables in its texts filled in."""
+"""Values of a config file, with the variables in their texts filled in."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ __all__ = ["filled"]
 
 
 def filled(option: Option, value: Any, environ: Mapping[str, str], path: str) -> Any:
-    """Return a value of the file as its option is told it.
+    """Return a value of the file with its variables filled in.
 
-    A text that was filled in is read as a number or truth value where the option takes no text. In
-    a table that the block reads as a config again, what was filled in stands for itself.
+    A text that had variables is read as a number or truth value where the option takes no text. In
+    a table that its block reads as a config again, what was filled in is escaped, so that it is
+    not filled in twice.
 
     Args:
         option: whose value it is.
@@ -54,7 +55,7 @@ def _told(option: Option | None, value: Any, environ: Mapping[str, str], path: s
 def _block(
     table: Mapping[str, Any], environ: Mapping[str, str], path: str, depth: int = 0
 ) -> dict[str, Any]:
-    """Return a table that its block reads as a config again, as text that stands for itself."""
+    """Return a table that its block reads as a config again, with its filled-in text escaped."""
     _check_depth(depth)
     options: tuple[Option, ...] = ()
     with suppress(ConfigError):  # told when the table is read

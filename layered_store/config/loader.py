@@ -336,13 +336,13 @@ class _Build:
         """Return the block, or a stand-in when it cannot be built."""
         name = self._note_id(table, path)
         if spec is None:
-            # The tables below are read all the same, for what is wrong with them.
+            # The tables below are read all the same, to report what is wrong in them too.
             for key, value in table.items():
                 if isinstance(value, Mapping) and "use" in value:
                     self.block(value, path_of(path, key), depth + 1)
             return _StandIn()
         before = len(self._problems)
-        # One mistake, told once: that an option is missing is not said of a misspelt one.
+        # One mistake is one problem: an option that is misspelt is not reported as missing too.
         unknown = [str(key) for key in table if key not in _OWN and spec.option(str(key)) is None]
         misspelt = {nearest(key, [option.name for option in spec.options]) for key in unknown}
         arguments: dict[str, Any] = {} if inner is None else {"inner": inner}
@@ -360,7 +360,8 @@ class _Build:
             elif option.required and option.name not in misspelt:
                 what = "the store it wraps" if option.name == "inner" else option.doc
                 self.problem(
-                    f"{spec.kind} needs this option{_because(what)}", path=f"{path}.{option.name}"
+                    f"{spec.kind} needs this option" + (f": {what}" if what else ""),
+                    path=f"{path}.{option.name}",
                 )
         broken = len(self._problems) > before
         store = self._construct(spec, arguments, table, path, misspelt, broken=broken)
@@ -380,7 +381,7 @@ class _Build:
         *,
         broken: bool,
     ) -> StateStore | None:
-        """Call the constructor, again without each option that it refuses, to hear of all."""
+        """Call the constructor; again without each option that it refuses, to report them all."""
         while True:
             if any(o.required and o.name not in arguments for o in spec.options):
                 return None
@@ -453,7 +454,3 @@ class _Build:
         except (ValueError, ImportError, AttributeError) as exc:
             self.problem(str(exc), path=path)
             return MISSING
-
-
-def _because(doc: str) -> str:
-    return f": {doc}" if doc else ""

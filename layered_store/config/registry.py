@@ -1,4 +1,4 @@
-"""Which blocks there are, and what each may be told in a config file.
+"""Which blocks there are, and which options each takes in a config file.
 
 A block's options are its constructor's: names, types and defaults are read from the signature, what
 they mean from the docstring. Nothing is written down a second time.

@@ -1,4 +1,4 @@
-"""What a config file says of an option, as the value that its block takes."""
+"""Values of a config file, converted to what the constructor of a block takes."""
 
 from __future__ import annotations
 

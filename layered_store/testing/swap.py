@@ -1,4 +1,4 @@
-"""The stack of production on a clock of the test."""
+"""The stack of production, rebuilt on a test's clock."""
 
 from __future__ import annotations
 

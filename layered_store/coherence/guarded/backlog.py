@@ -21,8 +21,7 @@ MAX_UNREPAIRED: Final = 100_000
 class Backlog:
     """Counts the users whose copies this process could not bring up to date.
 
-    They are told in the metrics and serve nothing else: the repair finds what it has to do in the
-    authority's log of changes.
+    Only the metrics need them: the repair finds its work in the log of the authority's changes.
 
     Args:
         digest: of the authority and the tier.

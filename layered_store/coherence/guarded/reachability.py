@@ -1,4 +1,4 @@
-"""Whether a tier is asked, or passed by since it does not answer."""
+"""Whether a tier is asked, or passed by because it does not answer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _FIRST_PAUSE: Final = 0.1
 
 @dataclass(eq=False, repr=False)
 class Reachability:
-    """Passes a tier by that does not answer, until a ping or a repair pass reaches it again.
+    """Passes by a tier that does not answer, until a ping or a repair pass reaches it again.
 
-    It must not cost every call its time limit. One failure may be a connection that was lost, and
-    is made anew at once; one that hangs, or a second failure, is not.
+    Else every call would wait out its time limit. A single failure may be a lost connection, which
+    is made anew at once; a timeout, or a second failure in a row, means that the tier is lost.
 
-    A tier may answer pings and passes and refuse calls: it is full, a replica, or its rights are
-    not enough. So one that is lost again soon is passed by for longer each time, up to 5 s.
+    A tier may answer pings and passes and still refuse calls: it is full, a replica, or lacks
+    rights. So one that is lost again soon after its return is passed by for longer each time, up
+    to 5 s.
 
     Args:
         tier: the tier.

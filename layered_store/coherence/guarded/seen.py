@@ -1,4 +1,4 @@
-"""What a process has seen of each user: it shows no copy below that."""
+"""The newest version that a process has seen of each user: it shows no older copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the first call begins the upkeep of a tier, and waits until that is of use."""
+"""How the first call starts repair and channel of a tier, and waits for both."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _BATCH: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a link takes from its store's options; see there."""
+    """The options of the store that a link needs; see :class:`RedisStore`."""
 
     connect_timeout: float
     timeout: float

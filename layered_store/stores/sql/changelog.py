@@ -1,4 +1,4 @@
-"""The change log: what changed since, in pages, for whoever keeps copies in step.
+"""The change log: what changed after a cursor, in pages, for whoever keeps copies in step.
 
 A cursor tells a place in it and the database's time there: the position of a transaction, the
 digest of the last user told of that position, and microseconds.

@@ -14,7 +14,7 @@ __all__ = ["DatabaseFile"]
 
 
 class DatabaseFile:
-    """The file that a store began with: its path may come to name another one, or none.
+    """The file that a store began with; later its path may name another file, or none.
 
     SQLite goes on with a file that was replaced or deleted, and in WAL mode does not notice: what
     it acknowledges then is lost with the last connection. Nor may another file be opened instead:

@@ -31,7 +31,7 @@ __all__ = ["Desk", "Desks", "let_go_of_parents"]
 _LET_GO_SECONDS: Final = 1.0
 
 _RESTED_SECONDS: Final = 1.0
-"""After so much idleness it is looked whether the server has left; a call costs a look no more."""
+"""Only after so much idleness is a connection checked for whether the server has left."""
 
 
 class Desk:

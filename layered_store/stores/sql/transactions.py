@@ -1,4 +1,4 @@
-"""What happens inside one transaction, on the connection of one, for any database.
+"""What happens inside one transaction, for any database.
 
 The order is the same everywhere: lock the users' rows, look whether a write was stored before,
 decide in Python, store, commit.
