@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.errors import StoreError, StoreTimeoutError
+from layered_store.running import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -97,8 +97,7 @@ class SharedReport:
         making = self._running.get(loop)
         # An eager task that is done already is an answer of before this call.
         if making is None or making.task.done():
-            # A context of its own: what belongs to the first caller is not the others'.
-            task = loop.create_task(make(), context=contextvars.Context())
+            task = spawn(make())
             making = self._running[loop] = _Making(task)
             task.add_done_callback(self._ended)
         making.waiting += 1

@@ -6,14 +6,16 @@ import asyncio
 import contextvars
 import sys
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from layered_store.clock import Clock
 
-__all__ = ["Ending", "UnderWay", "cancel_all", "running_loop"]
+__all__ = ["Ending", "UnderWay", "cancel_all", "running_loop", "spawn"]
+
+T = TypeVar("T")
 
 _LAST_SECONDS: Final = 5.0
 
@@ -43,6 +45,11 @@ time: 0.3 microseconds, several times per call.
 """
 
 
+def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Run something on this event loop, in a context of its own: it is not the caller's alone."""
+    return running_loop().create_task(work, context=contextvars.Context())
+
+
 async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks on whatever event loops, and wait for those on this one."""
     here = asyncio.get_running_loop()
@@ -69,7 +76,7 @@ class Ending:
 
     def begin(self, work: Coroutine[None, None, None]) -> None:
         """Begin to close on the running event loop."""
-        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        task = spawn(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 

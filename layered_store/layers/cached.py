@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import math
 import random as _random
 import weakref
@@ -48,7 +47,7 @@ from layered_store.options import (
     check_seconds,
     check_share,
 )
-from layered_store.running import cancel_all, running_loop
+from layered_store.running import cancel_all, running_loop, spawn
 from layered_store.stack import staleness
 from layered_store.stats import Reads, Sample
 
@@ -517,10 +516,7 @@ class Cached(Layer):
             if task.cancelled() or task.exception() is not None:
                 self._abandoned(user_id, flight)
 
-        # A context of its own: the refresh is nobody's call.
-        task = loop.create_task(
-            self._refresh_quietly(user_id, entry, flight), context=contextvars.Context()
-        )
+        task = spawn(self._refresh_quietly(user_id, entry, flight))
         self._refreshes.add(task)
         task.add_done_callback(ended)
 

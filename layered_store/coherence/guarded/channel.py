@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from layered_store.coherence.guarded.leases import LEASE_SECONDS
-from layered_store.coherence.guarded.watch import spawn
 from layered_store.errors import StoreError
 from layered_store.events import log_warning
+from layered_store.running import spawn
 
 if TYPE_CHECKING:
     from layered_store.clock import Clock

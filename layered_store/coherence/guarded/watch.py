@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import os
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from layered_store.running import Ending
+from layered_store.running import Ending, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from layered_store.clock import Clock
 
-__all__ = ["Signal", "Watch", "spawn"]
+__all__ = ["Signal", "Watch"]
 
 _AGAIN_SECONDS: Final = 0.2
 
@@ -27,11 +26,6 @@ has its tasks cancelled too, and whoever tidies up there would leave new ones be
 
 # Tasks of the process that this one was forked from.
 _parents: Final[list[asyncio.Task[None]]] = []
-
-
-def spawn(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-    """Run something on this event loop, in a context of its own: it is nobody's call."""
-    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())
 
 
 class Signal:

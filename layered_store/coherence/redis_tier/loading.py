@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.coherence.redis_tier import scripts
 from layered_store.coherence.redis_tier.connection import connected
 from layered_store.errors import UnavailableError
-from layered_store.running import cancel_all
+from layered_store.running import cancel_all, spawn
 from layered_store.stores.redis.failures import ConnectionLostError, GarbageError, cause_of
 from layered_store.stores.redis.scripts import RedisScript
 
@@ -162,7 +161,7 @@ class Scripts:
         task = self._loading.get(bucket)
         if task is None or task.get_loop() is not loop:
             # A task of its own: it serves all who wait, and a caller may be cancelled.
-            task = loop.create_task(self._load(bucket), context=contextvars.Context())
+            task = spawn(self._load(bucket))
             self._loading[bucket] = task
             task.add_done_callback(lambda done: self._ended(bucket, done))
         await asyncio.wait((task,))

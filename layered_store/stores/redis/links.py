@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.errors import ClosedError
+from layered_store.running import spawn
 from layered_store.stores.redis.failures import ConnectionLostError, not_sent
 from layered_store.stores.redis.wire import pack_command
 
@@ -263,10 +263,7 @@ class LaneLink:
             and len(self._lanes) < self._limits.max_connections
             and not self._closed
         ):
-            # A context of its own: it serves whoever waits, not the first caller alone.
-            self._connecting = self.loop.create_task(
-                self._open_lane(), context=contextvars.Context()
-            )
+            self._connecting = spawn(self._open_lane())
             self._connecting.add_done_callback(self._connected)
 
     def _connected(self, task: asyncio.Task[Exception | None]) -> None:
