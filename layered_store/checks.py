@@ -81,10 +81,7 @@ def check_user_ids(user_ids: Iterable[str], block: object = None) -> tuple[str, 
 
 
 def is_state_of(value: object, user_id: str) -> bool:
-    """Tell whether what a store answered is a state of this user.
-
-    Our backends check what they read; a store from elsewhere may answer anything.
-    """
+    """Tell whether what a store answered is a state of this user."""
     return getattr(value, "user_id", None) == user_id
 
 

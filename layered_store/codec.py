@@ -20,12 +20,12 @@ from layered_store.snapshot import Int64
 if TYPE_CHECKING:
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["FORM_SEALED", "CodecError", "SnapshotCodec"]
+__all__ = ["CodecError", "SnapshotCodec"]
 
 _FORM_EARLIER: Final = b"\x01"
 """First byte of a snapshot in what earlier versions wrote, before the map."""
 
-FORM_SEALED: Final = 2
+_FORM_SEALED: Final = b"\x02"
 """First byte of a snapshot that a layer above sealed."""
 
 _MAPS: Final = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
@@ -59,7 +59,7 @@ class SnapshotCodec(Generic[S]):
         """Return the stored form of a validated snapshot, sealed or not."""
         if type(snapshot) is not self.snapshot_type and isinstance(snapshot, SealedSnapshot):
             fields = (snapshot.user_id, snapshot.updated_at_unix_ms, snapshot.sealed)
-            return b"\x02" + _encode_sealed(fields)
+            return _FORM_SEALED + _encode_sealed(fields)
         return self._encode(snapshot)
 
     def decode(self, data: bytes, user_id: str | None = None) -> S:
@@ -99,7 +99,7 @@ def _decode_sealed_form(data: bytes, problem: Exception) -> Any:
     """Return the sealed snapshot that a record holds, or raise what is wrong with it."""
     if not data:
         raise CodecError("the record is empty") from None
-    if data[0] == FORM_SEALED:
+    if data[:1] == _FORM_SEALED:
         try:
             user_id, updated_at_unix_ms, sealed = _decode_sealed(data[1:])
         except _UNREADABLE as exc:

@@ -121,7 +121,7 @@ class Layer(StateStore):
     def hot_path(self) -> HotPath | None:
         """Return how a read that hits can be answered without awaiting, or None.
 
-        A layer that does nothing on a hit returns ``self.inner.hot_path()`` as it is; one that
+        A layer that does nothing on a hit returns ``hot_path_of(self.inner)``; one that
         does not know the hook ends the fusion and is simply awaited.
         """
         return None

@@ -34,7 +34,6 @@ __all__ = [
     "erased_nowhere",
     "may_take_effect",
     "not_happened",
-    "pending_of",
 ]
 
 QUARANTINE_SECONDS: Final = 5.0
@@ -68,7 +67,7 @@ def after_commit(exc: StoreError) -> StoreError:
     return told
 
 
-def pending_of(exc: BaseException, store: StateStore) -> tuple[str, ...]:
+def _pending_of(exc: BaseException, store: StateStore) -> tuple[str, ...]:
     """Return the names of what may still hold a user whom ``store`` failed to erase."""
     nested = exc.pending if isinstance(exc, ErasureIncompleteError) else ()
     return nested or (tier_name(store),)
@@ -99,7 +98,7 @@ def erased_in_part(
     rest = ", and one of them cannot delete" if any(unable) else "; repeat the delete"
     error = ErasureIncompleteError(
         f"not every store has the user erased{rest}",
-        pending=[name for exc, store in failures for name in pending_of(exc, store)],
+        pending=[name for exc, store in failures for name in _pending_of(exc, store)],
         layer=layer,
         user_id=user_id,
     )

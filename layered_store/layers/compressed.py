@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Compressed"]
 
-_FORM: Final = 1
+_FORM: Final = b"\x01"
 """First byte of a sealed state that was compressed; ``Encrypted`` has another."""
 
 _LONGEST: Final = 64 * 2**20
@@ -83,11 +83,11 @@ class Compressed(TranslatingLayer):
         if len(packed) >= len(plain):
             return snapshot
         return SealedSnapshot(
-            snapshot.user_id, snapshot.updated_at_unix_ms, sealed=bytes((_FORM,)) + packed
+            snapshot.user_id, snapshot.updated_at_unix_ms, sealed=_FORM + packed
         )
 
     def up(self, kept: StateSnapshot, user_id: str) -> StateSnapshot:
-        if type(kept) is not SealedSnapshot or kept.sealed[:1] != bytes((_FORM,)):
+        if type(kept) is not SealedSnapshot or kept.sealed[:1] != _FORM:
             # Stored as it is, or sealed by a layer above.
             if not is_state_of(kept, user_id):
                 raise CorruptDataError(

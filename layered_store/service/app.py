@@ -40,13 +40,10 @@ if TYPE_CHECKING:
     from layered_store.interface import StateStore
     from layered_store.snapshot import StateSnapshot
 
-__all__ = ["DEFAULT_BODY_SECONDS", "DEFAULT_MAX_BODY", "DEFAULT_MAX_IN_FLIGHT", "create_app"]
+__all__ = ["create_app"]
 
 _log = logging.getLogger("layered_store.service")
 
-DEFAULT_MAX_BODY: Final = 65_536
-DEFAULT_MAX_IN_FLIGHT: Final = 1_000
-DEFAULT_BODY_SECONDS: Final = 10.0
 MAX_LIMIT: Final = 1_000
 _DEFAULT_LIMIT: Final = 100
 _LONGEST_WAIT: Final = 86_400
@@ -56,9 +53,9 @@ def create_app(
     stack: StateStore,
     *,
     api_key: str | None = None,
-    max_body: int = DEFAULT_MAX_BODY,
-    max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
-    body_seconds: Seconds = DEFAULT_BODY_SECONDS,
+    max_body: int = 65_536,
+    max_in_flight: int = 1_000,
+    body_seconds: Seconds = 10.0,
 ) -> Starlette:
     """Return the service for a stack, an ASGI application.
 

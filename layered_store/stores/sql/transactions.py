@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from layered_store.stores.erasures import Began, KnownErasures
     from layered_store.stores.sql.session import Rules, Session
 
-__all__ = ["TOMBSTONE_US", "Erasure", "Row", "Settlement", "Write", "erase", "settle", "write"]
+__all__ = ["Erasure", "Row", "Settlement", "Write", "erase", "settle", "write"]
 
-TOMBSTONE_US: Final = int(TOMBSTONE_SECONDS) * 1_000_000
+_TOMBSTONE_US: Final = int(TOMBSTONE_SECONDS) * 1_000_000
 """How long a tombstone stays, in microseconds."""
 
 _PROBES: Final = 20
@@ -326,7 +326,7 @@ async def erase(session: Session, erasures: Sequence[Erasure]) -> list[tuple[int
             ),
             # Never back: what began before an earlier erasure stays out.
             "to_erased_at": max(erased_at, rows[digest].erased_at or 0),
-            "to_purge_at": erased_at + TOMBSTONE_US,
+            "to_purge_at": erased_at + _TOMBSTONE_US,
             **({"at_position": heads[digest]} if heads else {}),
         }
         for digest in sorted(versions)
