@@ -168,7 +168,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         with self._lock:
             row = self._users.get(user_id)
             if row is None:
-                row = self._users[user_id] = self._new_row()
+                row = self._users[user_id] = _Row(self._forgotten.version)
             if call.write_id in row.erase_ids:
                 call.superseded = True
                 return row.erased_version  # a repeat must not erase what was written since
@@ -207,13 +207,12 @@ class MemoryStore(StoreOfRecord, Enumerable):
     async def owing(self, tier: str, limit: int) -> Sequence[Change]:
         self._check_open(Op.GET_LATEST_MANY)
         with self._lock:
-            rows = ((digest, self._users.get(user_id)) for digest, user_id in self._owing.items())
-            return [
+            owed = (
                 Change(digest, row.version, row.snapshot is None, owed=True)
-                for digest, row in islice(
-                    ((digest, row) for digest, row in rows if row and tier in row.debts), limit
-                )
-            ]
+                for digest, user_id in self._owing.items()
+                if (row := self._users.get(user_id)) is not None and tier in row.debts
+            )
+            return list(islice(owed, limit))
 
     async def head(self) -> str:
         return f"{self._run}.{self._position}"
@@ -265,7 +264,7 @@ class MemoryStore(StoreOfRecord, Enumerable):
         if row is None:
             if order < self._forgotten.order:
                 raise too_late(Op.UPSERT_LATEST, self.name)
-            row = self._users[user_id] = self._new_row()
+            row = self._users[user_id] = _Row(self._forgotten.version)
         if order < row.erased_order or write_id in row.write_ids:
             return Versioned(row.version, row.snapshot)
         row.version += 1
@@ -283,11 +282,6 @@ class MemoryStore(StoreOfRecord, Enumerable):
         self._position += 1
         self._log[user_id] = self._position
         self._log.move_to_end(user_id)
-
-    def _new_row(self) -> _Row:
-        row = _Row()
-        row.version = self._forgotten.version
-        return row
 
     def _sweep(self, now: float) -> None:
         """Forget old tombstones, a few with every write, so that no call pays for many."""
@@ -326,26 +320,14 @@ class _Forgotten(NamedTuple):
     position: int = 0
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class _Row:
-    __slots__ = (
-        "debts",
-        "erase_ids",
-        "erased_at",
-        "erased_order",
-        "erased_version",
-        "history",
-        "snapshot",
-        "version",
-        "write_ids",
-    )
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.snapshot: StateSnapshot | None = None
-        self.history: deque[StateSnapshot] = deque()
-        self.write_ids: deque[bytes] = deque(maxlen=_WRITE_IDS)
-        self.erased_at = float("-inf")
-        self.erased_order = 0
-        self.erased_version = 0
-        self.erase_ids: deque[bytes] = deque(maxlen=_ERASE_IDS)
-        self.debts: set[str] = set()
+    version: int
+    snapshot: StateSnapshot | None = None
+    history: deque[StateSnapshot] = field(default_factory=deque)
+    write_ids: deque[bytes] = field(default_factory=lambda: deque(maxlen=_WRITE_IDS))
+    erased_at: float = float("-inf")
+    erased_order: int = 0
+    erased_version: int = 0
+    erase_ids: deque[bytes] = field(default_factory=lambda: deque(maxlen=_ERASE_IDS))
+    debts: set[str] = field(default_factory=set)
