@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Job:
     compares: bool = False
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Lane:
     """What is done for one user, one thing after another.
 
@@ -51,28 +52,15 @@ class Lane:
         compares: whether a comparison waits already.
     """
 
-    __slots__ = (
-        "compares",
-        "deletes",
-        "held",
-        "jobs",
-        "loop",
-        "overlapped",
-        "task",
-        "writing",
-        "wrote",
-    )
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.jobs: deque[Job] = deque()
-        self.task: asyncio.Task[None] | None = None
-        self.writing = 0
-        self.overlapped = False
-        self.deletes = 0
-        self.held = 0
-        self.wrote = 0
-        self.compares = False
+    loop: asyncio.AbstractEventLoop
+    jobs: deque[Job] = field(default_factory=deque)
+    task: asyncio.Task[None] | None = None
+    writing: int = 0
+    overlapped: bool = False
+    deletes: int = 0
+    held: int = 0
+    wrote: int = 0
+    compares: bool = False
 
     @property
     def idle(self) -> bool:

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import weakref
+from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,15 +36,13 @@ _FLUSH_SECONDS: Final = 0.25
 """A scrape sees other processes as they were at most so long ago."""
 
 
+@dataclass(slots=True)
 class _Handed:
     """What one stack has handed over so far."""
 
-    __slots__ = ("cells", "counters", "seconds")
-
-    def __init__(self) -> None:
-        self.counters: dict[Key, float] = {}
-        self.cells: dict[Labels, list[int]] = {}
-        self.seconds: dict[Labels, float] = {}
+    counters: dict[Key, float] = field(default_factory=dict)
+    cells: dict[Labels, list[int]] = field(default_factory=dict)
+    seconds: dict[Labels, float] = field(default_factory=dict)
 
 
 class MultiprocessExporter(Exporter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -21,21 +22,19 @@ _PINGS: Final = 5
 _NEVER: Final = -math.inf
 
 
+@dataclass(slots=True)
 class _Ping:
     """A ping that was sent.
 
     Args:
         sent: when.
+        trusted: for how long the tier may be believed, as its reply tells.
+        echoed: whether its echo came back over the channel.
     """
 
-    __slots__ = ("echoed", "sent", "trusted")
-
-    def __init__(self, sent: float) -> None:
-        self.sent = sent
-        # For how long the tier may be believed, as its reply tells.
-        self.trusted = 0.0
-        # Whether its echo came back over the channel.
-        self.echoed = False
+    sent: float
+    trusted: float = 0.0
+    echoed: bool = False
 
 
 class Leases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from layered_store.coherence.contract import Pass
@@ -45,6 +46,7 @@ class _Part(NamedTuple):
     number: int
 
 
+@dataclass(slots=True)
 class _UnderWay:
     """The pass under way.
 
@@ -54,12 +56,9 @@ class _UnderWay:
         parts: what the buckets told.
     """
 
-    __slots__ = ("began", "owner", "parts")
-
-    def __init__(self, owner: str, began: float, parts: list[_Part]) -> None:
-        self.owner = owner
-        self.began = began
-        self.parts = parts
+    owner: str
+    began: float
+    parts: list[_Part]
 
     @property
     def next_number(self) -> int:
