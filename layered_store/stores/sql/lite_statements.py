@@ -37,17 +37,15 @@ class _Text:
 
     def bind(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the text and the values by name."""
+        flat = {name: values.get(name, value) for name, value in self._fixed.items()}
         if not self._expands:
-            fixed = self._fixed
-            known = {name: values.get(name, fixed[name]) for name in fixed}
-            return self._compiled.string, known
+            return self._compiled.string, flat
         lists = {name: value for name, value in values.items() if isinstance(value, list)}
         shape = tuple(map(len, lists.values()))
         text = self._texts.get(shape)
         if text is None:
             state = self._compiled.construct_expanded_state(values)
             text = self._texts[shape] = state.statement
-        flat = {name: values.get(name, value) for name, value in self._fixed.items()}
         for name, several in lists.items():
             del flat[name]
             flat.update({f"{name}_{n}": value for n, value in enumerate(several, 1)})
