@@ -9,7 +9,7 @@ import pytest
 from blocks import ROOT
 
 PAGE = (ROOT / "docs" / "one-call.md").read_text()
-PLACES = sorted(set(re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", PAGE)))
+PLACES = sorted(set(re.findall(r"`([\w/]+\.py)`:\s+`([\w.]+)`", PAGE)))
 
 
 def test_the_page_names_places() -> None:
