@@ -117,7 +117,7 @@ async def explain(
 ) -> Explanation:
     """Return what each tier of a stack holds of a user: whether, how old, how long, which version.
 
-    Looks into the tiers themselves, past retries, breakers and metrics: nothing is filled, evicted
+    Asks the tiers themselves, bypassing retries, breakers and metrics: nothing is filled, evicted
     or counted, and no cache entry counts as used. A tier that cannot be reached within its time
     limit is ``unknown``, with the reason. Neither the user id nor any value is shown.
 

@@ -37,7 +37,7 @@ class SyncStore:
     """A stack whose operations block the calling thread instead of being awaited.
 
     The stack runs on an event loop of its own, in a background thread that starts with the first
-    call. Any number of threads may call; their calls run side by side. A call costs some 35 µs
+    call. Any number of threads may call at the same time. A call costs about 35 µs
     more than an awaited one::
 
         with SyncStore(load_stack("stack.toml")) as store:
@@ -45,9 +45,9 @@ class SyncStore:
             state = store.get_latest("u-1")
 
     Args:
-        stack: the stack, or a function that builds one. After ``os.fork`` a child needs a stack of
-            its own: with a function it builds one by itself; with a stack it may only go on when
-            the parent had not used it yet.
+        stack: the stack, or a function that builds one. After ``os.fork`` a child needs its own
+            stack: given a function, it builds one; given a stack, it can use it only if the parent
+            had not used it before.
         timeout: seconds that a call may take; None is no limit.
 
     Raises:

@@ -29,9 +29,9 @@ T = TypeVar("T")
 class Bulkhead(AroundLayer):
     """Let at most ``max_in_flight`` calls into ``inner`` at once, and ``max_waiting`` wait.
 
-    Those who wait enter in the order in which they came. Everybody else is refused at once. A
-    refused call never reached ``inner``, so it may be repeated. Hits of a cache below need no
-    place while one is free.
+    Waiting calls enter in the order in which they came. Any further call is refused at once. A
+    refused call never reached ``inner``, so it may be repeated. Hits of a cache below occupy no
+    place as long as one is free.
 
     Args:
         inner: the store to protect.

@@ -39,16 +39,17 @@ _EVENTS: Final = {
 class CircuitBreaker(AroundLayer):
     """Refuse calls for a while after too many failed, then try one.
 
-    A failing store then costs its callers nothing, and is not held down by them. Failures are
-    :class:`UnavailableError` with its subclasses and unexpected exceptions. Anything else, such as
-    a refused argument or a cancelled call, says nothing about the store and is not counted.
-    Health probes are not refused.
+    A failing store then costs its callers nothing, and their calls do not keep it from recovering.
+    Failures are :class:`UnavailableError` with its subclasses and unexpected exceptions. Anything
+    else, such as a refused argument or a cancelled call, says nothing about the store and is not
+    counted. Health probes are not refused.
 
     Args:
         inner: the store to protect.
         failure_share: the circuit opens at this share of failed calls; above 0, at most 1.
-        minimum_calls: and not before so many calls are in the window; at least 1.
-        window: seconds over which calls are counted, in tenths.
+        minimum_calls: the circuit does not open before this many calls are in the window; at least
+            1.
+        window: seconds over which calls are counted; it moves in steps of a tenth.
         open_for: seconds from opening until one call is tried.
         max_open_for: when trials fail in a row, the time until the next is drawn from ``open_for``
             to twice, four times, ... as much, up to this many seconds. None: always ``open_for``.
@@ -58,7 +59,7 @@ class CircuitBreaker(AroundLayer):
     Raises:
         ConfigError: an option is out of its range.
         CircuitOpenError: from any operation while the circuit is open, or half open with a trial
-            under way; ``retry_after`` tells when to come again. The call did not reach ``inner``.
+            under way; ``retry_after`` tells when to try again. The call did not reach ``inner``.
 
     Order:
         Around ``Timeout``, so that a hung store counts as failed and a trial ends; below ``Retry``,

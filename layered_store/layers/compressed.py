@@ -34,11 +34,11 @@ memory."""
 class Compressed(TranslatingLayer):
     """Keep states of at least ``threshold`` bytes compressed (zlib) in the store below.
 
-    A state that does not get smaller is stored as it is, and both kinds are read, so the layer may
-    be added to a store that has data, and its options changed, at any time. It does not pay for
+    A state that would not get smaller is stored as it is, and both forms are read, so the layer may
+    be added to a store that has data, and its options changed, at any time. It is not worth it for
     states of the usual size: 20 axes are 0.5 kB, get a third smaller, and cost the event loop
-    some 30 µs a write and 10 µs a read. It does for large subclasses of ``StateSnapshot``, and
-    where Redis's memory is what is short.
+    about 30 µs a write and 10 µs a read. It is for large subclasses of ``StateSnapshot``, and for
+    cases where the memory of Redis is scarce.
 
     Args:
         inner: the store to keep the compressed states in.
@@ -47,7 +47,7 @@ class Compressed(TranslatingLayer):
 
     Raises:
         ConfigError: an option is out of range.
-        CorruptDataError: from a read, when what is stored does not unfold to a state of the user.
+        CorruptDataError: from a read, when the record does not decompress to a state of the user.
             In a cache tier such a copy is a miss.
 
     Order:

@@ -72,12 +72,12 @@ class Encrypted(TranslatingLayer):
 
     The backend sees user ids (or keyed hashes of them), the time and the size of each state, and
     ciphertext (AES-256-GCM). A record that was changed, or copied from another user, is refused:
-    ``CorruptDataError`` from a system of record, a miss in a cache tier. An older record of the
-    same user put back by whoever holds the backend is not noticed.
+    ``CorruptDataError`` from a system of record, a miss in a cache tier. If somebody who controls
+    the backend puts back an older record of the same user, this is not noticed.
 
     Args:
         inner: the store to keep the encrypted states in; any backend or stack.
-        keys: the first one writes, all of them read; each 32 bytes, as ``bytes`` or as base64 text.
+        keys: the first encrypts, all decrypt; each 32 bytes, as ``bytes`` or as base64 text.
             :meth:`new_key` makes one. To change keys, put the new one last in all processes, then
             first in all; keep the old ones as long as anything written with them is kept, history
             included.
@@ -85,8 +85,8 @@ class Encrypted(TranslatingLayer):
             is not found with it, and the other way round.
         id_key: the key of these hashes; the only one of ``keys`` unless given. It can never change,
             so with several keys it must be given: it is the one you began with.
-        accept_plain: read records that are not encrypted, for a store that has data already; until
-            they were written again, whoever can write to the backend can put a state there.
+        accept_plain: read records that are not encrypted, for a store that has data already. While
+            it is set, anybody who can write to the backend can forge a state.
 
     Raises:
         ConfigError: a key is not 32 bytes, two are equal, an option is missing, or the package

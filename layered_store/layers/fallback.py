@@ -37,12 +37,11 @@ _READS = (Op.GET_LATEST, Op.GET_LATEST_MANY, Op.GET_HISTORY)
 class Fallback(Layer):
     """Answer reads from ``secondary`` while ``inner`` is unavailable or refuses.
 
-    Writes go to ``inner`` alone and fail when it does: a second store that took writes would
-    become a second truth, and the two would never agree again. ``secondary`` is fed by other
-    means, such as replication or a copy job, so what it answers may be older than what ``inner``
-    holds, by as much as those lag, and may go back behind a write that returned. An erasure goes
-    to both, since ``secondary`` could show the user as long as it holds a copy; what feeds it must
-    not bring the user back.
+    Writes go to ``inner`` alone and fail when it fails: if ``secondary`` took writes, the two
+    stores would disagree after the outage. ``secondary`` is fed by other means, such as replication
+    or a copy job. Its answers may be older than what ``inner`` holds, by as much as those lag, and
+    older than a write that has returned. An erasure goes to both, because ``secondary`` could show
+    the user as long as it holds a copy; whatever feeds it must not bring the user back.
 
     Args:
         inner: the store to read from and to write to.

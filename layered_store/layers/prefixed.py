@@ -25,11 +25,11 @@ _SEPARATOR = "-"
 class Prefixed(TranslatingLayer):
     """Keep the users of one tenant apart from those of others in the same store.
 
-    Callers see their own ids; below, ``u-1`` of the tenant ``acme`` is ``acme-u-1``. Reads,
+    Callers see their own ids; in the store, ``u-1`` of the tenant ``acme`` is ``acme-u-1``. Reads,
     histories, erasures and listings stay within the tenant, and no two tenants ever share an id,
     whatever their names are: a name with anything but letters, digits and ``_`` in it is stored in
-    hexadecimal, ``-6f72673a31-u-1``. Users stored without a prefix are no tenant's: give the store
-    to prefixed stacks only.
+    hexadecimal, ``-6f72673a31-u-1``. Users stored without a prefix belong to no tenant, so use the
+    store through ``Prefixed`` only.
 
     Args:
         inner: the store that the tenants share.

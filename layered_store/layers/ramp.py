@@ -41,14 +41,14 @@ C = TypeVar("C")
 class Ramp(Layer):
     """Send a share of the users through ``layer`` or to ``alternative``, the rest to ``inner``.
 
-    Always the same users: a larger share holds all those of a smaller one. Set :attr:`share` at any
-    time, ``ramp.share = 0.2``; reads of a user never go back behind a write that returned, through
-    any change of it.
+    For a given share it is always the same users, and a larger share includes all users of a
+    smaller one. Set :attr:`share` at any time, ``ramp.share = 0.2``. However it changes, a
+    read never returns an older state than a write that has returned.
 
-    With ``layer``, both ways end in ``inner``. Users who were ever in the share go on writing and
-    erasing through the layer, since it may hold something of theirs; only their reads leave it. A
-    cache in the layer answers as any cache: what other processes wrote shows after its TTL. It
-    begins empty whenever the share is raised, since reads that passed it by may have seen more.
+    With ``layer``, both ways end in ``inner``. When a user leaves the share, their reads no longer
+    go through the layer, but their writes and erasures still do, because it may hold their state.
+    A cache in the layer behaves like any cache: writes of other processes show after its TTL. It is
+    emptied whenever the share is raised, since reads that passed it by may have seen newer states.
 
     With ``alternative``, a second store takes every write and erasure of all users after ``inner``
     did, whatever the share, and answers the reads of the share. ``inner`` has everything at all
@@ -60,10 +60,10 @@ class Ramp(Layer):
     Args:
         inner: the way of everybody else.
         alternative: another store of the same class of snapshots.
-        layer: in its place, what is put around ``inner``: a function that takes a store and gives
+        layer: instead of it, what is put around ``inner``: a function that takes a store and gives
             one around it, or a table as in a config file, ``{"use": "cached", "ttl": 5.0}``.
         share: the share of users that goes the other way, 0 to 1.
-        salt: chooses other users, 0 to 64 bytes.
+        salt: another text selects other users for the same share, 0 to 64 bytes.
         clock: source of time.
 
     Raises:

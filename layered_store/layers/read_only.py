@@ -31,8 +31,8 @@ class ReadOnly(Layer):
     """Refuse every upsert and delete; reads, histories, listings and health pass.
 
     For processes that must not change anything: dashboards, exports, a service during a migration.
-    It guards against the application's own mistakes; what the process's credentials allow is the
-    backend's to say. Caches below still fill themselves.
+    It guards against the application's own mistakes; what the process is allowed to do is decided
+    by its login at the backend. Caches below are still filled.
 
     Args:
         inner: the store to read from.

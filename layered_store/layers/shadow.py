@@ -51,24 +51,24 @@ _RESULTS = ("same", "missing", "extra", "older", "newer", "value", "history", "e
 class Shadow(Layer):
     """Send reads and writes to ``candidate`` as well, in the background, and count differences.
 
-    Callers get what ``inner`` says, when ``inner`` says it: nothing of the candidate (its speed,
-    its errors, its hanging) reaches them. What it holds is compared with what ``inner`` answered; a
-    difference is looked at a second time before it is counted, since the user may have been written
-    meanwhile. Erasures are the exception: they go to both, and ``delete`` says when the candidate
-    may still hold the user.
+    Callers get the answers of ``inner``; they neither wait for the candidate nor see its errors.
+    What the candidate holds is compared with what ``inner`` answered. A difference is checked a
+    second time before it is counted, because the user may have been written meanwhile. Erasures are
+    the exception: they go to both, and ``delete`` raises when the candidate may still hold the
+    user.
 
-    The background has bounds: at most ``max_pending`` calls wait or run, more are dropped and
-    counted, each is cut off after ``timeout``. A write that was dropped or failed is missing at
-    the candidate until the user is written again: the candidate is fed, not kept in step. Read
+    The work in the background is bounded: at most ``max_pending`` calls wait or run, further ones
+    are dropped and counted, and each is cut off after ``timeout``. A write that was dropped or
+    failed is missing at the candidate until the user is written again. Read
     ``differences`` and ``mirrored`` in code, or the metrics.
 
     Args:
         inner: the store that answers.
         candidate: the store on trial.
         share: the share of users that is mirrored, 0 to 1; always the same users.
-        salt: chooses other users, 0 to 64 bytes.
-        timeout: seconds that one call of the candidate may take.
-        max_pending: calls of the candidate that may wait or run at once.
+        salt: another text selects other users for the same share, 0 to 64 bytes.
+        timeout: seconds that one call to the candidate may take.
+        max_pending: calls to the candidate that may wait or run at once.
         drain_seconds: how long ``aclose`` waits for them.
         clock: source of time.
 
@@ -83,7 +83,7 @@ class Shadow(Layer):
         ``WriteThrough(Shadow(redis, candidate=other), origin=sql)``: a cache tier fills itself.
 
     Cancellation:
-        A cancelled call leaves what was mirrored to go on. After a write that failed or was
+        What a cancelled call has mirrored goes on. After a write that failed or was
         cancelled, the candidate is given what ``inner`` holds ``timeout`` later. A cancelled delete
         may have erased in ``inner`` only; repeat it.
     """

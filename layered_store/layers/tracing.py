@@ -27,13 +27,13 @@ _NO_FAULT = ("ok", "invalid", "cancelled")
 class Tracing(AroundLayer):
     """Make a span of each call: which operation, at which tier, how it ended.
 
-    Put one outermost for a span per call and one around each backend for a span per tier below it.
-    A span holds no user id, no state and no error text. Without an OpenTelemetry SDK set up, spans
-    are made of nothing and cost about a microsecond.
+    Put one outermost for a span per call, and one around each backend for a span per tier below it.
+    A span holds no user id, no state and no error text. If no OpenTelemetry SDK is set up, nothing
+    is recorded, and a call costs about a microsecond more.
 
     Args:
         inner: the store below.
-        tier: what the spans call this place; None takes the kind of the backend below, such as
+        tier: the name of this place in spans; None takes the kind of the backend below, such as
             ``"redis"``, or ``"stack"`` when there are several.
         tracer: an OpenTelemetry tracer; None takes that of the global provider.
 
@@ -41,8 +41,8 @@ class Tracing(AroundLayer):
         ConfigError: ``tier`` is empty, or OpenTelemetry is not installed (extra ``otel``).
 
     Order:
-        Outermost, and directly above backends. Reads that pass it are awaited layer by layer: above
-        ``Cached`` it makes a span of every hit too, so it costs there what the hot path saves.
+        Outermost, and directly above backends. Above ``Cached``, every hit goes through the layers
+        one by one and becomes a span, so hits are slower.
 
     Cancellation:
         Passes through; the span ends with the outcome ``cancelled``.

@@ -50,16 +50,16 @@ TIER_STEPS: Final = ("read", "write", "erase", "ping", "repair")
 
 @dataclass(eq=False, repr=False)
 class WriteThrough(Layer):
-    """Read from a cache tier, keep the truth in the system of record.
+    """Read from a cache tier in front of the system of record.
 
-    Reads try ``inner``, then ``origin``, and fill ``inner``. Writes are acknowledged when
-    ``origin`` has them; ``inner`` follows. When ``inner`` is down, reads and writes go on from
-    ``origin``, and what changed meanwhile is not read from ``inner`` until it was repaired there.
-    The history is the origin's.
+    Reads ask ``inner`` first, then ``origin``, and fill ``inner``. Writes are acknowledged when
+    ``origin`` has them; ``inner`` is updated after that. While ``inner`` is down, ``origin`` serves
+    reads and writes, and what changed meanwhile is not read from ``inner`` until it was repaired
+    there. Histories come from ``origin``.
 
     Args:
         inner: the cache tier; give it a short time limit of its own.
-        origin: the system of record: it alone acknowledges writes and fixes their order.
+        origin: the system of record: it alone acknowledges writes and decides their order.
         clock: source of time.
 
     Raises:

@@ -93,18 +93,18 @@ class RedisStore(StateStore, Enumerable):
     caller's back: put ``Retry`` above. Whatever stands under a user's key that is no record of that
     user is a miss, is counted (:attr:`corrupt_records`) and is replaced by the next upsert.
 
-    What Redis acknowledged may be lost when Redis dies, as its own settings allow; put a
+    A crash of Redis may lose acknowledged writes, depending on its persistence settings. Put a
     ``SQLStore`` behind it where that matters: ``Cached(RedisStore(url), fallback=SQLStore(url))``.
 
     Args:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host1,host2``,
-            ``redis+sentinel://host1,host2/service`` (and the ``rediss+`` forms). It goes to the
-            driver whole, so its query options (TLS, database, user) work. ``sentinel_username`` and
-            ``sentinel_password`` there log in to the Sentinels.
+            ``redis+sentinel://host1,host2/service`` (and the ``rediss+`` forms). The whole
+            URL is passed to the driver, so its query options (TLS, database, user) work.
+            ``sentinel_username`` and ``sentinel_password`` there log in to the Sentinels.
         client: a ``redis.asyncio`` client instead of a URL. It stays the caller's; connections are
             made as its pool makes them.
         prefix: what all keys begin with; no braces.
-        ttl: seconds until a state nobody wrote again is forgotten, history included; None: never.
+        ttl: seconds after its last write until a user is forgotten, history included; None: never.
         history_limit: how many states per user ``get_history`` can give; 0 keeps none.
         snapshot_type: the class of the snapshots it keeps.
         digest_key: secret for the users' digests in keys, 0 to 64 bytes; the same for all who share

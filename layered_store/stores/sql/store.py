@@ -68,11 +68,11 @@ class SQLStore(StoreOfRecord, Enumerable):
     """Keeps states in a database: SQLite, PostgreSQL, MariaDB or MySQL.
 
     A full system of record: a write is acknowledged when it is committed, versions and erasures
-    are kept, a repeated write counts once. Calls that wait together share a round trip and a
-    commit; a lone call goes at once, and one that fails does so alone. Opens itself on first use,
-    with connections of its own for each event loop. Tables: one row per user in
-    ``latest_table``, one per write in ``history_table``, and a counter beside them (not on
-    PostgreSQL's path).
+    are kept, and a write that ``Retry`` repeats is stored once. Calls that wait at the same time
+    share a round trip and a commit; a lone call goes out at once, and a failing call does not make
+    others fail. Opens itself on first use, with separate connections for each event loop. Tables:
+    one row per user in ``latest_table``, one per write in ``history_table``, and a counter beside
+    them (not on PostgreSQL's path).
 
     Args:
         url: a SQLAlchemy URL, such as ``sqlite+aiosqlite:///states.db``,
@@ -86,7 +86,7 @@ class SQLStore(StoreOfRecord, Enumerable):
         latest_table: name of the table of latest states.
         history_table: name of the table of histories.
         create_tables: on first use, create missing tables and bring those of an earlier release up
-            to date; without it they are only looked at.
+            to date; when False, tables are never changed.
         snapshot_type: the class of the snapshots it keeps.
         digest_key: key of the digests that stand for users, as in all blocks that share data.
         timeout: seconds that one operation may take, the wait for others included; of a bulk call,
