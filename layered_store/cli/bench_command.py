@@ -72,7 +72,7 @@ _REFRESH_SECONDS: Final = 0.25
     "--zipf",
     type=NumberRange(0),
     default=0.99,
-    help="How uneven: the n-th user is asked for 1/n**ZIPF as often; 0 is all alike.",
+    help="How uneven: the n-th user gets 1/n**ZIPF times the calls of the first; 0 is even.",
 )
 @click.option(
     "--axes",
@@ -80,7 +80,7 @@ _REFRESH_SECONDS: Final = 0.25
     default=23,
     help="How many numbers a state has.",
 )
-@click.option("--seed", type=int, default=0, help="Of the random choices.")
+@click.option("--seed", type=int, default=0, help="Seed of the random choices.")
 @click.option("--keep", is_flag=True, help="Leave the made-up users in the store.")
 @json_option
 def command(
@@ -136,8 +136,8 @@ def command(
                 show_whole(_view(result, bench.setting))
     if bench.owed:
         notices.print(
-            f"{bench.owed} users are erased in the system of record only, since a tier could not"
-            " be reached; it is cleaned before it answers again"
+            f"{bench.owed} users are erased in the system of record only, because a tier could"
+            " not be reached; it is cleaned before it answers for them again"
         )
     if keep:
         notices.print(f"the users {name}0 to {name}{users - 1} are left in the store")

@@ -32,7 +32,7 @@ _LOOKS: Final = {
 }
 _MEANS: Final = {
     HealthStatus.HEALTHY: "healthy: everything works",
-    HealthStatus.DEGRADED: "degraded: it serves, without a part of it",
+    HealthStatus.DEGRADED: "degraded: it serves, but a part of it does not work",
     HealthStatus.UNHEALTHY: "unhealthy: it cannot serve",
 }
 _CLOSING_SECONDS: Final = 3.0
@@ -44,14 +44,15 @@ _CLOSING_SECONDS: Final = 3.0
     "--timeout",
     type=NumberRange(0, min_open=True),
     default=10.0,
-    help="Seconds until a silent stack counts as unhealthy.",
+    help="Seconds after which a stack that does not answer counts as unhealthy.",
 )
 @json_option
 def command(stack: str | None, timeout: float, *, as_json: bool) -> None:
     """Open STACK, probe every backend and print the health tree.
 
-    Exit 1 when it is unhealthy: when it cannot serve. Degraded, such as with Redis down in front
-    of a database, is exit 0. Without STACK: the SQLite file layered_store.db in this directory.
+    The exit code is 1 when the stack is unhealthy, that is, cannot serve. It is 0 when the stack is
+    degraded, such as when Redis is down in front of a database. Without STACK: the SQLite file
+    layered_store.db in this directory.
 
     \b
     layered-store check stack.toml

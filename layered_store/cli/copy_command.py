@@ -41,19 +41,19 @@ _LABELS: Final = {
     "--state",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(".layered-store-copy.json"),
-    help="Where the place reached is kept; removed when everything was copied.",
+    help="File that keeps the progress; removed when everything was copied.",
 )
 @click.option("--page", type=click.IntRange(1, 10_000), default=500, help="Users copied at a time.")
 @json_option
 def command(source: str, target: str, state: Path, page: int, *, as_json: bool) -> None:
     """Copy all users, with their histories, FROM one stack TO another.
 
-    Started again after an interruption it goes on where it was; nothing is written twice. Users
-    who are erased on either side meanwhile are not brought back. In the end the users of both
-    sides are counted.
+    After an interruption, run it again and it continues where it stopped; nothing is written
+    twice. Users who are erased on either side meanwhile are not brought back. At the end the users
+    on both sides are counted.
 
-    Exit 1 when users were left alone, because TO holds other states of them or because a record of
-    theirs cannot be read, or when TO has fewer users than FROM.
+    The exit code is 1 when users were left alone, because TO holds different states of them or
+    because one of their records cannot be read, and when TO has fewer users than FROM.
 
     \b
     layered-store copy redis://127.0.0.1:6379/0 sqlite+aiosqlite:///states.db

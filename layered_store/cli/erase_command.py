@@ -14,12 +14,14 @@ __all__ = ["command"]
 @click.command("erase")
 @click.argument("stack")
 @click.argument("user")
-@click.option("--yes", is_flag=True, help="Do not ask; a pipe or script is never asked.")
+@click.option(
+    "--yes", is_flag=True, help="Do not ask first. Without a terminal, the command never asks."
+)
 def command(stack: str, user: str, *, yes: bool) -> None:
     """Remove everything about USER from every tier, history included.
 
-    Exit 1 when a tier could not be reached: what is left there is erased before it answers again,
-    and the command may be repeated. An absent user is fine.
+    The exit code is 1 when a tier could not be reached. That tier is cleaned before it answers for
+    USER again; repeat the command until it succeeds. It is no error when there is no such user.
 
     \b
     layered-store erase stack.toml u-1 --yes

@@ -35,9 +35,10 @@ _SIDE_BY_SIDE: Final = 250
     help="File to write to.",
 )
 def command(stack: str, user: str | None, output: str, *, everyone: bool) -> None:
-    """Write everything that is kept about USER as JSON: the latest state and the history.
+    """Write everything that is stored about USER as JSON: the latest state and the history.
 
-    Exit 1 when nothing is kept, or when a record cannot be read: that user is left out of --all.
+    The exit code is 1 when nothing is stored, and when a record cannot be read; --all leaves such a
+    user out.
 
     \b
     layered-store export stack.toml u-1

@@ -15,7 +15,7 @@ __all__ = ["cli"]
 _SECTIONS: Final = {
     "Look at a stack": {
         "show": "Print its blocks, outermost first; opens no connection.",
-        "lint": "Say what is wrong or doubtful about their order and options.",
+        "lint": "List what is wrong or doubtful about their order and options.",
         "check": "Open it, probe every backend, print the health tree.",
         "bench": "Measure throughput, latency percentiles and hit ratios.",
         "schema": "Print the JSON Schema of config files, for editors.",
@@ -26,7 +26,7 @@ _SECTIONS: Final = {
         "put": "Store a state of a user.",
         "history": "Print a user's states, newest first.",
         "erase": "Remove everything about a user from every tier.",
-        "export": "Write all that is kept about a user, or about everybody.",
+        "export": "Write everything that is stored about a user, or about all users.",
         "copy": "Copy all users to another stack, histories included.",
     },
 }
@@ -65,11 +65,11 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="layered-store")
 def cli() -> None:
-    """Look at, check, serve and use stacks of layered_store.
+    """Inspect, check, serve and use layered_store stacks.
 
     STACK is a config file (.toml or .json), or the URL of one backend, such as
-    redis://127.0.0.1:6379/0 or sqlite+aiosqlite:///states.db. Commands that can do without take
-    the SQLite file layered_store.db in this directory, with an in-process cache and metrics.
+    redis://127.0.0.1:6379/0 or sqlite+aiosqlite:///states.db. Where STACK is optional, the default
+    is the SQLite file layered_store.db in this directory, with an in-process cache and metrics.
 
     \b
     First steps:
@@ -77,6 +77,7 @@ def cli() -> None:
       layered-store get sqlite+aiosqlite:///states.db u-1
       layered-store show stack.toml
 
-    Exit codes: 0 done; 1 the command failed (unhealthy, not found, backend unreachable); 2 the
-    arguments or the config are wrong; 130 interrupted. NO_COLOR turns colour and bars off.
+    Exit codes: 0: success; 1: the command failed (unhealthy, not found, backend unreachable);
+    2: the arguments or the config are wrong; 130: interrupted. Set NO_COLOR to turn colours and
+    progress bars off.
     """

@@ -20,7 +20,7 @@ _WIDE: Final = 76
 @click.command("history")
 @click.argument("stack")
 @click.argument("user")
-@click.option("--limit", type=click.IntRange(0), default=20, help="How many.")
+@click.option("--limit", type=click.IntRange(0), default=20, help="How many states.")
 @json_option
 def command(stack: str, user: str, limit: int, *, as_json: bool) -> None:
     """Print the states of USER, newest first."""

@@ -25,10 +25,11 @@ _COLOURS: Final = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.N
 @click.argument("stack", required=False)
 @json_option
 def command(stack: str | None, *, as_json: bool) -> None:
-    """Say what is wrong or doubtful about the order and options of STACK; opens no connection.
+    """List what is wrong or doubtful about the blocks of STACK; opens no connection.
 
-    Errors cannot work as meant: the stack does not load, and the exit code is 1. Warnings are
-    probably not meant, notes are worth knowing. A file accepts a rule with its reason:
+    A stack with an error cannot work as intended: it does not load, and the exit code is 1.
+    Warnings are probably not intended, notes are worth knowing. To accept a finding, name its rule
+    in the file, with the reason:
 
     \b
     [lint]

@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.argument("stack")
 @click.argument("user")
 @click.argument("values", metavar="[NAME=VALUE]...", nargs=-1)
-@click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="The same, as an option.")
+@click.option("--axis", "axes", multiple=True, metavar="NAME=VALUE", help="The same as an option.")
 @click.option("--confidence", type=float, default=1.0, help="From 0 to 1.")
 @click.option(
     "--source",
@@ -32,7 +32,7 @@ __all__ = ["command"]
     "source_file",
     type=click.File("rb"),
     help="Read the state as JSON from a file, or - for standard input, instead of the options;"
-    " it is stored for USER, whoever it names.",
+    " it is stored for USER, whatever user it names.",
 )
 def command(
     stack: str,

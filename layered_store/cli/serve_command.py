@@ -29,36 +29,36 @@ _KEY = "LAYERED_STORE_API_KEY"
     "--port",
     type=click.IntRange(0, 65535),
     default=8080,
-    help="Port to listen on; 0 takes any that is free.",
+    help="Port to listen on; 0 takes any free port.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"File that holds the API key; else the environment variable {_KEY}.",
+    help=f"File with the API key. Default: the environment variable {_KEY}.",
 )
 @click.option(
     "--max-body",
     type=click.IntRange(1),
     default=65_536,
-    help="Most bytes that a request may send.",
+    help="Largest request body, in bytes.",
 )
 @click.option(
     "--max-in-flight",
     type=click.IntRange(1),
     default=1_000,
-    help="Most requests at a time; those beyond are refused with 503.",
+    help="Most requests at the same time; further ones get a 503.",
 )
 @click.option(
     "--patience",
     type=NumberRange(0, 86_400, min_open=True),
     default=10.0,
-    help="Seconds in which a caller must have sent its request.",
+    help="Seconds that a caller has to send a whole request.",
 )
 @click.option(
     "--drain",
     type=click.IntRange(0),
     default=10,
-    help="Seconds that running requests get at the end.",
+    help="Seconds that running requests get to finish at shutdown.",
 )
 @click.option(
     "--public-without-key", is_flag=True, help="Listen on a public address without an API key."
@@ -133,7 +133,7 @@ def _counted(stack: StateStore) -> StateStore:
     """Return the stack; say so when nothing counts its calls."""
     if not any(kind_of(place.store) == "metrics" for place in walk(stack)):
         notices.print(
-            "note: this stack has no metrics, so /metrics tells nothing of it; put"
+            "note: this stack has no metrics, so /metrics shows nothing about it; put"
             ' { use = "metrics", name = "..." } first in its layers',
             markup=False,
         )

@@ -25,9 +25,9 @@ __all__ = ["command"]
 def command(stack: str | None, *, as_json: bool) -> None:
     """Print the blocks of STACK, outermost first, as a tree; opens no connection.
 
-    Options that are at their defaults are left out, secrets are masked. Behind a # stands what a
-    caller should know, such as how old an answer may be, and the block's id. Without STACK: the
-    SQLite file layered_store.db in this directory, cached, with metrics.
+    Options that have their default value are left out, and secrets are masked. The remark after #
+    shows the block's id and what a caller should know, such as how old an answer may be. Without
+    STACK: the SQLite file layered_store.db in this directory, cached, with metrics.
     """
     blocks = guarded(lambda: describe(build(stack, quiet=True, made=True)))
     if as_json:

@@ -291,8 +291,8 @@ class LocalCopies:
             self.failures["erase"] += 1
             turn.second_failed(exc)
             raise ErasureIncompleteError(
-                "the system of record has the user erased, a cache tier could not be reached;"
-                " repeat the delete",
+                "the user is erased in the system of record, but a cache tier could not be"
+                " reached; repeat the delete",
                 pending=(tier_name(self._tier),),
                 operation=Op.DELETE,
                 layer="WriteThrough",

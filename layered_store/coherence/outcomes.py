@@ -97,7 +97,7 @@ def erased_in_part(
     unable = [isinstance(exc, UnsupportedError) for exc, _ in failures]
     rest = ", and one of them cannot delete" if any(unable) else "; repeat the delete"
     error = ErasureIncompleteError(
-        f"not every store has the user erased{rest}",
+        f"not every store has erased the user{rest}",
         pending=[name for exc, store in failures for name in _pending_of(exc, store)],
         layer=layer,
         user_id=user_id,

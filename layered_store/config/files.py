@@ -56,13 +56,13 @@ def _parse(path: Path) -> tuple[Any, str]:
     except UnicodeDecodeError:
         return None, f"{name} is not UTF-8"
     except json.JSONDecodeError as exc:
-        return None, f"{name} is no JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
+        return None, f"{name} is not valid JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
     except tomllib.TOMLDecodeError as exc:
-        return None, f"{name} is no TOML{_toml_place(exc)}"
+        return None, f"{name} is not valid TOML{_toml_place(exc)}"
     except _RepeatedKeyError as exc:
         return None, f"{name} has the key {shown(exc.key)} twice in one table"
     except (RecursionError, ValueError):
-        return None, f"{name} holds what cannot be read"
+        return None, f"{name} cannot be read"
     return found, ""
 
 
@@ -85,4 +85,4 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _toml_place(exc: Exception) -> str:
     # Only the place is told: the rest of the message may quote what stands there.
     found = re.search(r"\(at (line \d+, column \d+|end of document)\)$", str(exc))
-    return f": something is wrong at {found[1]}" if found else ""
+    return f": there is an error at {found[1]}" if found else ""

@@ -57,7 +57,7 @@ class MultiprocessExporter(Exporter):
 
         if not Path(_folder()).is_dir():
             raise ConfigError(
-                "PROMETHEUS_MULTIPROC_DIR names no folder; create it, empty, before the start",
+                "PROMETHEUS_MULTIPROC_DIR is not a folder; create it, empty, before the start",
                 option="registry",
                 layer="Metrics",
             )

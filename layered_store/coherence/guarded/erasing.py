@@ -71,8 +71,8 @@ class GuardedErasures:
             elif not self.watch.closed:
                 raise after_commit(exc) from exc
             raise ErasureIncompleteError(
-                "the system of record has the user erased, a cache tier could not be reached; it"
-                " is cleaned before it answers again; repeat the delete",
+                "the user is erased in the system of record, but a cache tier could not be"
+                " reached; it is cleaned before it answers for the user again; repeat the delete",
                 pending=(self.tier.tier_name,),
                 layer="WriteThrough",
                 user_id=user_id,

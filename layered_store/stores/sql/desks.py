@@ -225,7 +225,7 @@ class Desks:
             return
         if self.busy and Path(url.database).resolve() == path:
             raise ClosedError(
-                "this process was forked in the midst of a call on the same SQLite file; fork"
+                "this process was forked during a call on the same SQLite file; fork"
                 " between calls, or start new processes by 'spawn'"
             )
         for desk in self._idle:
