@@ -98,7 +98,7 @@ OVERVIEW = [
     Panel(
         "Calls that fail",
         "Share of calls that ended unavailable, timed out, rejected or in an error. Refused"
-        " arguments and cancelled calls are the callers' own.",
+        " arguments and cancelled calls do not count.",
         {"{{stack}}": failure_ratio("stack")},
         "percentunit",
         "stat",
@@ -135,7 +135,7 @@ OVERVIEW = [
     ),
     Panel(
         "Pending repairs",
-        "Users whose copy in the cache tier is behind and not read until it is repaired.",
+        "Users whose copy in the cache tier is outdated, and not read until it is repaired.",
         {"{{stack}}": gauge("layered_store_pending_repairs", "sum", "stack")},
         "short",
         "stat",
@@ -189,13 +189,13 @@ OVERVIEW = [
     ),
     Panel(
         "Calls in flight",
-        "Calls that wait for a backend. A level that grows without more calls is a hung backend.",
+        "Calls that wait for a backend. If the number grows without more calls, a backend hangs.",
         {"{{stack}}": gauge("layered_store_operations_in_flight", "sum", "stack")},
     ),
     Panel(
         "Health",
-        "The whole stack as of its last health check: degraded serves with a part away, unhealthy"
-        " has its system of record away.",
+        "The whole stack as of its last health check: degraded means that it serves although a"
+        " part is down, unhealthy that its system of record is down.",
         {"{{stack}}": gauge("layered_store_health_status", "min", "stack", 'layer=~"0[.].*"')},
         "short",
         "state-timeline",
@@ -241,8 +241,8 @@ STACK = [
     ),
     Panel(
         "Reads by tier and result",
-        "Each user read at a tier counts once, as what the tier could say. Below a tier that"
-        " answers there are no reads.",
+        "Each user read at a tier counts once, by result. A read that a tier answers does not"
+        " reach the tiers below.",
         {"{{layer}} {{result}}": rate(READS, "layer, result")},
         "ops",
     ),
@@ -259,14 +259,14 @@ STACK = [
     ),
     Panel(
         "Evictions",
-        "Entries given up for want of place (size) or since their time was over (expired). Many"
-        " by size with a low hit ratio: raise max_entries.",
+        "Entries removed because the cache was full (size) or their TTL was over (expired). If"
+        " there are many by size while the hit ratio is low, raise max_entries.",
         {"{{layer}} {{reason}}": rate("layered_store_cache_evictions_total", "layer, reason")},
         "ops",
     ),
     Panel(
         "Retries",
-        "Repeated attempts (success, failure, cancelled), and calls that were given up since"
+        "Repeated attempts (success, failure, cancelled), and calls that were given up because"
         " attempts or time (exhausted) or the retry budget (budget) ran out.",
         {
             "{{layer}} {{operation}} {{outcome}}": rate(
@@ -285,7 +285,7 @@ STACK = [
     ),
     Panel(
         "Reads from a secondary store",
-        "What Fallback asked its secondary store for, while the first was unavailable.",
+        "Reads that Fallback sent to its secondary store while the first was unavailable.",
         {"{{layer}} {{operation}}": rate("layered_store_fallbacks_total", "layer, operation")},
         "ops",
     ),
@@ -299,7 +299,7 @@ STACK = [
     ),
     Panel(
         "Time since the last health check",
-        "Health is as of then. Have the readiness probe ask for it.",
+        "The health shown is of that moment. Let a readiness probe ask for it regularly.",
         {
             "{{stack}}": "time() - "
             + gauge("layered_store_health_checked_timestamp_seconds", "max", "stack")
@@ -321,8 +321,8 @@ STACK = [
 COHERENCE = [
     Panel(
         "Invalidation channel",
-        "Whether other processes' writes are heard of. Without it, in-process caches stop"
-        " answering within a second and reads go to the cache tier.",
+        "Whether messages about writes of other processes arrive. Without them, in-process caches"
+        " stop answering within a second and reads go to the cache tier.",
         {"{{stack}} {{layer}}": gauge("layered_store_channel_up", "min", "stack, layer")},
         "short",
         "state-timeline",
@@ -339,8 +339,8 @@ COHERENCE = [
     ),
     Panel(
         "Entries dropped in process",
-        "By reason: the process's own writes, news over the channel, or distrust after the channel"
-        " was lost.",
+        "By reason: the process's own writes, messages over the channel, or distrust after the"
+        " channel was lost.",
         {
             "{{stack}} {{layer}} {{reason}}": rate(
                 "layered_store_invalidations_total", "stack, layer, reason"
@@ -350,7 +350,7 @@ COHERENCE = [
     ),
     Panel(
         "Failed steps on the cache tier",
-        "What the cache tier failed at while the system of record served the caller.",
+        "Steps that failed on the cache tier while the system of record served the caller.",
         {
             "{{stack}} {{layer}} {{step}}": rate(
                 "layered_store_tier_failures_total", "stack, layer, step"
@@ -360,18 +360,19 @@ COHERENCE = [
     ),
     Panel(
         "Copies to be repaired",
-        "Users whose copy in the cache tier is known to be behind. It is not read meanwhile.",
+        "Users whose copy in the cache tier is known to be outdated. It is not read until it is"
+        " repaired.",
         {"{{stack}} {{layer}}": gauge("layered_store_pending_repairs", "sum", "stack, layer")},
     ),
     Panel(
         "Copies repaired",
-        "Copies that a repair pass found behind and removed, per second.",
+        "Outdated copies that a repair pass removed, per second.",
         {"{{stack}} {{layer}}": rate("layered_store_repairs_total", "stack, layer")},
         "ops",
     ),
     Panel(
         "Erasures by outcome",
-        "Calls of delete. One that is not ok has to be repeated by its caller.",
+        "Calls of delete. If the outcome is not ok, the caller has to repeat the call.",
         {"{{stack}} {{outcome}}": rate(OPERATIONS, "stack, outcome", 'operation="delete"')},
         "ops",
         stacked=True,
@@ -406,8 +407,9 @@ COHERENCE = [
 CHANGES = [
     Panel(
         "Shadow: answers compared",
-        "What the candidate answered, against the store in use. Anything but same is a reason not"
-        " to switch yet; dropped ones were not asked, to keep the candidate from piling up.",
+        "Answers of the candidate, compared with those of the store in use. Anything but same is"
+        " a reason not to switch yet. Dropped ones were not asked, so that calls to the candidate"
+        " do not pile up.",
         {
             "{{stack}} {{layer}} {{result}}": rate(
                 "layered_store_shadow_comparisons_total", "stack, layer, result"
@@ -418,7 +420,7 @@ CHANGES = [
     ),
     Panel(
         "Shadow: mirrored writes",
-        "Writes that were repeated at the candidate, by how that ended.",
+        "Writes that were mirrored to the candidate, by outcome.",
         {
             "{{stack}} {{layer}} {{outcome}}": rate(
                 "layered_store_shadow_writes_total", "stack, layer, outcome"
@@ -429,13 +431,14 @@ CHANGES = [
     ),
     Panel(
         "Shadow: calls pending",
-        "Calls of the candidate that wait or run. A level at max_pending means it cannot keep up.",
+        "Calls to the candidate that wait or run. If it stays at max_pending, the candidate cannot"
+        " keep up.",
         {"{{stack}} {{layer}}": gauge("layered_store_shadow_pending", "sum", "stack, layer")},
         width=8,
     ),
     Panel(
         "Ramp: share of users",
-        "How many of the users go the other way.",
+        "The share of the users that goes the other way.",
         {"{{stack}} {{layer}}": gauge("layered_store_ramp_share", "max", "stack, layer")},
         "percentunit",
         width=8,
@@ -455,13 +458,14 @@ CHANGES = [
     ),
     Panel(
         "Ramp: users the alternative missed",
-        "Users whose latest write did not reach it; they are read the old way.",
+        "Users whose latest write did not reach the alternative; they are read the old way.",
         {"{{stack}} {{layer}}": gauge("layered_store_ramp_behind", "sum", "stack, layer")},
         width=8,
     ),
     Panel(
         "Refused writes",
-        "Writes that a read-only layer refused: somebody still writes to what should rest.",
+        "Writes that a read-only layer refused: somebody still writes to a store that should not"
+        " change.",
         {"{{stack}} {{layer}}": rate("layered_store_refused_writes_total", "stack, layer")},
         "ops",
         width=8,
@@ -479,8 +483,8 @@ CHANGES = [
     ),
     Panel(
         "Reads with an old key",
-        "Records that were encrypted with another key than the one that writes now. At 0 for as"
-        " long as states live, the old key can go.",
+        "Records that were encrypted with another key than the one that writes now. When it has"
+        " been 0 for as long as states are kept, you can remove the old key.",
         {"{{stack}} {{layer}}": rate("layered_store_old_key_reads_total", "stack, layer")},
         "ops",
         width=8,
@@ -663,7 +667,7 @@ def dashboards() -> dict[str, str]:
         "overview": dashboard(
             "overview",
             "layered_store / Overview",
-            "All stacks: do calls succeed, how fast, from which tier, and what is broken.",
+            "All stacks: whether calls succeed, how fast, from which tier, and what is broken.",
             OVERVIEW,
             several=True,
         ),
@@ -677,7 +681,8 @@ def dashboards() -> dict[str, str]:
         "coherence": dashboard(
             "coherence",
             "layered_store / Coherence and erasure",
-            "Do processes agree: channel, repair, copies behind; and are erasures complete.",
+            "Whether processes agree (channel, repairs, outdated copies), and whether erasures are"
+            " complete.",
             COHERENCE,
             several=True,
         ),
