@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -27,9 +28,7 @@ __all__ = [
 PROBE_SECONDS: Final = 1.0
 """Time limit of one backend's probe unless the backend says otherwise."""
 
-reporting: contextvars.ContextVar[object] = contextvars.ContextVar(
-    "layered_store_reporting", default=None
-)
+reporting: ContextVar[object] = ContextVar("layered_store_reporting", default=None)
 """The store whose health report is made, which may ask for its health check."""
 
 
