@@ -8,7 +8,7 @@ from typing import Final
 import click
 from rich.table import Table
 
-from layered_store.cli.common import console, json_option, run, show_whole
+from layered_store.cli.common import console, json_option, notices, run, show_whole
 from layered_store.snapshot import StateSnapshot
 
 __all__ = ["command"]
@@ -27,6 +27,9 @@ def command(stack: str, user: str, limit: int, *, as_json: bool) -> None:
     snapshots = run(stack, lambda store: store.get_history(user, limit))
     if as_json:
         click.echo(f"[{','.join(snapshot.to_json().decode() for snapshot in snapshots)}]")
+        return
+    if not snapshots:
+        notices.print("there is no state of this user")
         return
     table = Table()
     # Of what goes on below, the axes come first; in a narrow terminal there would be none left.

@@ -75,6 +75,8 @@ def test_one_user(tmp_path: Path) -> None:
     assert (exported["latest"]["source"], len(exported["history"])) == ("mixed", 2)
     run("erase", url, "u-1", cwd=tmp_path)  # a script is not asked
     run("get", url, "u-1", cwd=tmp_path, code=1)
+    assert run("history", url, "u-1", cwd=tmp_path) == ""
+    assert told("history", url, "u-1", cwd=tmp_path) == "there is no state of this user\n"
     assert "SQLStore healthy" in run("check", url, cwd=tmp_path)
 
 

@@ -116,7 +116,12 @@ def parse_url(url: object, owner: str) -> URL:
         pass
     if parsed is None:
         # The URL may hold a password: neither it nor the cause goes along.
-        raise ConfigError(f"must be a URL such as {_SCHEMES}", option="url", layer=owner)
+        raise ConfigError(
+            "must be a URL such as sqlite+aiosqlite:///states.db or"
+            " postgresql+asyncpg://user:password@host/database",
+            option="url",
+            layer=owner,
+        )
     if parsed.port is not None and not 0 < parsed.port <= _MAX_PORT:
         raise ConfigError(f"names a port beyond {_MAX_PORT}", option="url", layer=owner)
     scheme = parsed.drivername
