@@ -240,8 +240,9 @@ class Ramp(Layer):
         yield Sample("ramp_share", self.share)
         for side, reads in self._ways.reads.items():
             yield Sample("ramp_reads", reads, (side,))
-        if self.alternative is not None:
+        if isinstance(self._ways, ToAlternative):
             yield Sample("ramp_behind", self.behind)
+            yield Sample("erasures_incomplete", self._ways.calls.incomplete)
             return
         # The layers of the share are this block's own: what they count is counted here.
         totals: dict[tuple[str, tuple[str, ...]], float] = {}

@@ -14,7 +14,7 @@ from layered_store.checks import check_snapshot, check_snapshots, check_user_ids
 from layered_store.clock import SYSTEM_CLOCK, Clock
 from layered_store.coherence.contract import Authority, Versioned
 from layered_store.coherence.offering import offered
-from layered_store.coherence.outcomes import erased_in_part, not_happened
+from layered_store.coherence.outcomes import Erasures, erased_in_part, not_happened
 from layered_store.coherence.views import View, view_of
 from layered_store.errors import ErasureIncompleteError, StoreError
 from layered_store.health import HealthReport, HealthStatus
@@ -107,6 +107,7 @@ class Shadow(Layer):
         self._drain = check_seconds(self.drain_seconds, "drain_seconds", self, positive=False)
         check_a(self.clock, Clock, "clock", self)
         self._background = Background(self._timeout, self.max_pending, self.clock)
+        self._erasures = Erasures(self.clock)
         self._mirrored: Counter[str] = Counter(dict.fromkeys(_WRITES, 0))
         self._compared: Counter[str] = Counter(dict.fromkeys(_RESULTS, 0))
         super().__post_init__()
@@ -135,6 +136,7 @@ class Shadow(Layer):
         for outcome, value in self._mirrored.items():
             yield Sample("shadow_writes", value, (outcome,))
         yield Sample("shadow_pending", self._background.pending)
+        yield Sample("erasures_incomplete", self._erasures.incomplete)
 
     # Reading
 
@@ -283,6 +285,10 @@ class Shadow(Layer):
 
         All users, whatever the share is now: it may have been larger before.
         """
+        with self._erasures.by(self):
+            return await self._erase(user_id, erase)
+
+    async def _erase(self, user_id: str, erase: Callable[[], Awaitable[T]]) -> T:
         lane = self._background.lane(user_id)
         lane.held += 1
         lane.deletes += 1
@@ -368,7 +374,7 @@ class Shadow(Layer):
 
     async def aclose(self) -> None:
         self._refuse_operations()
-        await self._background.aclose(self._drain)
+        await asyncio.gather(self._background.aclose(self._drain), self._erasures.end())
         await self._close_children()
 
 

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layered_store.call import call_continues, current_call
 from layered_store.coherence.outcomes import (
+    Erasures,
     erased_in_part,
     erased_nowhere,
     may_take_effect,
     not_happened,
 )
-from layered_store.errors import (
-    UnavailableError,
-)
+from layered_store.errors import UnavailableError
 from layered_store.operations import Op
 from layered_store.ramping.ways import Ways
-from layered_store.running import UnderWay
 from layered_store.turns import Turn, Turns, unsent
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ class ToAlternative(Ways):
     Attributes:
         turns: the writes under way.
         behind: whom the alternative missed a write of.
+        calls: writes and erasures under way, and how many erasures were incomplete.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -66,7 +65,7 @@ class ToAlternative(Ways):
         self.turns = Turns(self._new_turn, self.block.name)
         self.behind: OrderedDict[str, None] = OrderedDict()
         self._all_behind = False
-        self._calls = UnderWay(self.clock)
+        self.calls = Erasures(self.clock)
 
     def _new_turn(
         self, turns: Turns[_Write], user_id: str, loop: asyncio.AbstractEventLoop
@@ -119,7 +118,7 @@ class ToAlternative(Ways):
     async def write(self, batch: Sequence[StateSnapshot], op: Op, call: Call) -> None:
         """Write to ``inner``, which acknowledges, then to the alternative."""
         users = {snapshot.user_id for snapshot in batch}
-        with self._calls.call(), await self.turns.begin_all(users, op) as turns:
+        with self.calls.call(), await self.turns.begin_all(users, op) as turns:
             # What an earlier write may still do, on either side, could come after this one.
             settled = [user_id for user_id in turns if not self.doubted(user_id)]
             try:
@@ -179,7 +178,7 @@ class ToAlternative(Ways):
 
     async def erase(self, user_id: str) -> None:
         """Erase in ``inner``, then in the alternative."""
-        with self._calls.call(), await self.turns.begin(user_id, Op.DELETE) as turn:
+        with self.calls.by(self.block), await self.turns.begin(user_id, Op.DELETE) as turn:
             settled = not self.doubted(user_id)
             failures: list[tuple[Exception, StateStore]] = []
             # Until both have erased, only inner tells the truth.
@@ -227,7 +226,7 @@ class ToAlternative(Ways):
             self.behind.pop(user_id, None)
 
     async def end(self) -> None:
-        await self._calls.end()
+        await self.calls.end()
 
 
 async def _upsert(store: StateStore, batch: Sequence[StateSnapshot], op: Op) -> None:

@@ -13,6 +13,8 @@ from layered_store import (
     CircuitBreaker,
     Fallback,
     MemoryStore,
+    Ramp,
+    Shadow,
     SQLStore,
     StateSnapshot,
     WriteThrough,
@@ -27,6 +29,7 @@ from layered_store.errors import (
 )
 from layered_store.events import EVENTS, log_event
 from layered_store.health import HealthStatus
+from layered_store.stats import Sample
 from layered_store.stores.presence import Presence
 from layered_store.testing.clock import FakeClock
 from layered_store.testing.scripted import Scripted
@@ -74,14 +77,21 @@ async def test_a_breaker_tells_each_change_of_state_once(caplog: pytest.LogCaptu
     assert "u-marked" not in caplog.text
 
 
-@pytest.mark.parametrize("layer", [WriteThrough, Fallback])
+@pytest.mark.parametrize(
+    ("layer", "there", "away"),
+    [
+        (WriteThrough, "origin", "inner"),
+        (Fallback, "inner", "secondary"),
+        (Ramp, "inner", "alternative"),
+        (Shadow, "inner", "candidate"),
+    ],
+)
 async def test_an_incomplete_erasure_is_told_once_until_one_is_complete(
-    caplog: pytest.LogCaptureFixture, layer: type
+    caplog: pytest.LogCaptureFixture, layer: type, there: str, away: str
 ) -> None:
-    """However many deletes fail in a row."""
-    away = Scripted(*[UnavailableError("u-marked")] * 3)
-    other = {"origin": MemoryStore()} if layer is WriteThrough else {"secondary": MemoryStore()}
-    stack = layer(away, **other)
+    """However many deletes fail in a row; each is counted."""
+    failing = Scripted(*[UnavailableError("u-marked")] * 3)
+    stack = layer(**{there: MemoryStore(), away: failing})
     for _ in range(3):
         with pytest.raises(ErasureIncompleteError):
             await stack.delete("u-marked")
@@ -89,6 +99,7 @@ async def test_an_incomplete_erasure_is_told_once_until_one_is_complete(
     await stack.delete("u-marked")
     await stack.delete("u-marked")
     assert told(caplog) == ["erasure_incomplete", "erasure_complete"]
+    assert Sample("erasures_incomplete", 3) in stack.samples()
     assert [record.facts for record in caplog.records] == [  # type: ignore[attr-defined]
         {"layer": layer.__name__, "pending": "Scripted"},
         {"layer": layer.__name__},

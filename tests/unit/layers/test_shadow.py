@@ -659,6 +659,22 @@ async def test_closing_drains_what_waits() -> None:
     assert candidate._closed
 
 
+async def test_an_erasure_under_way_reaches_both_before_they_are_closed() -> None:
+    """The candidate would hold the user for good otherwise."""
+    inner, candidate = Trial(), MemoryStore()
+    shadow = Shadow(inner, candidate=candidate)
+    inner.gate = asyncio.Event()
+    erasure = asyncio.create_task(shadow.delete("u-1"))
+    await settle()
+    closing = asyncio.create_task(shadow.aclose())
+    await settle()
+    assert not closing.done()
+    inner.gate.set()
+    await erasure
+    await closing
+    assert candidate._closed
+
+
 async def test_closing_does_not_wait_for_ever() -> None:
     """A candidate that hangs is left after drain_seconds, what it missed is counted, no task
     stays."""
