@@ -87,7 +87,8 @@ async def run(setting: Setting) -> list[Result]:
         )
     added = costs.difference(deep, shallow, LIMIT)
     each = type(added)(added.middle / 4, added.low / 4, added.high / 4)
-    figures.append(Figure(2, "one more layer on a hit, of the limit", each, at_most=0.05))
+    what = "one more layer on a hit, as a share of the limit"
+    figures.append(Figure(2, what, each, at_most=0.05))
     rows = [
         [name, costs.wall(name) * 1e9, str(costs.ratio(name, LIMIT))]
         for name in sorted(contenders, key=costs.wall)

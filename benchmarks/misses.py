@@ -64,8 +64,8 @@ async def _lone(setting: Setting) -> Result:
     own = costs.difference(names[1], names[0])
     micros = type(own)(own.middle * 1e6, own.low * 1e6, own.high * 1e6)
     figures = [
-        Figure(3, "a lone miss: the layers' own cost, caching it included", micros, "µs", 1.5),
-        Figure(3, "tasks made by 100 lone misses", spread([len(tasks)]), "tasks", 0),
+        Figure(3, "a lone miss: the layers' own cost, including the caching", micros, "µs", 1.5),
+        Figure(3, "tasks created by 100 lone misses", spread([len(tasks)]), "tasks", 0),
     ]
     written = [snapshot(user_id) for user_id in keys]
     writes = {
