@@ -219,7 +219,7 @@ def test_schema() -> None:
         (("copy", "STACK", "STACK", "--state", "/nowhere/x"), 1, "cannot write /nowhere/x"),
         (("show", "."), 2, "ends in .toml or .json"),
         (("get", "states.db", "u-1"), 2, "an SQLite file as sqlite+aiosqlite:///NAME"),
-        (("lint", "reddis://host"), 2, "is not the URL of a backend (did you mean 'redis"),
+        (("lint", "reddis://host"), 2, "store.url: is not the URL of a backend (did you mean 'red"),
         (("show", "foo://bar"), 2, "store.url"),
         (("get", "redis://:marked-pw@127.0.0.1:1/0", "u-1"), 1, "the connection failed"),
     ],
