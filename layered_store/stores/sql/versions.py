@@ -25,6 +25,8 @@ from layered_store.stores.sql.schema import COUNTER_ROW, VERSION_ROW
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from sqlalchemy import Table
+
     from layered_store.stores.sql.dialects import Statements
 
 __all__ = ["OLDEST_USABLE", "SCHEMA_VERSION", "STEPS", "check", "is_current", "upgrade"]
@@ -132,13 +134,7 @@ async def is_current(connection: Any, statements: Statements) -> bool:
         ConfigError: the tables are newer than this release.
     """
     tables = statements.tables
-    needed = (tables.latest.name, tables.history.name, tables.counter.name)
-
-    def present(sync: Any) -> bool:
-        look = inspect(sync)
-        return all(look.has_table(name) for name in needed)
-
-    if not await connection.run_sync(present):
+    if not await _has(connection, tables.latest, tables.history, tables.counter):
         return False
     numbers = {row.id: row.position for row in await connection.execute(statements.numbers)}
     _refuse_newer(numbers.get(VERSION_ROW, 1))
@@ -153,7 +149,7 @@ async def upgrade(connection: Any, statements: Statements) -> None:
         ConfigError: the tables are newer than this release.
     """
     tables = statements.tables
-    found = await _has(connection, tables.latest.name)
+    found = await _has(connection, tables.latest)
     version = SCHEMA_VERSION
     if found:
         version = await _version(connection, statements)
@@ -176,10 +172,9 @@ async def check(connection: Any, statements: Statements) -> None:
         ConfigError: this release cannot work with their version.
     """
     tables = statements.tables
-    for table in (tables.latest, tables.history):
-        if not await _has(connection, table.name):
-            raise UnavailableError(MISSING_TABLE, retryable=False, layer="SQLStore")
-    if not await _has(connection, tables.counter.name):
+    if not await _has(connection, tables.latest, tables.history):
+        raise UnavailableError(MISSING_TABLE, retryable=False, layer="SQLStore")
+    if not await _has(connection, tables.counter):
         return  # the first statement that needs a table says which is missing
     version = await _version(connection, statements)
     _refuse_newer(version)
@@ -204,12 +199,18 @@ def _refuse_newer(version: int) -> None:
         )
 
 
-async def _has(connection: Any, table: str) -> bool:
-    return bool(await connection.run_sync(lambda sync: inspect(sync).has_table(table)))
+async def _has(connection: Any, *tables: Table) -> bool:
+    """Tell whether all of these tables are there."""
+
+    def present(sync: Any) -> bool:
+        look = inspect(sync)
+        return all(look.has_table(table.name) for table in tables)
+
+    return bool(await connection.run_sync(present))
 
 
 async def _version(connection: Any, statements: Statements) -> int:
-    if not await _has(connection, statements.tables.counter.name):
+    if not await _has(connection, statements.tables.counter):
         return 1
     numbers = {row.id: row.position for row in await connection.execute(statements.numbers)}
     return int(numbers.get(VERSION_ROW, 1))
