@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from layered_store.running import spawn
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -135,8 +136,7 @@ class Background:
     def start(self, user_id: str, lane: Lane) -> None:
         """Have what waits for a user be done, unless that is under way or held; else tidy up."""
         if lane.jobs and lane.task is None and not lane.held and not self._closed:
-            # A context of its own: what is done here is nobody's call.
-            task = lane.loop.create_task(self._run(lane), context=contextvars.Context())
+            task = spawn(self._run(lane))  # on the lane's event loop: it is the running one
             if task.done():  # an eager one
                 self._ended(user_id, lane, task)
                 return

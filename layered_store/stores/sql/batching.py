@@ -9,13 +9,13 @@ gone does not complain that nobody looked.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from layered_store.errors import ClosedError, StoreError, StoreTimeoutError
+from layered_store.running import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Sequence
@@ -192,8 +192,7 @@ class Batcher(ABC):
                 return
             batch = Batch(entries)
             self.out.add(batch)
-            # A context of its own: it serves many calls, not the first alone.
-            batch.task = self.loop.create_task(self._do(batch), context=contextvars.Context())
+            batch.task = spawn(self._do(batch))
             batch.task.add_done_callback(partial(self._ended, batch))
 
     @abstractmethod
