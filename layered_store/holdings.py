@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import Doubts, not_happened
 from layered_store.eviction import Node, S3FIFOCache
 from layered_store.given_cache import GivenCache
 
@@ -117,7 +117,7 @@ class Holdings:
         self.flights: dict[str, Flight] = {}
         self.writing: dict[str, Writers] = {}
         # Ordered: a plain dict takes ever longer to find its first key after many deletions.
-        self.quarantine: OrderedDict[str, float] = OrderedDict()
+        self.quarantine = Doubts()
         self.by_digest: dict[bytes, str] = {}
         self.key_of: Callable[[str], bytes] | None = None
         self.removals: Counter[tuple[str, str]] = Counter()
@@ -239,8 +239,7 @@ class Holdings:
             self._unindex(user_id)
             if not happened:
                 return
-            self.quarantine.pop(user_id, None)
-            self.quarantine[user_id] = self._monotonic() + QUARANTINE_SECONDS
+            self.quarantine.add((user_id,), self._monotonic())
             self._end_quarantines()
 
     def _put_back(self, writers: Writers) -> None:
@@ -376,15 +375,13 @@ class Holdings:
                     self._unindex(old.key, old.digest)  # type: ignore[attr-defined]
 
     def _end_quarantines(self) -> None:
-        """Forget the users whose time is over; they stand in the order in which it ends.
+        """Forget the users whose time is over.
 
         A load that began before is taken out: it may have read what was there before.
         """
-        now = self._monotonic()
-        while self.quarantine and self.quarantine[first := next(iter(self.quarantine))] <= now:
-            del self.quarantine[first]
-            self.flights.pop(first, None)
-            self._unindex(first)
+        for user_id in self.quarantine.end(self._monotonic()):
+            self.flights.pop(user_id, None)
+            self._unindex(user_id)
 
     def _on_evict(self, node: Node) -> None:
         self._unindex(node.key, node.digest)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ from layered_store.running import UnderWay
 from layered_store.stack import id_of, tier_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from layered_store.clock import Clock
     from layered_store.interface import StateStore
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALLER_ERRORS",
     "QUARANTINE_SECONDS",
+    "Doubts",
     "Erasures",
     "after_commit",
     "erased_in_part",
@@ -104,6 +106,27 @@ def erased_in_part(
     )
     error.retryable = not all(unable)
     return error
+
+
+class Doubts(OrderedDict[str, float]):
+    """Users of whom a write may still take effect, and until when, in the order in which that ends.
+
+    For one thread at a time: whoever shares it holds a lock.
+    """
+
+    def add(self, user_ids: Iterable[str], now: float) -> None:
+        """Note that a write of these users, which failed now, may still take effect."""
+        for user_id in user_ids:
+            self[user_id] = now + QUARANTINE_SECONDS
+            self.move_to_end(user_id)
+
+    def end(self, now: float) -> list[str]:
+        """Forget the users whose time is over, and return them."""
+        ended = []
+        while self and self[first := next(iter(self))] <= now:
+            del self[first]
+            ended.append(first)
+        return ended
 
 
 class Erasures(UnderWay):

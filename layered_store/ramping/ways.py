@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from layered_store.checks import check_history, check_state, check_states, states_by_user
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS
+from layered_store.coherence.outcomes import Doubts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -52,7 +52,7 @@ class Ways(ABC):
         self.in_share = in_share
         self.clock = clock
         self.reads: Counter[str] = Counter({"inner": 0, "other": 0})
-        self.doubtful: OrderedDict[str, float] = OrderedDict()
+        self.doubtful = Doubts()
         # What is kept of users is changed by event loops of several threads; as in ``Holdings``.
         self.lock = threading.RLock()
 
@@ -142,19 +142,12 @@ class Ways(ABC):
         if not self.doubtful:
             return False
         with self.lock:
-            self._end_doubts(self.clock.monotonic())
+            self.doubtful.end(self.clock.monotonic())
             return user_id in self.doubtful
 
     def doubt(self, users: Iterable[str]) -> None:
         """Note that a write of these users may still take effect."""
         now = self.clock.monotonic()
         with self.lock:
-            for user_id in users:
-                self.doubtful.pop(user_id, None)
-                self.doubtful[user_id] = now + QUARANTINE_SECONDS
-            self._end_doubts(now)
-
-    def _end_doubts(self, now: float) -> None:
-        """Forget the users whose time is over; they stand in the order in which it ends."""
-        while self.doubtful and self.doubtful[first := next(iter(self.doubtful))] <= now:
-            del self.doubtful[first]
+            self.doubtful.add(users, now)
+            self.doubtful.end(now)

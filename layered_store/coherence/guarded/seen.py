@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from layered_store.coherence.outcomes import QUARANTINE_SECONDS, not_happened
+from layered_store.coherence.outcomes import Doubts, not_happened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +49,7 @@ class Seen:
         # Until when those would be remembered that were forgotten early.
         self._forgotten = float("-inf")
         # Until when a write may still take effect.
-        self._doubtful: OrderedDict[str, float] = OrderedDict()
+        self._doubtful = Doubts()
 
     def floor(self, user_id: str) -> int:
         """Return the highest version that was seen of a user."""
@@ -75,7 +75,7 @@ class Seen:
                     if len(floors) <= _MANY:
                         break
             if self._doubtful:
-                self._end_doubts(now)
+                self._doubtful.end(now)
 
     def allows(self, user_id: str, version: int) -> bool:
         """Tell whether a copy of a tier that is trusted no more is not older than what was seen."""
@@ -98,16 +98,9 @@ class Seen:
             return
         now = self._monotonic()
         with self._lock:
-            for user_id in user_ids:
-                self._doubtful[user_id] = now + QUARANTINE_SECONDS
-                self._doubtful.move_to_end(user_id)
-            self._end_doubts(now)
+            self._doubtful.add(user_ids, now)
+            self._doubtful.end(now)
         self._repair_now.set()  # the other processes follow with the next pass
-
-    def _end_doubts(self, now: float) -> None:
-        """Forget the users whose time is over; they stand in the order in which it ends."""
-        while self._doubtful and self._doubtful[first := next(iter(self._doubtful))] <= now:
-            del self._doubtful[first]
 
     def begin_anew(self) -> None:
         """In a child of ``os.fork``: the lock may be held by a thread that is not here."""
